@@ -1,0 +1,396 @@
+//! One member of the pool as its callers see it: an outbox, a subscription table
+//! and the state of the link. The link's task ([`super::link`]) does the rest.
+//!
+//! Lock rule: a member's lock is never held while a subscriber is called.
+
+use std::collections::VecDeque;
+use std::fmt;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Waker};
+
+use bytes::BytesMut;
+use tokio::sync::oneshot;
+
+use super::session::{PublishWaiter, Receipt, Session, SubscribeRequest};
+use super::table::{Audience, SubscriptionKey, Table};
+use super::topic::TopicFilter;
+use super::wire::{InboundPublish, OutboundPublish, Retained, Welcome};
+use super::{Options, PublishError, QoS, Refusal, Subscriber};
+use crate::metrics::BrokerMetrics;
+
+/// Bytes encoded ahead of the socket. Enough for one large write; what waits
+/// beyond it stays in the outbox, where it is bounded and can be withdrawn.
+const WRITE_AHEAD: usize = 64 * 1024;
+
+/// State of a link to the broker.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum LinkState {
+    /// Not tried yet, or being tried for the first time.
+    Connecting,
+    /// Connected, every subscription restored.
+    Up,
+    /// Not connected, and why.
+    Down(String),
+}
+
+impl fmt::Display for LinkState {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Connecting => f.write_str("connecting to the broker"),
+            Self::Up => f.write_str("connected to the broker"),
+            Self::Down(reason) => write!(f, "no broker: {reason}"),
+        }
+    }
+}
+
+struct Waiting {
+    publish: OutboundPublish,
+    waiter: PublishWaiter,
+}
+
+enum Control {
+    Subscribe(SubscribeRequest),
+    Unsubscribe(Arc<str>),
+}
+
+struct Shared {
+    state: LinkState,
+    closing: bool,
+    outbox: VecDeque<Waiting>,
+    outbox_bytes: usize,
+    control: VecDeque<Control>,
+    taken: Vec<Receipt>,
+    table: Table,
+    /// What the broker granted at its last CONNACK.
+    welcome: Option<Welcome>,
+    /// Publishes that await an acknowledgement; the session's own count.
+    unacknowledged: usize,
+    waker: Option<Waker>,
+}
+
+/// See the module.
+pub(super) struct Member {
+    client_id: String,
+    options: Arc<Options>,
+    metrics: BrokerMetrics,
+    shared: Mutex<Shared>,
+}
+
+/// QoS 0 publishes that were encoded, by the position in the byte stream at which
+/// each ends.
+pub(super) type WriteWaiters = VecDeque<(u64, PublishWaiter)>;
+
+impl Member {
+    pub(super) fn new(
+        client_id: String,
+        options: Arc<Options>,
+        metrics: BrokerMetrics,
+    ) -> std::io::Result<Arc<Self>> {
+        Ok(Arc::new(Self {
+            client_id,
+            options,
+            metrics,
+            shared: Mutex::new(Shared {
+                state: LinkState::Connecting,
+                closing: false,
+                outbox: VecDeque::new(),
+                outbox_bytes: 0,
+                control: VecDeque::new(),
+                taken: Vec::new(),
+                table: Table::default(),
+                welcome: None,
+                unacknowledged: 0,
+                waker: None,
+            }),
+        }))
+    }
+
+    pub(super) fn client_id(&self) -> &str {
+        &self.client_id
+    }
+
+    pub(super) fn options(&self) -> &Options {
+        &self.options
+    }
+
+    pub(super) fn metrics(&self) -> &BrokerMetrics {
+        &self.metrics
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Shared> {
+        // No code under the lock can leave it half changed.
+        self.shared.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Runs `change` under the lock and wakes the link's task.
+    fn change<R>(&self, change: impl FnOnce(&mut Shared) -> R) -> R {
+        let mut shared = self.lock();
+        let result = change(&mut shared);
+        let waker = shared.waker.take();
+        drop(shared);
+        if let Some(waker) = waker {
+            waker.wake();
+        }
+        result
+    }
+
+    pub(super) fn state(&self) -> LinkState {
+        self.lock().state.clone()
+    }
+
+    pub(super) fn count_timeout(&self) {
+        self.metrics.publish_timeouts.increment(1);
+    }
+
+    /// Publishes accepted and not confirmed.
+    pub(super) fn waiting(&self) -> usize {
+        let shared = self.lock();
+        shared.outbox.len() + shared.unacknowledged
+    }
+
+    /// Nothing new is accepted; the link ends when everything is confirmed.
+    pub(super) fn close(&self) {
+        self.change(|shared| shared.closing = true);
+    }
+
+    pub(super) fn is_closing(&self) -> bool {
+        self.lock().closing
+    }
+
+    /// Puts a publish into the outbox; what is returned resolves with its fate.
+    pub(super) fn publish(
+        &self,
+        publish: OutboundPublish,
+    ) -> Result<oneshot::Receiver<Result<(), PublishError>>, PublishError> {
+        let (waiter, confirmed) = oneshot::channel();
+        let size = publish.size();
+        self.change(|shared| {
+            if shared.closing {
+                return Err(PublishError::Stopped);
+            }
+            shared.check(&publish)?;
+            if !shared.has_room(size, &self.options) {
+                shared.withdraw_abandoned();
+                if !shared.has_room(size, &self.options) {
+                    self.metrics.outbox_full.increment(1);
+                    return Err(PublishError::OutboxFull(shared.state.to_string()));
+                }
+            }
+            shared.outbox_bytes += size;
+            shared.outbox.push_back(Waiting { publish, waiter });
+            Ok(())
+        })?;
+        self.metrics.outbox_messages.increment(1.0);
+        Ok(confirmed)
+    }
+
+    /// Adds a subscriber in the place of `replaced`; the key is for
+    /// [`Member::unsubscribe`].
+    pub(super) fn subscribe(
+        &self,
+        filter: &TopicFilter,
+        qos: QoS,
+        subscriber: Arc<dyn Subscriber>,
+        replaced: Option<SubscriptionKey>,
+        waiter: oneshot::Sender<Result<QoS, Refusal>>,
+    ) -> SubscriptionKey {
+        self.change(|shared| {
+            let (key, ask) = shared.table.add(filter, qos, subscriber, replaced);
+            match ask {
+                Some(ask) => shared
+                    .control
+                    .push_back(Control::Subscribe(SubscribeRequest {
+                        filter: ask.filter,
+                        qos: ask.qos,
+                        id: ask.id,
+                        retained: Retained::Send,
+                        waiter: Some(waiter),
+                    })),
+                None => {
+                    let _ = waiter.send(Ok(qos));
+                }
+            }
+            key
+        })
+    }
+
+    /// Takes a subscriber away; harmless when it is gone already.
+    pub(super) fn unsubscribe(&self, filter: &TopicFilter, key: SubscriptionKey) {
+        self.change(|shared| {
+            if let Some(filter) = shared.table.remove(filter, key) {
+                shared.control.push_back(Control::Unsubscribe(filter));
+            }
+        });
+    }
+
+    /// Sets the state and says whether it changed.
+    pub(super) fn set_state(&self, state: LinkState) -> bool {
+        let mut shared = self.lock();
+        let changed = shared.state != state;
+        shared.state = state;
+        changed
+    }
+
+    /// A CONNACK came. Where the broker has no session of ours, everything is
+    /// subscribed again, before anything that waits.
+    pub(super) fn welcomed(&self, welcome: &Welcome, session: &Session) {
+        let mut shared = self.lock();
+        shared.welcome = Some(welcome.clone());
+        if welcome.session_present {
+            return;
+        }
+        let mut on_its_way: std::collections::HashSet<Arc<str>> =
+            session.subscribing().cloned().collect();
+        // An UNSUBSCRIBE for a session that is gone has nothing left to do.
+        shared.control.retain(|control| match control {
+            Control::Subscribe(request) => {
+                on_its_way.insert(request.filter.clone());
+                true
+            }
+            Control::Unsubscribe(_) => false,
+        });
+        for ask in shared.table.restore(|filter| on_its_way.contains(filter)) {
+            shared
+                .control
+                .push_front(Control::Subscribe(SubscribeRequest {
+                    filter: ask.filter,
+                    qos: ask.qos,
+                    id: ask.id,
+                    retained: Retained::Never,
+                    waiter: None,
+                }));
+        }
+    }
+
+    /// Moves work into the session, as far as it takes any, and remembers whom to
+    /// wake for more. `position` is where `out` begins in the byte stream. True
+    /// when the member is closing and nothing is left to do.
+    pub(super) fn pull(
+        &self,
+        cx: &Context<'_>,
+        session: &mut Session,
+        out: &mut BytesMut,
+        position: u64,
+        written: &mut WriteWaiters,
+    ) -> bool {
+        let mut shared = self.lock();
+        let shared = &mut *shared;
+        for receipt in shared.taken.drain(..) {
+            session.taken(receipt, out);
+        }
+        while session.can_subscribe() && out.len() < WRITE_AHEAD {
+            match shared.control.pop_front() {
+                Some(Control::Subscribe(request)) => session.subscribe(request, out),
+                Some(Control::Unsubscribe(filter)) => session.unsubscribe(filter, out),
+                None => break,
+            }
+        }
+        while out.len() < WRITE_AHEAD && session.can_publish() {
+            let Some(Waiting {
+                mut publish,
+                waiter,
+            }) = shared.outbox.pop_front()
+            else {
+                break;
+            };
+            shared.outbox_bytes = shared.outbox_bytes.saturating_sub(publish.size());
+            self.metrics.outbox_messages.decrement(1.0);
+            // Nobody waits for it any more: withdrawn.
+            if waiter.is_closed() {
+                continue;
+            }
+            if let Err(error) = shared.check(&publish) {
+                let _ = waiter.send(Err(error));
+            } else if publish.qos() == QoS::AtMostOnce {
+                publish.encode(0, false, out);
+                written.push_back((position + out.len() as u64, waiter));
+            } else {
+                session.publish(publish, waiter, out);
+            }
+            self.metrics.published.increment(1);
+        }
+        shared.unacknowledged = session.unacknowledged();
+        let register = |slot: &mut Option<Waker>| match slot {
+            Some(waker) if waker.will_wake(cx.waker()) => {}
+            slot => *slot = Some(cx.waker().clone()),
+        };
+        register(&mut shared.waker);
+        shared.closing && shared.outbox.is_empty() && shared.control.is_empty() && session.is_idle()
+    }
+
+    /// Who gets a message.
+    pub(super) fn audience(&self, publish: &InboundPublish, topic: &str) -> Audience {
+        self.lock()
+            .table
+            .audience(topic, publish.retain, &publish.subscription_ids)
+    }
+
+    /// Filters subscribed at this member.
+    pub(super) fn filters(&self) -> usize {
+        self.lock().table.len()
+    }
+}
+
+impl Shared {
+    /// What the broker said it would not take, as far as it is known.
+    fn check(&self, publish: &OutboundPublish) -> Result<(), PublishError> {
+        let Some(welcome) = &self.welcome else {
+            return Ok(());
+        };
+        if publish.qos() > welcome.max_qos {
+            return Err(PublishError::QosNotSupported(welcome.max_qos));
+        }
+        let size = publish.size();
+        match welcome.max_packet_size {
+            Some(limit) if size > limit as usize => Err(PublishError::TooLarge {
+                size,
+                limit: limit as usize,
+            }),
+            _ => Ok(()),
+        }
+    }
+
+    fn has_room(&self, size: usize, options: &Options) -> bool {
+        self.outbox.len() < options.outbox_max_messages
+            && (self.outbox.is_empty() || self.outbox_bytes + size <= options.outbox_max_bytes)
+    }
+
+    /// Forgets publishes whose callers have left. They leave in the order they
+    /// came, for all wait equally long, so those in front are enough.
+    fn withdraw_abandoned(&mut self) {
+        while let Some(waiting) = self.outbox.front()
+            && waiting.waiter.is_closed()
+        {
+            self.outbox_bytes = self.outbox_bytes.saturating_sub(waiting.publish.size());
+            self.outbox.pop_front();
+        }
+    }
+}
+
+/// Acknowledges a message to the broker when its last holder lets go of it: when
+/// every handler took it, or the connection ended, or its queue dropped it.
+pub struct AckOnDrop {
+    member: Arc<Member>,
+    receipt: Receipt,
+}
+
+impl AckOnDrop {
+    pub(super) fn new(member: &Arc<Member>, receipt: Receipt) -> Arc<Self> {
+        Arc::new(Self {
+            member: member.clone(),
+            receipt,
+        })
+    }
+}
+
+impl Drop for AckOnDrop {
+    fn drop(&mut self) {
+        self.member.change(|shared| shared.taken.push(self.receipt));
+    }
+}
+
+impl fmt::Debug for AckOnDrop {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("AckOnDrop").field(&self.receipt).finish()
+    }
+}

@@ -1,0 +1,518 @@
+//! One MQTT session: packet ids, what awaits an acknowledgement, what is resent.
+//!
+//! No IO and no clock: packets go in, bytes to write are appended to a buffer. It
+//! outlives the network connections that carry it (MQTT 5, 4.1 and 4.4).
+//!
+//! ```text
+//! publish QoS 1:  Publish --PUBACK--> resolved
+//! publish QoS 2:  Publish --PUBREC--> Release --PUBCOMP--> resolved
+//! from the broker: Held --taken--> PUBACK | PUBREC, Received --PUBREL--> forgotten
+//! ```
+
+use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::sync::Arc;
+
+use bytes::BytesMut;
+use tokio::sync::oneshot;
+
+use super::wire::{self, Inbound, InboundPublish, OutboundPublish, Retained, Welcome};
+use super::{PublishError, QoS, Refusal};
+
+/// Resolves a publish of QoS 1 or 2.
+pub(super) type PublishWaiter = oneshot::Sender<Result<(), PublishError>>;
+
+/// How many SUBSCRIBE and UNSUBSCRIBE may wait for their answer at once. A
+/// hundred thousand filters go in a few round trips, and packet ids never run out.
+const MAX_PENDING_FILTERS: usize = 8192;
+
+/// Most publishes in flight, whatever the broker allows; leaves packet ids for
+/// subscriptions.
+const MAX_WINDOW: usize = 32_768;
+
+/// A SUBSCRIBE on its way.
+#[derive(Debug)]
+pub(super) struct SubscribeRequest {
+    pub filter: Arc<str>,
+    pub qos: QoS,
+    pub id: u32,
+    pub retained: Retained,
+    /// `None` when a lost subscription is restored.
+    pub waiter: Option<oneshot::Sender<Result<QoS, Refusal>>>,
+}
+
+/// Names one publish that the broker sent and that is not acknowledged yet.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Receipt {
+    pkid: u16,
+    /// Packet ids are used again, receipts never.
+    token: u64,
+}
+
+#[derive(Debug)]
+enum Pending {
+    Publish {
+        publish: OutboundPublish,
+        waiter: PublishWaiter,
+    },
+    /// PUBREC came, PUBREL is out.
+    Release {
+        waiter: PublishWaiter,
+    },
+    Subscribe(SubscribeRequest),
+    Unsubscribe(Arc<str>),
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Held {
+    /// The connections have not taken it yet.
+    Waiting,
+    /// Taken while the link was down: acknowledged when the broker sends it again.
+    Taken,
+    /// QoS 2: PUBREC is out.
+    Received,
+}
+
+#[derive(Debug)]
+struct Incoming {
+    token: u64,
+    qos: QoS,
+    state: Held,
+}
+
+/// What a packet means to the owner of the session.
+#[derive(Debug)]
+pub(super) enum Event {
+    /// Nothing to be done.
+    None,
+    /// A message; to be acknowledged by [`Session::taken`] where a receipt is given.
+    Deliver(InboundPublish, Option<Receipt>),
+    /// A lost subscription could not be restored.
+    NotRestored(Arc<str>, Refusal),
+    /// The broker ended the connection.
+    Ended(wire::DisconnectNotice),
+    /// A packet out of place.
+    Unexpected(&'static str),
+}
+
+/// See the module.
+#[derive(Debug)]
+pub(super) struct Session {
+    connected: bool,
+    subscription_ids: bool,
+    window: usize,
+    last_pkid: u16,
+    next_order: u64,
+    /// By packet id; the number is the order in which they were first sent.
+    pending: HashMap<u16, (u64, Pending)>,
+    /// Publishes sent on this connection and unacknowledged.
+    in_flight: usize,
+    /// Publishes of an earlier connection that still must be sent again.
+    resend: VecDeque<u16>,
+    /// Whether the broker may have seen them already.
+    resend_dup: bool,
+    filters_pending: usize,
+    restoring: usize,
+    incoming: HashMap<u16, Incoming>,
+    next_token: u64,
+    /// The oldest unanswered packet when the broker last hung up, and how often in
+    /// a row it was that one.
+    suspect: Option<(u64, u32)>,
+}
+
+/// A broker that hangs up so often upon one packet will not take it.
+const MAX_HANG_UPS: u32 = 3;
+
+impl Session {
+    pub(super) fn new() -> Self {
+        Self {
+            connected: false,
+            subscription_ids: true,
+            window: 0,
+            last_pkid: 0,
+            next_order: 0,
+            pending: HashMap::new(),
+            in_flight: 0,
+            resend: VecDeque::new(),
+            resend_dup: false,
+            filters_pending: 0,
+            restoring: 0,
+            incoming: HashMap::new(),
+            next_token: 0,
+            suspect: None,
+        }
+    }
+
+    /// The broker ended a working connection. Brokers work packets off in order, so
+    /// the oldest one without an answer is the likely cause: when it was so several
+    /// times in a row it fails, or it would break the link for ever.
+    pub(super) fn hung_up(&mut self) {
+        let oldest = self.pending.iter().min_by_key(|(_, (order, _))| *order);
+        let Some((&pkid, &(order, _))) = oldest else {
+            self.suspect = None;
+            return;
+        };
+        let times = match self.suspect {
+            Some((suspect, times)) if suspect == order => times + 1,
+            _ => 1,
+        };
+        self.suspect = Some((order, times));
+        if times < MAX_HANG_UPS {
+            return;
+        }
+        let refusal = Refusal {
+            denied: false,
+            reason: "the broker ends the connection when it gets this".to_owned(),
+        };
+        match self.pending.remove(&pkid) {
+            Some((_, Pending::Publish { waiter, .. } | Pending::Release { waiter })) => {
+                let _ = waiter.send(Err(PublishError::Refused(refusal)));
+            }
+            Some((_, Pending::Subscribe(request))) => {
+                self.filters_pending -= 1;
+                match request.waiter {
+                    Some(waiter) => drop(waiter.send(Err(refusal))),
+                    None => self.restoring -= 1,
+                }
+            }
+            Some((_, Pending::Unsubscribe(_))) => self.filters_pending -= 1,
+            None => {}
+        }
+    }
+
+    /// The link broke. What is pending waits for [`Session::connected`].
+    pub(super) fn disconnected(&mut self) {
+        self.connected = false;
+    }
+
+    /// A CONNACK came: sends again what is unacknowledged, in its order
+    /// (MQTT 5, 4.4 and 4.6).
+    pub(super) fn connected(&mut self, welcome: &Welcome, out: &mut BytesMut) {
+        self.connected = true;
+        self.subscription_ids = welcome.subscription_ids;
+        self.window = usize::from(welcome.receive_maximum).min(MAX_WINDOW);
+        self.in_flight = 0;
+        self.resend.clear();
+        if !welcome.session_present {
+            self.incoming.clear();
+        }
+        let mut order: BTreeMap<u64, u16> = BTreeMap::new();
+        for (pkid, (number, _)) in &self.pending {
+            order.insert(*number, *pkid);
+        }
+        for pkid in order.into_values() {
+            match self.pending.get(&pkid) {
+                Some((_, Pending::Publish { .. })) => self.resend.push_back(pkid),
+                Some((_, Pending::Release { .. })) if welcome.session_present => {
+                    self.in_flight += 1;
+                    wire::pubrel(pkid, out);
+                }
+                Some((_, Pending::Release { .. })) => {
+                    // The broker took it and lost it: nobody can say what became of it.
+                    if let Some((_, Pending::Release { waiter })) = self.pending.remove(&pkid) {
+                        let _ = waiter.send(Err(PublishError::SessionLost));
+                    }
+                }
+                // The caller gave up: its subscription is taken back already.
+                Some((_, Pending::Subscribe(request)))
+                    if request.waiter.as_ref().is_some_and(|w| w.is_closed()) =>
+                {
+                    self.pending.remove(&pkid);
+                    self.filters_pending -= 1;
+                }
+                Some((_, Pending::Subscribe(request))) => {
+                    let id = self.subscription_ids.then_some(request.id);
+                    wire::subscribe(
+                        pkid,
+                        &request.filter,
+                        request.qos,
+                        id,
+                        request.retained,
+                        out,
+                    );
+                }
+                Some((_, Pending::Unsubscribe(filter))) if welcome.session_present => {
+                    wire::unsubscribe(pkid, filter, out);
+                }
+                Some((_, Pending::Unsubscribe(_))) => {
+                    self.pending.remove(&pkid);
+                    self.filters_pending -= 1;
+                }
+                None => {}
+            }
+        }
+        self.resend_dup = welcome.session_present;
+        self.send_again(out);
+    }
+
+    /// Sends what waits in `resend` as far as the window allows. The duplicate flag
+    /// marks them where the broker may have seen them (MQTT 5, 3.3.1.1).
+    fn send_again(&mut self, out: &mut BytesMut) {
+        while self.in_flight < self.window {
+            let Some(pkid) = self.resend.pop_front() else {
+                return;
+            };
+            if let Some((_, Pending::Publish { publish, .. })) = self.pending.get_mut(&pkid) {
+                publish.encode(pkid, self.resend_dup, out);
+                self.in_flight += 1;
+            }
+        }
+    }
+
+    /// Whether a publish of QoS 1 or 2 may be sent now.
+    pub(super) fn can_publish(&self) -> bool {
+        self.connected && self.resend.is_empty() && self.in_flight < self.window
+    }
+
+    /// Sends a publish of QoS 1 or 2. Only after [`Session::can_publish`].
+    pub(super) fn publish(
+        &mut self,
+        mut publish: OutboundPublish,
+        waiter: PublishWaiter,
+        out: &mut BytesMut,
+    ) {
+        let pkid = self.next_pkid();
+        publish.encode(pkid, false, out);
+        self.in_flight += 1;
+        self.remember(pkid, Pending::Publish { publish, waiter });
+    }
+
+    /// Whether a SUBSCRIBE or UNSUBSCRIBE may be sent now.
+    pub(super) fn can_subscribe(&self) -> bool {
+        self.connected && self.filters_pending < MAX_PENDING_FILTERS
+    }
+
+    /// Sends a SUBSCRIBE. Only after [`Session::can_subscribe`].
+    pub(super) fn subscribe(&mut self, request: SubscribeRequest, out: &mut BytesMut) {
+        let pkid = self.next_pkid();
+        let id = self.subscription_ids.then_some(request.id);
+        wire::subscribe(
+            pkid,
+            &request.filter,
+            request.qos,
+            id,
+            request.retained,
+            out,
+        );
+        self.filters_pending += 1;
+        self.restoring += usize::from(request.waiter.is_none());
+        self.remember(pkid, Pending::Subscribe(request));
+    }
+
+    /// Sends an UNSUBSCRIBE. Only after [`Session::can_subscribe`].
+    pub(super) fn unsubscribe(&mut self, filter: Arc<str>, out: &mut BytesMut) {
+        let pkid = self.next_pkid();
+        wire::unsubscribe(pkid, &filter, out);
+        self.filters_pending += 1;
+        self.remember(pkid, Pending::Unsubscribe(filter));
+    }
+
+    /// Filters whose SUBSCRIBE is on its way.
+    pub(super) fn subscribing(&self) -> impl Iterator<Item = &Arc<str>> {
+        self.pending
+            .values()
+            .filter_map(|(_, pending)| match pending {
+                Pending::Subscribe(request) => Some(&request.filter),
+                _ => None,
+            })
+    }
+
+    /// Whether lost subscriptions are still being restored.
+    pub(super) fn restoring(&self) -> bool {
+        self.restoring > 0
+    }
+
+    /// Whether nothing awaits an acknowledgement from the broker.
+    pub(super) fn is_idle(&self) -> bool {
+        self.pending.is_empty()
+    }
+
+    /// Publishes that await an acknowledgement.
+    pub(super) fn unacknowledged(&self) -> usize {
+        self.pending.len() - self.filters_pending
+    }
+
+    /// A message was taken by everyone it was for: acknowledges it.
+    pub(super) fn taken(&mut self, receipt: Receipt, out: &mut BytesMut) {
+        let Some(incoming) = self.incoming.get_mut(&receipt.pkid) else {
+            return;
+        };
+        if incoming.token != receipt.token || incoming.state != Held::Waiting {
+            return;
+        }
+        if !self.connected {
+            incoming.state = Held::Taken;
+        } else if incoming.qos == QoS::ExactlyOnce {
+            incoming.state = Held::Received;
+            wire::pubrec(receipt.pkid, out);
+        } else {
+            self.incoming.remove(&receipt.pkid);
+            wire::puback(receipt.pkid, out);
+        }
+    }
+
+    /// Digests a packet.
+    pub(super) fn receive(&mut self, packet: Inbound, out: &mut BytesMut) -> Event {
+        match packet {
+            Inbound::Publish(publish) => self.on_publish(publish, out),
+            Inbound::PubAck(pkid, result) => self.on_acknowledged(pkid, result, out),
+            Inbound::PubRec(pkid, result) => match self.pending.remove(&pkid) {
+                Some((order, Pending::Publish { waiter, .. })) => match result {
+                    Ok(()) => {
+                        wire::pubrel(pkid, out);
+                        self.pending
+                            .insert(pkid, (order, Pending::Release { waiter }));
+                        Event::None
+                    }
+                    Err(refusal) => {
+                        self.settle(waiter, Err(PublishError::Refused(refusal)), out);
+                        Event::None
+                    }
+                },
+                other => {
+                    // Also the answer to a PUBREC that came twice.
+                    wire::pubrel(pkid, out);
+                    self.put_back(pkid, other);
+                    Event::None
+                }
+            },
+            Inbound::PubRel(pkid) => {
+                self.incoming.remove(&pkid);
+                wire::pubcomp(pkid, out);
+                Event::None
+            }
+            Inbound::PubComp(pkid, result) => self.on_acknowledged(pkid, result, out),
+            Inbound::SubAck(pkid, result) => match self.pending.remove(&pkid) {
+                Some((_, Pending::Subscribe(request))) => {
+                    self.filters_pending -= 1;
+                    match (request.waiter, result) {
+                        (Some(waiter), result) => {
+                            let _ = waiter.send(result);
+                            Event::None
+                        }
+                        (None, result) => {
+                            self.restoring -= 1;
+                            match result {
+                                Ok(_) => Event::None,
+                                Err(refusal) => Event::NotRestored(request.filter, refusal),
+                            }
+                        }
+                    }
+                }
+                other => self.unexpected(pkid, other, "SUBACK"),
+            },
+            Inbound::UnsubAck(pkid) => match self.pending.remove(&pkid) {
+                Some((_, Pending::Unsubscribe(_))) => {
+                    self.filters_pending -= 1;
+                    Event::None
+                }
+                other => self.unexpected(pkid, other, "UNSUBACK"),
+            },
+            Inbound::PingResp => Event::None,
+            Inbound::Disconnect(notice) => Event::Ended(notice),
+            Inbound::ConnAck(_) => Event::Unexpected("CONNACK"),
+        }
+    }
+
+    fn on_publish(&mut self, publish: InboundPublish, out: &mut BytesMut) -> Event {
+        if publish.qos == QoS::AtMostOnce {
+            return Event::Deliver(publish, None);
+        }
+        let pkid = publish.pkid;
+        // Only a message marked as sent again is one we know: packet ids come round.
+        let known = self.incoming.get_mut(&pkid).filter(|_| publish.dup);
+        match known.map(|incoming| (incoming.state, incoming.qos)) {
+            Some((Held::Waiting, _)) => Event::None,
+            Some((Held::Received, _)) => {
+                wire::pubrec(pkid, out);
+                Event::None
+            }
+            Some((Held::Taken, QoS::ExactlyOnce)) => {
+                if let Some(incoming) = self.incoming.get_mut(&pkid) {
+                    incoming.state = Held::Received;
+                }
+                wire::pubrec(pkid, out);
+                Event::None
+            }
+            Some((Held::Taken, _)) => {
+                self.incoming.remove(&pkid);
+                wire::puback(pkid, out);
+                Event::None
+            }
+            None => {
+                self.next_token += 1;
+                let receipt = Receipt {
+                    pkid,
+                    token: self.next_token,
+                };
+                self.incoming.insert(
+                    pkid,
+                    Incoming {
+                        token: receipt.token,
+                        qos: publish.qos,
+                        state: Held::Waiting,
+                    },
+                );
+                Event::Deliver(publish, Some(receipt))
+            }
+        }
+    }
+
+    fn on_acknowledged(
+        &mut self,
+        pkid: u16,
+        result: Result<(), Refusal>,
+        out: &mut BytesMut,
+    ) -> Event {
+        match self.pending.remove(&pkid) {
+            Some((_, Pending::Publish { waiter, .. } | Pending::Release { waiter })) => {
+                self.settle(waiter, result.map_err(PublishError::Refused), out);
+                Event::None
+            }
+            other => self.unexpected(pkid, other, "PUBACK or PUBCOMP"),
+        }
+    }
+
+    fn settle(
+        &mut self,
+        waiter: PublishWaiter,
+        result: Result<(), PublishError>,
+        out: &mut BytesMut,
+    ) {
+        // The caller may have gone; its publish went its way all the same.
+        let _ = waiter.send(result);
+        self.in_flight = self.in_flight.saturating_sub(1);
+        self.send_again(out);
+    }
+
+    fn unexpected(
+        &mut self,
+        pkid: u16,
+        found: Option<(u64, Pending)>,
+        packet: &'static str,
+    ) -> Event {
+        self.put_back(pkid, found);
+        Event::Unexpected(packet)
+    }
+
+    fn put_back(&mut self, pkid: u16, found: Option<(u64, Pending)>) {
+        if let Some(pending) = found {
+            self.pending.insert(pkid, pending);
+        }
+    }
+
+    fn remember(&mut self, pkid: u16, pending: Pending) {
+        self.next_order += 1;
+        self.pending.insert(pkid, (self.next_order, pending));
+    }
+
+    /// The next free packet id. There always is one: [`MAX_WINDOW`] and
+    /// [`MAX_PENDING_FILTERS`] together are less than 65,535.
+    fn next_pkid(&mut self) -> u16 {
+        loop {
+            self.last_pkid = self.last_pkid.checked_add(1).unwrap_or(1);
+            if !self.pending.contains_key(&self.last_pkid) {
+                return self.last_pkid;
+            }
+        }
+    }
+}

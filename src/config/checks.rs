@@ -1,0 +1,295 @@
+//! Checks that look at more than one key, or at the file system.
+
+use std::fs::File;
+use std::io;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+
+use figment::value::{Dict, Value};
+
+use super::address::collide;
+use super::layers::Layers;
+use super::report::{Fault, Origin};
+use super::schema::leaves;
+use super::types::{ClientTls, Config, Handler, ServerTls, Verify};
+use super::value::ConfigValue;
+use super::values::Secret;
+
+/// The kinds of listeners the contract names and this version lacks.
+const UNAVAILABLE: [&str; 3] = ["ssl", "udp", "dtls"];
+
+/// Takes the listeners that this version lacks out of `root` and says so: they are no unknown keys.
+pub(crate) fn take_unavailable(root: &mut Dict, layers: &Layers, faults: &mut Vec<Fault>) {
+    let Some(Value::Dict(_, listeners)) = root.get_mut("listeners") else {
+        return;
+    };
+    for kind in UNAVAILABLE {
+        let Some(value) = listeners.remove(kind) else {
+            continue;
+        };
+        let key = format!("listeners.{kind}");
+        let first_leaf = value
+            .as_dict()
+            .and_then(|table| leaves(table).into_iter().next());
+        let origin = layers.origin(first_leaf.unwrap_or(&value));
+        let problem = format!("{key} is not available in this version; available: tcp");
+        faults.push(Fault::new(origin, key, problem));
+    }
+}
+
+/// Looks at what the sections cannot see by themselves, and reads the password file.
+pub(crate) fn check(config: &mut Config, layers: &Layers, faults: &mut Vec<Fault>) {
+    let mut checks = Checks { layers, faults };
+    checks.addresses(config);
+    checks.handler_names(config);
+    checks.server_tls("server.ssl_options", &config.server.ssl_options);
+    checks.handler("handler", &config.handler);
+    for (name, handler) in &config.handlers {
+        checks.handler(&format!("handlers.{name}"), handler);
+    }
+    checks.broker(config);
+}
+
+struct Checks<'a> {
+    layers: &'a Layers,
+    faults: &'a mut Vec<Fault>,
+}
+
+impl Checks<'_> {
+    fn fault(&mut self, key: &str, problem: impl Into<String>) {
+        self.faults
+            .push(Fault::new(self.layers.origin_of(key), key, problem));
+    }
+
+    /// Whether a value was at fault already. Its default stands in for it, and what that leads to
+    /// would only mislead.
+    fn spoiled(&self, key: &str) -> bool {
+        self.faults.iter().any(|fault| fault.key() == key)
+    }
+
+    fn addresses(&mut self, config: &Config) {
+        let mut bound: Vec<(String, SocketAddr)> =
+            vec![("server.bind".to_owned(), config.server.bind)];
+        bound.extend(
+            config
+                .admin
+                .bind
+                .map(|bind| ("admin.bind".to_owned(), bind)),
+        );
+        for (name, listener) in config
+            .listeners
+            .tcp
+            .iter()
+            .filter(|(_, listener)| listener.enable)
+        {
+            bound.push((format!("listeners.tcp.{name}.bind"), listener.bind));
+        }
+        bound.retain(|(key, _)| !self.spoiled(key));
+        for (index, (key, address)) in bound.iter().enumerate() {
+            let earlier = bound.iter().take(index);
+            for (other, other_address) in earlier.filter(|(_, other)| collide(*address, *other)) {
+                // The default is rarely the one to change.
+                let (key, address, other, other_address) = match self.layers.origin_of(key) {
+                    Origin::Default => (other, other_address, key, address),
+                    _ => (key, address, other, other_address),
+                };
+                let origin = self.layers.origin_of(other);
+                self.fault(
+                    key,
+                    format!(
+                        "found {address}, but {other} has {other_address} ({origin}); allowed: an address that \
+                         no other listener, server.bind or admin.bind has"
+                    ),
+                );
+            }
+        }
+    }
+
+    fn handler_names(&mut self, config: &Config) {
+        for (name, listener) in &config.listeners.tcp {
+            let key = format!("listeners.tcp.{name}.handler");
+            if config.handler_named(&listener.handler).is_none() && !self.spoiled(&key) {
+                let names: Vec<&str> = std::iter::once("default")
+                    .chain(config.handlers.keys().map(String::as_str))
+                    .collect();
+                self.fault(
+                    &key,
+                    format!(
+                        "found {:?}, which is no handler; allowed: {}",
+                        &*listener.handler,
+                        names.join(", ")
+                    ),
+                );
+            }
+        }
+    }
+
+    fn handler(&mut self, table: &str, handler: &Handler) {
+        let tls = handler.address.iter().any(|address| address.tls);
+        self.client_tls(table, &handler.ssl_options, tls, "address", "https://");
+    }
+
+    fn broker(&mut self, config: &mut Config) {
+        let broker = &mut config.broker;
+        self.client_tls(
+            "broker",
+            &broker.ssl_options,
+            broker.url.tls,
+            "url",
+            "mqtts://",
+        );
+        if broker.reconnect_max < broker.reconnect_min
+            && !self.spoiled("broker.reconnect_min")
+            && !self.spoiled("broker.reconnect_max")
+        {
+            let (max, min) = (
+                broker.reconnect_max.to_text(),
+                broker.reconnect_min.to_text(),
+            );
+            // The default is rarely the one to change.
+            if self.layers.origin_of("broker.reconnect_max") == Origin::Default {
+                self.fault(
+                    "broker.reconnect_min",
+                    format!(
+                        "found {min}; allowed: not more than broker.reconnect_max, which is {max}"
+                    ),
+                );
+            } else {
+                self.fault(
+                    "broker.reconnect_max",
+                    format!(
+                        "found {max}; allowed: not less than broker.reconnect_min, which is {min}"
+                    ),
+                );
+            }
+        }
+        let Some(path) = broker.password_file.clone() else {
+            return;
+        };
+        if broker.password.is_some() {
+            let other = self.layers.origin_of("broker.password");
+            self.fault(
+                "broker.password_file",
+                format!("broker.password is set too ({other}); allowed: one of them"),
+            );
+        }
+        match std::fs::read_to_string(&path) {
+            Ok(text) => {
+                let text = text.strip_suffix('\n').unwrap_or(&text);
+                let text = text.strip_suffix('\r').unwrap_or(text);
+                match Secret::from_text(text) {
+                    Ok(secret) if !text.is_empty() => broker.password = Some(secret),
+                    Ok(_) => self.fault(
+                        "broker.password_file",
+                        format!(
+                            "found {path:?}, which is empty; allowed: a file with the password"
+                        ),
+                    ),
+                    Err(rejected) => self.fault(
+                        "broker.password_file",
+                        format!(
+                            "found {path:?}, whose content is no password; allowed: {}",
+                            rejected.allowed
+                        ),
+                    ),
+                }
+            }
+            Err(error) => self.unreadable("broker.password_file", &path, &error),
+        }
+    }
+
+    fn server_tls(&mut self, table: &str, tls: &ServerTls) {
+        self.pair(table, &tls.certfile, &tls.keyfile, tls.enable);
+        // What is off is not loaded, so it may name files that only another machine has.
+        if !tls.enable {
+            return;
+        }
+        self.files(table, [&tls.certfile, &tls.keyfile, &tls.cacertfile]);
+        let cacertfile = format!("{table}.cacertfile");
+        if tls.verify == Verify::Peer && tls.cacertfile.is_none() && !self.spoiled(&cacertfile) {
+            self.fault(
+                &format!("{table}.verify"),
+                format!(
+                    "found \"verify_peer\" without {cacertfile}; allowed: with the file of the clients' authorities"
+                ),
+            );
+        }
+    }
+
+    /// `address` is the key beside `ssl_options` whose `scheme` would make them count.
+    fn client_tls(&mut self, table: &str, tls: &ClientTls, on: bool, address: &str, scheme: &str) {
+        let (address, table) = (format!("{table}.{address}"), format!("{table}.ssl_options"));
+        self.pair(&table, &tls.certfile, &tls.keyfile, false);
+        let files = [&tls.certfile, &tls.keyfile, &tls.cacertfile];
+        self.files(&table, files);
+        if on || self.spoiled(&address) {
+            return;
+        }
+        for (name, _) in TLS_FILES
+            .iter()
+            .zip(files)
+            .filter(|(_, file)| file.is_some())
+        {
+            self.fault(
+                &format!("{table}.{name}"),
+                format!("set, but {address} does not use TLS; allowed: with {scheme} only"),
+            );
+        }
+    }
+
+    /// A certificate needs its key and the other way round.
+    fn pair(
+        &mut self,
+        table: &str,
+        certfile: &Option<PathBuf>,
+        keyfile: &Option<PathBuf>,
+        required: bool,
+    ) {
+        let missing = match (certfile, keyfile) {
+            (Some(_), Some(_)) => return,
+            (None, None) if required => {
+                let key = format!("{table}.enable");
+                self.fault(
+                    &key,
+                    format!("found true without {table}.certfile and {table}.keyfile; allowed: with both, or false"),
+                );
+                return;
+            }
+            (None, None) => return,
+            (Some(_), None) => ("certfile", "keyfile"),
+            (None, Some(_)) => ("keyfile", "certfile"),
+        };
+        let (set, unset) = missing;
+        self.fault(
+            &format!("{table}.{set}"),
+            format!("set without {table}.{unset}; allowed: both or neither"),
+        );
+    }
+
+    fn files(&mut self, table: &str, files: [&Option<PathBuf>; 3]) {
+        for (name, path) in TLS_FILES.iter().zip(files) {
+            let Some(path) = path else { continue };
+            if let Err(error) = readable(path) {
+                self.unreadable(&format!("{table}.{name}"), path, &error);
+            }
+        }
+    }
+
+    fn unreadable(&mut self, key: &str, path: &Path, error: &io::Error) {
+        self.fault(
+            key,
+            format!("found {path:?}, which cannot be read: {error}; allowed: a readable file"),
+        );
+    }
+}
+
+/// The keys of the files in `ssl_options`, in the order in which the checks list the files.
+const TLS_FILES: [&str; 3] = ["certfile", "keyfile", "cacertfile"];
+
+fn readable(path: &Path) -> io::Result<()> {
+    // Linux opens a directory for reading too.
+    if File::open(path)?.metadata()?.is_dir() {
+        return Err(io::Error::other("it is a directory"));
+    }
+    Ok(())
+}

@@ -1,0 +1,298 @@
+//! The `section!` macro and what it is made of.
+//!
+//! A section is written down once: its keys, their types, defaults and documentation. From that come
+//! the struct, the reading with all faults collected, the unknown-key check, the documented default
+//! file and the effective dump; none can drift from another.
+//!
+//! The expression behind a key's `=` says what kind of key it is ([`Field`] has one implementation
+//! for each): `"30s"` a default as text, [`Within`] a default and bounds, [`Unset`] no default,
+//! [`Computed`] a default made at start-up, [`Nested`] a table, [`Named`] a table of named tables.
+
+use std::collections::BTreeMap;
+use std::convert::identity;
+use std::ops::{Bound, RangeBounds};
+
+use figment::value::{Dict, Value};
+
+use super::names::is_name;
+use super::page::{Line, Page};
+use super::reader::{Reader, Scope};
+use super::value::{ConfigValue, Rejected, quote};
+
+/// Declares a table of the configuration.
+macro_rules! section {
+    (
+        $(#[doc = $about:literal])*
+        pub struct $name:ident {
+            $($(#[doc = $doc:literal])* $field:ident: $type:ty = $default:expr,)*
+        }
+    ) => {
+        $(#[doc = $about])*
+        #[derive(Clone, Debug, PartialEq)]
+        pub struct $name {
+            $($(#[doc = $doc])* pub $field: $type,)*
+        }
+
+        impl $crate::config::schema::Section for $name {
+            const KEYS: &'static [&'static str] = &[$(stringify!($field)),*];
+
+            fn read(
+                reader: &mut $crate::config::reader::Reader<'_>,
+                scope: &$crate::config::reader::Scope<'_>,
+            ) -> Self {
+                reader.refuse_unknown(scope, Self::KEYS);
+                $name {
+                    $($field: $crate::config::schema::Field::read(reader, scope, stringify!($field), $default),)*
+                }
+            }
+
+            fn write(&self, page: &mut $crate::config::page::Page) {
+                $($crate::config::schema::Field::write(
+                    &self.$field,
+                    &$default,
+                    stringify!($field),
+                    concat!($($doc, "\n"),*),
+                    page,
+                );)*
+            }
+        }
+    };
+}
+pub(crate) use section;
+
+/// A table of the configuration. Implemented by `section!` only.
+pub(crate) trait Section: Sized {
+    /// The keys, in the order they are documented.
+    const KEYS: &'static [&'static str];
+
+    /// Reads the table. A value that is at fault is replaced by its default, so that the checks
+    /// behind can still look at the rest; the fault itself stops the start-up.
+    fn read(reader: &mut Reader<'_>, scope: &Scope<'_>) -> Self;
+
+    /// Adds the keys to `page`, and the tables below it.
+    fn write(&self, page: &mut Page);
+}
+
+/// A key whose kind is told by `D`, the type of its default.
+pub(crate) trait Field<D>: Sized {
+    fn read(reader: &mut Reader<'_>, scope: &Scope<'_>, key: &'static str, default: D) -> Self;
+
+    fn write(&self, default: &D, key: &'static str, doc: &'static str, page: &mut Page);
+}
+
+/// The value of a default that is part of the program.
+fn built_in<T: ConfigValue>(key: &str, text: &str) -> T {
+    // Defaults are constants and every one is read by the test that loads no configuration at all.
+    T::from_text(text)
+        .unwrap_or_else(|rejected| panic!("default of {key} is not {}", rejected.allowed))
+}
+
+fn line<T: ConfigValue>(value: &T, key: &'static str, doc: &'static str) -> Line {
+    Line {
+        key,
+        doc,
+        toml: Some(value.to_toml()),
+        text: value.to_text(),
+        example: None,
+        secret: T::SECRET,
+    }
+}
+
+/// A value with a default, given as the text an environment variable would hold.
+impl<T: ConfigValue> Field<&'static str> for T {
+    fn read(
+        reader: &mut Reader<'_>,
+        scope: &Scope<'_>,
+        key: &'static str,
+        default: &'static str,
+    ) -> T {
+        reader
+            .value(scope, key, identity)
+            .unwrap_or_else(|| built_in(key, default))
+    }
+
+    fn write(&self, _: &&'static str, key: &'static str, doc: &'static str, page: &mut Page) {
+        page.lines.push(line(self, key, doc));
+    }
+}
+
+/// A value with a default, and the bounds it must keep to.
+pub(crate) struct Within<R>(pub &'static str, pub R);
+
+impl<T: ConfigValue + PartialOrd, R: RangeBounds<T>> Field<Within<R>> for T {
+    fn read(
+        reader: &mut Reader<'_>,
+        scope: &Scope<'_>,
+        key: &'static str,
+        default: Within<R>,
+    ) -> T {
+        let Within(text, bounds) = default;
+        let allowed = || format!("{}, {}", T::allowed(), describe(&bounds));
+        reader
+            .value(scope, key, |value| match value {
+                Ok(value) if bounds.contains(&value) => Ok(value),
+                Ok(_) => Err(Rejected::new(allowed())),
+                Err(rejected) => Err(Rejected {
+                    allowed: allowed(),
+                    ..rejected
+                }),
+            })
+            .unwrap_or_else(|| built_in(key, text))
+    }
+
+    fn write(&self, _: &Within<R>, key: &'static str, doc: &'static str, page: &mut Page) {
+        page.lines.push(line(self, key, doc));
+    }
+}
+
+fn describe<T: ConfigValue>(bounds: &impl RangeBounds<T>) -> String {
+    let text = |bound: Bound<&T>| match bound {
+        Bound::Included(limit) | Bound::Excluded(limit) => Some(limit.to_text()),
+        Bound::Unbounded => None,
+    };
+    match (text(bounds.start_bound()), text(bounds.end_bound())) {
+        (Some(least), Some(most)) => format!("from {least} to {most}"),
+        (Some(least), None) => format!("at least {least}"),
+        (None, Some(most)) => format!("at most {most}"),
+        (None, None) => "without bounds".to_owned(),
+    }
+}
+
+/// A value that may be left out. Holds an example.
+pub(crate) struct Unset(pub &'static str);
+
+impl<T: ConfigValue> Field<Unset> for Option<T> {
+    fn read(reader: &mut Reader<'_>, scope: &Scope<'_>, key: &'static str, _: Unset) -> Option<T> {
+        reader.value(scope, key, identity)
+    }
+
+    fn write(&self, example: &Unset, key: &'static str, doc: &'static str, page: &mut Page) {
+        page.lines.push(Line {
+            key,
+            doc,
+            toml: self.as_ref().map(T::to_toml),
+            text: example.0.to_owned(),
+            example: Some(quote(example.0)),
+            secret: T::SECRET,
+        });
+    }
+}
+
+/// A value whose default is made at start-up. Holds what the default file shows in its place.
+pub(crate) struct Computed(pub fn() -> String, pub &'static str);
+
+impl<T: ConfigValue> Field<Computed> for T {
+    fn read(reader: &mut Reader<'_>, scope: &Scope<'_>, key: &'static str, default: Computed) -> T {
+        reader
+            .value(scope, key, identity)
+            .or_else(|| T::from_text(&(default.0)()).ok())
+            .unwrap_or_else(|| built_in(key, default.1))
+    }
+
+    fn write(&self, default: &Computed, key: &'static str, doc: &'static str, page: &mut Page) {
+        page.lines.push(Line {
+            text: default.1.to_owned(),
+            example: Some(quote(default.1)),
+            ..line(self, key, doc)
+        });
+    }
+}
+
+/// A table.
+pub(crate) struct Nested;
+
+impl<T: Section> Field<Nested> for T {
+    fn read(reader: &mut Reader<'_>, scope: &Scope<'_>, key: &'static str, _: Nested) -> T {
+        let table = reader.table(scope, key, T::KEYS);
+        T::read(reader, &table)
+    }
+
+    fn write(&self, _: &Nested, key: &'static str, doc: &'static str, page: &mut Page) {
+        let mut nested = Page {
+            path: join(&page.path, key),
+            doc,
+            ..Page::default()
+        };
+        Section::write(self, &mut nested);
+        page.pages.push(nested);
+    }
+}
+
+/// A table of tables that the user names.
+pub(crate) struct Named {
+    /// The key that every one must have, for it has no sensible default.
+    pub required: &'static str,
+    /// The one that is there when none is configured; it may leave out the required key.
+    pub built_in: Option<&'static str>,
+    /// A name that is taken, and what it stands for.
+    pub reserved: Option<(&'static str, &'static str)>,
+}
+
+impl<T: Section> Field<Named> for BTreeMap<String, T> {
+    fn read(reader: &mut Reader<'_>, scope: &Scope<'_>, key: &'static str, rules: Named) -> Self {
+        let all = reader.table(scope, key, &["NAME"]);
+        let mut named = BTreeMap::new();
+        for (name, value) in all.entries() {
+            if !is_name(name) {
+                reader.refuse_name(&all, name, value);
+                continue;
+            }
+            if let Some((_, stands_for)) = rules.reserved.filter(|(reserved, _)| reserved == name) {
+                let problem =
+                    format!("the name \"{name}\" stands for {stands_for}; allowed: another name");
+                reader.fault(value, all.path_of(name), problem);
+                continue;
+            }
+            let table = reader.table(&all, name, T::KEYS);
+            if rules.built_in != Some(name) {
+                reader.require(&table, rules.required, value);
+            }
+            named.insert(name.clone(), T::read(reader, &table));
+        }
+        if let Some(name) = rules.built_in.filter(|_| named.is_empty()) {
+            named.insert(
+                name.to_owned(),
+                T::read(reader, &Scope::empty(all.path_of(name))),
+            );
+        }
+        named
+    }
+
+    fn write(&self, _: &Named, key: &'static str, doc: &'static str, page: &mut Page) {
+        let mut all = Page {
+            path: join(&page.path, key),
+            doc,
+            ..Page::default()
+        };
+        for (name, section) in self {
+            let mut one = Page {
+                path: join(&all.path, name),
+                ..Page::default()
+            };
+            section.write(&mut one);
+            all.pages.push(one);
+        }
+        page.pages.push(all);
+    }
+}
+
+/// `path.key`, or `key` at the top level.
+pub(crate) fn join(path: &str, key: &str) -> String {
+    if path.is_empty() {
+        key.to_owned()
+    } else {
+        format!("{path}.{key}")
+    }
+}
+
+/// Every value below `table` that is not itself a table.
+pub(crate) fn leaves(table: &Dict) -> Vec<&Value> {
+    let mut found = Vec::new();
+    for value in table.values() {
+        match value.as_dict() {
+            Some(below) if !below.is_empty() => found.extend(leaves(below)),
+            _ => found.push(value),
+        }
+    }
+    found
+}

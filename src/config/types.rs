@@ -1,0 +1,382 @@
+//! The sections of the configuration and their keys: the reference that the default file is made of.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use figment::value::Value;
+
+use super::address::{BrokerUrl, HandlerAddress};
+use super::listeners::Listeners;
+use super::names::{ClientIdPrefix, Mountpoint, NodeName, PropertyName, words};
+use super::schema::{Computed, Named, Nested, Within, section};
+use super::value::{ConfigValue, Rejected};
+use super::values::{Limit, Secret, Size};
+
+/// The shortest duration of a key for which zero makes no sense.
+pub(super) const TICK: Duration = Duration::from_millis(1);
+
+section! {
+    /// The whole configuration, checked.
+    pub struct Config {
+        /// The gateway's name, in `Message.node` of every message handed to a handler.
+        /// 1 to 255 bytes without control characters. Default: the host name.
+        node_name: NodeName = Computed(host_name, "<host name>"),
+
+        /// Prefix of every topic a connection publishes or subscribes to, such as "meters/${clientid}/".
+        /// ${clientid} and ${username} are filled in. "" for none. A listener may have its own.
+        mountpoint: Mountpoint = "",
+
+        /// A connection that is not authenticated and over which nothing went either way for so long
+        /// is closed, reason idle_timeout. A duration (ms, s, m, h, d) or "infinity".
+        idle_timeout: Limit<Duration> = Within("30s", Limit::Finite(TICK)..),
+
+        /// Whether handlers may call RawPublish, which knows no mountpoint and no access control.
+        /// true or false; false answers PERMISSION_DENY.
+        raw_publish: bool = "true",
+
+        /// Whether the mountpoint of an AuthenticateRequest counts, as in EMQX 4.x.
+        /// true or false; false ignores it, as EMQX does since 5.1.
+        clientinfo_mountpoint: bool = "false",
+
+        /// A connection that is not authenticated so long after it was accepted is closed, busy or
+        /// not, reason idle_timeout. A duration or "infinity".
+        authenticate_timeout: Limit<Duration> = Within("infinity", Limit::Finite(TICK)..),
+
+        /// Threads that serve connections. 0 to 256; 0 is one for each CPU core.
+        shards: usize = Within("0", 0..=256),
+
+        /// The longest that a drain takes after SIGTERM. What is left then is closed without
+        /// ceremony. A duration; "0s" does not wait at all.
+        shutdown_timeout: Duration = "15s",
+
+        /// ConnectionAdapter: the gRPC service that handlers call to send, publish, subscribe...
+        server: Server = Nested,
+
+        /// The handler that every listener uses unless it names another. Its name is "default".
+        handler: Handler = Nested,
+
+        /// Further handlers, with the same keys as `[handler]`; `address` is required.
+        /// A listener chooses one with its key `handler`. Names are of a-z, 0-9, _ and -.
+        ///
+        /// ```toml
+        /// [handlers.meters]
+        /// address = ["http://10.0.0.7:9001", "http://10.0.0.8:9001"]
+        /// ```
+        handlers: BTreeMap<String, Handler> =
+            Named { required: "address", built_in: None, reserved: Some(("default", "the table [handler]")) },
+
+        /// The MQTT broker that messages go to and come from.
+        broker: Broker = Nested,
+
+        /// HTTP for operators: /metrics /healthz /readyz.
+        admin: Admin = Nested,
+
+        /// The gateway's own log.
+        log: Log = Nested,
+
+        /// Messages from the broker that wait for a connection's handler, for each connection.
+        queue: Queue = Nested,
+
+        /// Where devices connect. With no listener configured there is tcp.default, as below; as
+        /// soon as one is, there are only those that are configured.
+        listeners: Listeners = Nested,
+    }
+}
+
+/// The default of `node_name`.
+fn host_name() -> String {
+    let name = fs::read_to_string("/proc/sys/kernel/hostname")
+        .or_else(|_| fs::read_to_string("/etc/hostname"))
+        .unwrap_or_default();
+    let name = name.trim();
+    if name.is_empty() {
+        "exproto-sidecar".to_owned()
+    } else {
+        name.to_owned()
+    }
+}
+
+section! {
+    /// `[server]`: the gRPC ConnectionAdapter.
+    pub struct Server {
+        /// IP address and port, such as "127.0.0.1:9100"; a port alone is every IPv4 address.
+        bind: SocketAddr = "127.0.0.1:9100",
+
+        /// The largest request taken from a handler. A size (KiB, MiB, GiB).
+        max_message_size: Size = Within("4MiB", Size::new(1)..),
+
+        /// TLS of the adapter.
+        ssl_options: ServerTls = Nested,
+    }
+}
+
+section! {
+    /// TLS where the gateway is the server.
+    pub struct ServerTls {
+        /// Whether TLS is on: true or false. Needs certfile and keyfile.
+        enable: bool = "false",
+
+        /// PEM file with the certificate chain, relative to the working directory. "" for none.
+        certfile: Option<PathBuf> = "",
+
+        /// PEM file with the certificate's private key. "" for none.
+        keyfile: Option<PathBuf> = "",
+
+        /// PEM file with the authorities that clients' certificates are checked with. "" for none.
+        cacertfile: Option<PathBuf> = "",
+
+        /// "verify_none", or "verify_peer" for mutual TLS: a client must show a certificate that
+        /// cacertfile vouches for.
+        verify: Verify = "verify_none",
+    }
+}
+
+section! {
+    /// TLS where the gateway is the client.
+    pub struct ClientTls {
+        /// PEM file with the authorities the server is checked with. "" for those of the system.
+        cacertfile: Option<PathBuf> = "",
+
+        /// PEM file with the gateway's own certificate chain, for mutual TLS. "" for none.
+        certfile: Option<PathBuf> = "",
+
+        /// PEM file with the certificate's private key. "" for none.
+        keyfile: Option<PathBuf> = "",
+
+        /// "verify_peer", or "verify_none", which trusts any server: for tests only.
+        verify: Verify = "verify_peer",
+    }
+}
+
+section! {
+    /// `[handler]` and `[handlers.NAME]`: a user's ConnectionHandler.
+    pub struct Handler {
+        /// Where the service listens: "http://HOST:PORT", https:// for TLS, or a list of them.
+        address: Vec<HandlerAddress> = "http://127.0.0.1:9001",
+
+        /// The gRPC service it implements: "ConnectionUnaryHandler", or "ConnectionHandler", the
+        /// streaming one, the only one that EMQX 4.2 to 4.4 knew.
+        service_name: ServiceName = "ConnectionUnaryHandler",
+
+        /// The longest that one callback takes. A duration.
+        request_timeout: Duration = Within("5s", TICK..),
+
+        /// The longest that connecting takes, each attempt. A duration.
+        connect_timeout: Duration = Within("5s", TICK..),
+
+        /// How long OnSocketClosed is tried. A duration.
+        close_timeout: Duration = Within("5s", TICK..),
+
+        /// The most messages in one OnReceivedMessages, at least 1. Set 1 for a handler that reads
+        /// only the first.
+        max_batch: usize = Within("100", 1..),
+
+        /// What becomes of connections while the handler is away: "hold" keeps them and tries their
+        /// callbacks again with backoff, "close" closes them, reason handler_unavailable.
+        on_unavailable: OnUnavailable = "hold",
+
+        /// With "hold": the longest outage a connection is held for. A duration or "infinity".
+        max_outage: Limit<Duration> = Within("60s", Limit::Finite(TICK)..),
+
+        /// TLS towards an https:// address.
+        ssl_options: ClientTls = Nested,
+    }
+}
+
+section! {
+    /// `[broker]`: the MQTT broker.
+    pub struct Broker {
+        /// "mqtt://HOST:PORT", mqtts:// for TLS. Without a port it is 1883, or 8883 for mqtts://.
+        url: BrokerUrl = "mqtt://127.0.0.1:1883",
+
+        /// The MQTT version. This version of the gateway speaks 5 only.
+        protocol: Protocol = "5",
+
+        /// Connections to the broker, 1 to 64.
+        pool_size: usize = Within("4", 1..=64),
+
+        /// The user name the gateway gives the broker. "" for none.
+        username: Option<String> = "",
+
+        /// The password the gateway gives the broker, "" for none. Never shown. See password_file.
+        password: Option<Secret> = "",
+
+        /// File with the password, in place of password; a line end behind it is left out. "" for none.
+        password_file: Option<PathBuf> = "",
+
+        /// What the client ids of the gateway's own connections begin with: 1 to 32 characters
+        /// without / + # and white space.
+        client_id_prefix: ClientIdPrefix = "exproto",
+
+        /// MQTT keep-alive of those connections. A duration from 5s to 65535s.
+        keep_alive: Duration = Within("30s", Duration::from_secs(5)..=Duration::from_secs(65535)),
+
+        /// The longest that connecting takes, each attempt. A duration.
+        connect_timeout: Duration = Within("10s", TICK..),
+
+        /// How long the broker keeps a session that lost its connection. A duration; "0s" ends it
+        /// with the connection.
+        session_expiry: Duration = "1h",
+
+        /// How long a publish waits for the broker's acknowledgement. A duration.
+        publish_timeout: Duration = Within("10s", TICK..),
+
+        /// The most messages that wait to be sent to the broker, at least 1.
+        outbox_max_messages: usize = Within("10000", 1..),
+
+        /// The most bytes that wait to be sent to the broker. A size.
+        outbox_max_bytes: Size = Within("16MiB", Size::new(1)..),
+
+        /// The most QoS 1 and 2 messages the broker may have in flight towards the gateway, on each
+        /// connection (Receive Maximum of MQTT 5). 1 to 65535.
+        receive_maximum: u16 = Within("1024", 1..=65535),
+
+        /// The largest MQTT packet taken from the broker. A size from 1KiB to 256MiB.
+        max_packet_size: Size = Within("1MiB", Size::new(1 << 10)..=Size::new(256 << 20)),
+
+        /// The wait before the first attempt to connect again; it doubles with each. A duration.
+        reconnect_min: Duration = Within("100ms", TICK..),
+
+        /// The longest such wait, not shorter than reconnect_min. A duration.
+        reconnect_max: Duration = Within("5s", TICK..),
+
+        /// The user property that carries a publisher's clientid, for Message.from. "" turns it off.
+        from_property: Option<PropertyName> = "exproto-from",
+
+        /// The user property that carries the time of publishing, for Message.timestamp. "" turns it off.
+        timestamp_property: Option<PropertyName> = "exproto-timestamp",
+
+        /// TLS towards an mqtts:// broker.
+        ssl_options: ClientTls = Nested,
+    }
+}
+
+section! {
+    /// `[admin]`: HTTP for operators.
+    pub struct Admin {
+        /// IP address and port, such as "127.0.0.1:9180". "" turns it off.
+        bind: Option<SocketAddr> = "127.0.0.1:9180",
+    }
+}
+
+section! {
+    /// `[log]`: the gateway's own log.
+    pub struct Log {
+        /// The least that is logged: "error", "warn", "info", "debug" or "trace".
+        level: LogLevel = "info",
+
+        /// "text", or "json" for one JSON object a line.
+        format: LogFormat = "text",
+    }
+}
+
+section! {
+    /// `[queue]`: messages that wait for one connection's handler.
+    pub struct Queue {
+        /// The most messages, at least 1.
+        max_messages: usize = Within("1000", 1..),
+
+        /// The most bytes. A size.
+        max_bytes: Size = Within("1MiB", Size::new(1)..),
+
+        /// What happens when it is full: "drop_oldest" drops the oldest message, "close" closes
+        /// the connection.
+        policy: QueuePolicy = "drop_oldest",
+    }
+}
+
+words! {
+    /// Whether the certificate of the other side is checked.
+    pub enum Verify {
+        /// Any certificate, or none, will do.
+        None = "verify_none",
+        /// A certificate that the authorities vouch for is required.
+        Peer = "verify_peer",
+    }
+
+    /// The gRPC service that a handler implements.
+    pub enum ServiceName {
+        /// Each callback is a unary call.
+        ConnectionUnaryHandler = "ConnectionUnaryHandler",
+        /// Each callback is a client stream.
+        ConnectionHandler = "ConnectionHandler",
+    }
+
+    /// What becomes of connections while their handler is away.
+    pub enum OnUnavailable {
+        /// They are kept, and callbacks tried again.
+        Hold = "hold",
+        /// They are closed.
+        Close = "close",
+    }
+
+    /// What happens when a connection's queue is full.
+    pub enum QueuePolicy {
+        /// The oldest message goes.
+        DropOldest = "drop_oldest",
+        /// The connection goes.
+        Close = "close",
+    }
+
+    /// The least that is logged.
+    pub enum LogLevel {
+        /// Something failed for good.
+        Error = "error",
+        /// Something is wrong and may heal.
+        Warn = "warn",
+        /// Start, stop and other rare events.
+        Info = "info",
+        /// Every connection.
+        Debug = "debug",
+        /// Every message.
+        Trace = "trace",
+    }
+
+    /// How a log line looks.
+    pub enum LogFormat {
+        /// For people.
+        Text = "text",
+        /// One JSON object.
+        Json = "json",
+    }
+}
+
+/// The version of MQTT spoken with the broker.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Protocol {
+    /// MQTT 5.0.
+    V5,
+}
+
+impl ConfigValue for Protocol {
+    fn allowed() -> String {
+        "5".to_owned()
+    }
+
+    fn from_text(text: &str) -> Result<Self, Rejected> {
+        match text.trim() {
+            "5" => Ok(Protocol::V5),
+            "4" => Err(Rejected::new(
+                "5; 4 (MQTT 3.1.1) is not available in this version; use 5",
+            )),
+            _ => Err(Rejected::new(Self::allowed())),
+        }
+    }
+
+    fn from_value(value: &Value) -> Result<Self, Rejected> {
+        u16::from_value(value)
+            .map_err(|_| Rejected::new(Self::allowed()))
+            .and_then(|number| Self::from_text(&number.to_string()))
+    }
+
+    fn to_text(&self) -> String {
+        "5".to_owned()
+    }
+
+    fn to_toml(&self) -> String {
+        self.to_text()
+    }
+}

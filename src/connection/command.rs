@@ -1,0 +1,333 @@
+//! What a handler may ask, as data, and the one path on which it is done.
+//!
+//! The adapter's gRPC calls end here. Anything else that carries commands from a
+//! handler brings them to [`Commands::execute`] too.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+
+use super::handle::{Client, Handle, Refused};
+use super::reason::CloseReason;
+use super::registry::{NotFound, Registry};
+use crate::broker::topic::{Mountpoint, TopicError, TopicFilter, TopicName, is_mqtt_text};
+use crate::broker::{Broker, Publication, PublishError, QoS, SubscribeError};
+use crate::proto::ResultCode;
+
+/// A request about one connection.
+#[derive(Debug)]
+pub enum Command {
+    /// Send bytes to the device.
+    Send(Bytes),
+    /// Close after what was accepted is sent.
+    Close,
+    /// Make the device a client.
+    Authenticate(Credentials),
+    /// Start or replace the keepalive timer; the interval in seconds.
+    StartTimer(u32),
+    /// Publish in the device's name.
+    Publish {
+        /// Without the mountpoint.
+        topic: String,
+        /// 0, 1 or 2.
+        qos: u32,
+        /// The message.
+        payload: Bytes,
+    },
+    /// Subscribe the connection.
+    Subscribe {
+        /// Without the mountpoint.
+        filter: String,
+        /// 0, 1 or 2.
+        qos: u32,
+    },
+    /// End a subscription.
+    Unsubscribe {
+        /// As it was given to subscribe.
+        filter: String,
+    },
+}
+
+/// What a device says of itself.
+pub struct Credentials {
+    /// Name of the device's protocol.
+    pub proto_name: String,
+    /// Its version.
+    pub proto_ver: String,
+    /// Client id.
+    pub clientid: String,
+    /// User name.
+    pub username: String,
+    /// Template of the prefix of its topics; counts only when configured so.
+    pub mountpoint: String,
+    /// Password.
+    pub password: String,
+}
+
+impl std::fmt::Debug for Credentials {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Credentials")
+            .field("clientid", &self.clientid)
+            .field("username", &self.username)
+            .finish_non_exhaustive()
+    }
+}
+
+/// A "no", with what the handler is told.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Refusal {
+    /// The result code.
+    pub code: ResultCode,
+    /// For a person.
+    pub message: String,
+}
+
+impl Refusal {
+    /// A refusal with this code and text.
+    pub fn new(code: ResultCode, message: impl Into<String>) -> Self {
+        Self {
+            code,
+            message: message.into(),
+        }
+    }
+}
+
+impl From<NotFound> for Refusal {
+    fn from(not_found: NotFound) -> Self {
+        match not_found {
+            NotFound::Malformed => Self::new(
+                ResultCode::ParamsTypeError,
+                "conn is not an id that this gateway gives: pass on the one from the callback",
+            ),
+            NotFound::Unknown => Refused::NotAlive.into(),
+        }
+    }
+}
+
+impl From<Refused> for Refusal {
+    fn from(refused: Refused) -> Self {
+        let (code, message) = match refused {
+            Refused::NotAlive => (
+                ResultCode::ConnProcessNotAlive,
+                "the connection is closed or closing",
+            ),
+            Refused::NotAuthenticated => (
+                ResultCode::PermissionDeny,
+                "the connection is not authenticated: call Authenticate first",
+            ),
+            Refused::AlreadyAuthenticated => (
+                ResultCode::PermissionDeny,
+                "the connection is authenticated already",
+            ),
+            Refused::TooManySubscriptions => (
+                ResultCode::Unknown,
+                "the connection has as many subscriptions as it may have",
+            ),
+        };
+        Self::new(code, message)
+    }
+}
+
+impl From<TopicError> for Refusal {
+    fn from(error: TopicError) -> Self {
+        Self::new(ResultCode::ParamsTypeError, error.to_string())
+    }
+}
+
+impl From<PublishError> for Refusal {
+    fn from(error: PublishError) -> Self {
+        let code = match &error {
+            PublishError::Refused(refusal) if refusal.denied => ResultCode::PermissionDeny,
+            _ => ResultCode::Unknown,
+        };
+        Self::new(code, error.to_string())
+    }
+}
+
+impl From<SubscribeError> for Refusal {
+    fn from(error: SubscribeError) -> Self {
+        let code = match &error {
+            SubscribeError::Refused(refusal) if refusal.denied => ResultCode::PermissionDeny,
+            _ => ResultCode::Unknown,
+        };
+        Self::new(code, error.to_string())
+    }
+}
+
+fn qos(number: u32) -> Result<QoS, Refusal> {
+    QoS::from_number(number).ok_or_else(|| {
+        Refusal::new(
+            ResultCode::ParamsTypeError,
+            format!("qos is {number}, allowed are 0, 1 and 2"),
+        )
+    })
+}
+
+/// Does what handlers ask. Cheap to clone.
+#[derive(Clone)]
+pub struct Commands {
+    registry: Arc<Registry>,
+    broker: Broker,
+    raw_publish: bool,
+}
+
+impl Commands {
+    /// Over these connections and this broker; `raw_publish` allows
+    /// [`Commands::raw_publish`].
+    pub fn new(registry: Arc<Registry>, broker: Broker, raw_publish: bool) -> Self {
+        Self {
+            registry,
+            broker,
+            raw_publish,
+        }
+    }
+
+    /// Does one command.
+    ///
+    /// Cancel safe: what was not done yet is not done.
+    pub async fn execute(&self, conn: &str, command: Command) -> Result<(), Refusal> {
+        let handle = self.registry.find(conn)?;
+        match command {
+            Command::Send(bytes) => handle.send(bytes).await?,
+            Command::Close => handle.close(CloseReason::ClosedByHandler)?,
+            Command::Authenticate(credentials) => self.authenticate(&handle, &credentials)?,
+            Command::StartTimer(0) => {
+                return Err(Refusal::new(
+                    ResultCode::ParamsTypeError,
+                    "interval is 0, it must be at least one second",
+                ));
+            }
+            Command::StartTimer(seconds) => {
+                handle.start_timer(Duration::from_secs(seconds.into()))?;
+            }
+            Command::Publish {
+                topic,
+                qos: number,
+                payload,
+            } => {
+                let client = handle.client()?;
+                let qos = qos(number)?;
+                let topic = client.mountpoint.mount(&TopicName::parse(topic)?)?;
+                let publication = Publication {
+                    topic,
+                    qos,
+                    payload,
+                    from: Some(client.clientid.clone()),
+                };
+                let route = handle.id().route();
+                self.broker.publish(route, publication).await?;
+            }
+            Command::Subscribe {
+                filter,
+                qos: number,
+            } => self.subscribe(&handle, filter, number).await?,
+            Command::Unsubscribe { filter } => {
+                handle.client()?;
+                TopicFilter::parse(&filter)?;
+                handle.unsubscribe(&filter)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Publishes a message that belongs to no connection: without a mountpoint.
+    pub async fn raw_publish(
+        &self,
+        topic: String,
+        qos_number: u32,
+        payload: Bytes,
+    ) -> Result<(), Refusal> {
+        if !self.raw_publish {
+            return Err(Refusal::new(
+                ResultCode::PermissionDeny,
+                "RawPublish is turned off in the gateway's configuration (raw_publish)",
+            ));
+        }
+        let publication = Publication {
+            qos: qos(qos_number)?,
+            topic: TopicName::parse(topic)?,
+            payload,
+            from: None,
+        };
+        // One route for all, so that they keep their order.
+        Ok(self.broker.publish(0, publication).await?)
+    }
+
+    fn authenticate(&self, handle: &Handle, credentials: &Credentials) -> Result<(), Refusal> {
+        let missing = [
+            ("proto_name", &credentials.proto_name),
+            ("proto_ver", &credentials.proto_ver),
+            ("clientid", &credentials.clientid),
+        ];
+        if let Some((name, _)) = missing.iter().find(|(_, value)| value.is_empty()) {
+            return Err(Refusal::new(
+                ResultCode::RequiredParamsMissed,
+                format!("clientinfo.{name} is empty"),
+            ));
+        }
+        // They become part of topics and MQTT properties.
+        for (name, value) in [
+            ("clientid", &credentials.clientid),
+            ("username", &credentials.username),
+        ] {
+            if !is_mqtt_text(value) {
+                return Err(Refusal::new(
+                    ResultCode::ParamsTypeError,
+                    format!("clientinfo.{name} has control characters or more than 65535 bytes"),
+                ));
+            }
+        }
+        handle.authenticating()?;
+        let done = self.make_client(handle, credentials);
+        if done.is_err() {
+            handle.not_authenticated();
+        }
+        done
+    }
+
+    fn make_client(&self, handle: &Handle, credentials: &Credentials) -> Result<(), Refusal> {
+        let settings = &handle.context().settings;
+        let template = if settings.clientinfo_mountpoint && !credentials.mountpoint.is_empty() {
+            &credentials.mountpoint
+        } else {
+            if !credentials.mountpoint.is_empty() {
+                tracing::debug!(conn = %handle.id(), "clientinfo.mountpoint is ignored");
+            }
+            &settings.mountpoint
+        };
+        let mountpoint =
+            Mountpoint::resolve(template, &credentials.clientid, &credentials.username)?;
+        let client = Arc::new(Client {
+            clientid: credentials.clientid.as_str().into(),
+            username: credentials.username.clone(),
+            mountpoint,
+        });
+        let older = self.registry.claim(&client.clientid, handle.clone());
+        if let Err(refused) = handle.authenticated(client.clone()) {
+            // It ended meanwhile and nobody else will take the name back.
+            self.registry.release(&client.clientid, handle.id());
+            return Err(refused.into());
+        }
+        if let Some(older) = older {
+            tracing::debug!(conn = %older.id(), clientid = %client.clientid, "client id taken over");
+            // It may have ended by itself.
+            let _ = older.close(CloseReason::Discarded);
+        }
+        Ok(())
+    }
+
+    async fn subscribe(&self, handle: &Handle, filter: String, number: u32) -> Result<(), Refusal> {
+        let client = handle.client()?;
+        let qos = qos(number)?;
+        let mounted = client
+            .mountpoint
+            .mount_filter(&TopicFilter::parse(&filter)?)?;
+        let replaced = handle.may_subscribe(&filter)?;
+        let subscription = self
+            .broker
+            .subscribe(&mounted, qos, handle.subscriber(), replaced)
+            .await?;
+        Ok(handle.subscribed(filter, subscription)?)
+    }
+}

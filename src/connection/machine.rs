@@ -1,0 +1,350 @@
+//! The life of a connection as a state machine: no IO, no clock.
+//!
+//! ```text
+//!            start              Created taken
+//!   (new) ----------> Opening ---------------> Open <--+
+//!                        |                      |  |   | callback taken
+//!                        |          bytes, batch, timer|
+//!                        |                      |  +---+
+//!                        +---- any close -------+
+//!                                   |
+//!                                   v      flushed or aborted,
+//!                                Closing   callback in flight done
+//!                                   |
+//!                                   v  Closed taken or lost
+//!                                Closed -------------------> Finished
+//! ```
+//!
+//! At most one callback is in flight. While one is, nothing is read from the
+//! device: its bytes stay in the kernel and push back on it.
+
+use std::collections::VecDeque;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+
+use super::reason::CloseReason;
+
+/// Timers of a connection; `None` is never.
+#[derive(Debug, Clone)]
+pub struct Timeouts {
+    /// Nothing either way while not authenticated.
+    pub idle: Option<Duration>,
+    /// Not authenticated since it opened.
+    pub authenticate: Option<Duration>,
+    /// Nothing taken by the device of what waits for it.
+    pub send: Duration,
+}
+
+/// How a callback ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Outcome {
+    /// The handler took it.
+    Taken,
+    /// The handler was away for too long.
+    Unavailable,
+    /// The handler answered with an error or not in time.
+    Failed,
+}
+
+/// What happened.
+#[derive(Debug)]
+pub enum Input<B> {
+    /// Bytes from the device. Only while [`Machine::is_reading`].
+    Received(Bytes),
+    /// Messages for the handler. Only while [`Machine::wants_messages`].
+    Batch(B),
+    /// The device sends nothing more.
+    PeerClosed,
+    /// The socket failed.
+    SocketFailed(String),
+    /// The callback in flight ended.
+    CallEnded(Outcome),
+    /// Somebody wants the connection closed.
+    CloseRequested(CloseReason),
+    /// The device is a client now.
+    Authenticated,
+    /// A keepalive interval was set.
+    KeepaliveSet(Duration),
+    /// The device took bytes.
+    Sent,
+    /// Bytes wait and the device takes none.
+    SendBlocked,
+    /// All that was to be sent before closing is sent.
+    Flushed,
+    /// [`Machine::deadline`] has passed.
+    Elapsed,
+}
+
+/// What is to be done, in this order.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Action<B> {
+    /// Tell the handler.
+    Call(Call<B>),
+    /// Take no more requests; send what waits, then say so with [`Input::Flushed`].
+    Flush,
+    /// Take no more requests; throw away what waits.
+    Abort,
+    /// The connection is over.
+    Finish,
+}
+
+/// A callback.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Call<B> {
+    /// OnSocketCreated.
+    Created,
+    /// OnReceivedBytes.
+    Bytes(Bytes),
+    /// OnReceivedMessages.
+    Batch(B),
+    /// OnTimerTimeout.
+    Timer,
+    /// OnSocketClosed.
+    Closed(CloseReason),
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Phase {
+    Opening,
+    Open,
+    /// The keepalive ran out and the handler is being told.
+    Expiring,
+    Closing(CloseReason),
+    Closed(CloseReason),
+    Finished(CloseReason),
+}
+
+/// See the module. `B` is a batch of messages.
+#[derive(Debug)]
+pub struct Machine<B> {
+    timeouts: Timeouts,
+    phase: Phase,
+    calling: bool,
+    /// Whether the handler may know of the connection. One that was away all the
+    /// time must not hear of its end only.
+    announced: bool,
+    /// Whether what was to be sent before closing is sent or given up.
+    flushed: bool,
+    paused: bool,
+    authenticated: bool,
+    opened: Instant,
+    /// When something last went either way.
+    active: Instant,
+    /// When something last came, or the keepalive was set.
+    heard: Instant,
+    blocked: Option<Instant>,
+    keepalive: Option<Duration>,
+    actions: VecDeque<Action<B>>,
+}
+
+impl<B> Machine<B> {
+    /// A connection that has just opened: the handler is to be told.
+    pub fn start(timeouts: Timeouts, now: Instant) -> Self {
+        Self {
+            timeouts,
+            phase: Phase::Opening,
+            calling: true,
+            announced: false,
+            flushed: false,
+            paused: false,
+            authenticated: false,
+            opened: now,
+            active: now,
+            heard: now,
+            blocked: None,
+            keepalive: None,
+            actions: VecDeque::from([Action::Call(Call::Created)]),
+        }
+    }
+
+    /// The next thing to do, until there is none.
+    pub fn next_action(&mut self) -> Option<Action<B>> {
+        self.actions.pop_front()
+    }
+
+    /// Whether bytes may be read from the device.
+    pub fn is_reading(&self) -> bool {
+        self.wants_messages() && !self.paused
+    }
+
+    /// Whether the handler may be given messages.
+    pub fn wants_messages(&self) -> bool {
+        self.phase == Phase::Open && !self.calling
+    }
+
+    /// Stops reading, or goes on: for a rate limit.
+    pub fn set_paused(&mut self, paused: bool) {
+        self.paused = paused;
+    }
+
+    /// The reason, once the connection is closing.
+    pub fn close_reason(&self) -> Option<&CloseReason> {
+        match &self.phase {
+            Phase::Closing(reason) | Phase::Closed(reason) | Phase::Finished(reason) => {
+                Some(reason)
+            }
+            Phase::Opening | Phase::Open | Phase::Expiring => None,
+        }
+    }
+
+    /// Whether OnSocketClosed is still to be called.
+    pub fn owes_closed(&self) -> bool {
+        !matches!(self.phase, Phase::Closed(_) | Phase::Finished(_))
+    }
+
+    /// When [`Input::Elapsed`] is due. Reading, the only way to see whether the
+    /// device is silent, is required for the timers that punish silence: while a
+    /// callback is in flight they wait, and what has come meanwhile is read first.
+    pub fn deadline(&self) -> Option<Instant> {
+        let open = self.close_reason().is_none();
+        let send = self.blocked.map(|since| since + self.timeouts.send);
+        let authenticate = (open && !self.authenticated)
+            .then_some(self.timeouts.authenticate)
+            .flatten()
+            .map(|limit| self.opened + limit);
+        let idle = (self.is_reading() && !self.authenticated)
+            .then_some(self.timeouts.idle)
+            .flatten()
+            .map(|limit| self.active + limit);
+        let keepalive = self
+            .keepalive
+            .filter(|_| self.is_reading())
+            .map(|interval| self.heard + interval.mul_f64(1.5));
+        [send, authenticate, idle, keepalive]
+            .into_iter()
+            .flatten()
+            .min()
+    }
+
+    /// Takes an input; what follows from it is in [`Machine::next_action`].
+    pub fn handle(&mut self, input: Input<B>, now: Instant) {
+        match input {
+            Input::Received(bytes) => {
+                debug_assert!(self.is_reading());
+                self.active = now;
+                self.heard = now;
+                self.call(Call::Bytes(bytes));
+            }
+            Input::Batch(batch) => {
+                debug_assert!(self.wants_messages());
+                self.call(Call::Batch(batch));
+            }
+            Input::PeerClosed => self.close(CloseReason::Normal),
+            Input::SocketFailed(detail) => self.abort(CloseReason::SocketError(detail)),
+            Input::CallEnded(outcome) => self.on_call_ended(outcome),
+            Input::CloseRequested(reason) => self.close(reason),
+            Input::Authenticated => self.authenticated = true,
+            Input::KeepaliveSet(interval) => {
+                self.keepalive = Some(interval);
+                self.heard = now;
+            }
+            Input::Sent => {
+                self.active = now;
+                self.blocked = None;
+            }
+            Input::SendBlocked => {
+                self.blocked.get_or_insert(now);
+            }
+            Input::Flushed => {
+                self.flushed = true;
+                self.blocked = None;
+                self.settle();
+            }
+            Input::Elapsed => self.on_elapsed(now),
+        }
+    }
+
+    fn call(&mut self, call: Call<B>) {
+        self.calling = true;
+        self.actions.push_back(Action::Call(call));
+    }
+
+    fn on_call_ended(&mut self, outcome: Outcome) {
+        self.calling = false;
+        self.announced |= outcome != Outcome::Unavailable;
+        match (&self.phase, outcome) {
+            (Phase::Closed(reason), _) => {
+                self.phase = Phase::Finished(reason.clone());
+                self.actions.push_back(Action::Finish);
+                return;
+            }
+            (Phase::Opening, Outcome::Taken) => self.phase = Phase::Open,
+            (Phase::Expiring, Outcome::Taken) => self.close(CloseReason::KeepaliveTimeout),
+            (_, Outcome::Taken) => {}
+            (_, Outcome::Unavailable) => self.close(CloseReason::HandlerUnavailable),
+            (_, Outcome::Failed) => self.close(CloseReason::HandlerError),
+        }
+        self.settle();
+    }
+
+    fn on_elapsed(&mut self, now: Instant) {
+        let passed = |since: Instant, limit: Option<Duration>| {
+            limit.is_some_and(|limit| now >= since + limit)
+        };
+        if self
+            .blocked
+            .is_some_and(|since| passed(since, Some(self.timeouts.send)))
+        {
+            self.abort(CloseReason::SendTimeout);
+            return;
+        }
+        if self.close_reason().is_some() {
+            return;
+        }
+        if !self.authenticated && passed(self.opened, self.timeouts.authenticate) {
+            self.close(CloseReason::IdleTimeout);
+        } else if !self.is_reading() {
+            // Whether the device is silent shows when it is read again.
+        } else if !self.authenticated && passed(self.active, self.timeouts.idle) {
+            self.close(CloseReason::IdleTimeout);
+        } else if passed(self.heard, self.keepalive.map(|i| i.mul_f64(1.5))) {
+            self.phase = Phase::Expiring;
+            self.call(Call::Timer);
+        }
+    }
+
+    /// Closes after what waits for the device is sent. The first reason stays.
+    fn close(&mut self, reason: CloseReason) {
+        if self.close_reason().is_some() {
+            return;
+        }
+        self.phase = match self.phase {
+            // The device's silence is the cause, whatever the handler makes of it.
+            Phase::Expiring => Phase::Closing(CloseReason::KeepaliveTimeout),
+            _ => Phase::Closing(reason),
+        };
+        self.actions.push_back(Action::Flush);
+    }
+
+    /// Closes without sending what waits.
+    fn abort(&mut self, reason: CloseReason) {
+        if self.flushed {
+            return;
+        }
+        if self.close_reason().is_none() {
+            self.phase = Phase::Closing(reason);
+        }
+        self.flushed = true;
+        self.blocked = None;
+        self.actions.push_back(Action::Abort);
+        self.settle();
+    }
+
+    /// Says goodbye once nothing else is to be done.
+    fn settle(&mut self) {
+        if let Phase::Closing(reason) = &self.phase
+            && self.flushed
+            && !self.calling
+        {
+            let reason = reason.clone();
+            if self.announced {
+                self.phase = Phase::Closed(reason.clone());
+                self.call(Call::Closed(reason));
+            } else {
+                self.phase = Phase::Finished(reason);
+                self.actions.push_back(Action::Finish);
+            }
+        }
+    }
+}

@@ -1,0 +1,30 @@
+//! A device's connection, whatever transport carries it.
+//!
+//! ```text
+//! transport --socket--> task <---inbox--- handle <--- adapter's commands
+//!                        | ^                  ^
+//!                inputs  v | actions          +------ broker's deliveries
+//!                      machine
+//!                        |
+//!                        v one callback at a time
+//!                     handler
+//! ```
+//!
+//! A private [`task`], a cloneable [`handle`], an entry in the [`registry`], and a
+//! [`machine`] that decides.
+
+pub mod command;
+mod context;
+mod handle;
+pub mod machine;
+mod queue;
+mod reason;
+mod registry;
+mod task;
+
+pub use context::{ListenerContext, Settings};
+pub use handle::{Client, Handle, Refused};
+pub use queue::{Limits, Policy};
+pub use reason::CloseReason;
+pub use registry::{NotFound, Registry};
+pub use task::serve;

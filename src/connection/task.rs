@@ -1,0 +1,564 @@
+//! The task of a connection: turns what happens into inputs of the state machine
+//! and does what it says.
+//!
+//! One poll looks, in this order, at
+//! 1. the callback in flight: its end frees everything else,
+//! 2. the inbox: a request to close must not wait behind traffic,
+//! 3. the device's side of sending: makes room for handlers that wait in Send,
+//! 4. bytes from the device and messages for it, in turn, so that neither starves,
+//! 5. the clock, last, so that what has come counts before a time-out.
+
+use std::cell::RefCell;
+use std::collections::VecDeque;
+use std::future::{Future, poll_fn};
+use std::io::IoSlice;
+use std::panic::AssertUnwindSafe;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::task::{Context, Poll};
+use std::time::{Duration, Instant};
+
+use bytes::{Buf, Bytes};
+use futures_util::FutureExt;
+use futures_util::future::BoxFuture;
+use tokio::time::Sleep;
+use tracing::Instrument;
+
+use super::context::ListenerContext;
+use super::handle::{Chunk, Client, Handle};
+use super::machine::{Action, Call, Input, Machine, Outcome};
+use super::reason::CloseReason;
+use crate::broker::Delivery;
+use crate::handler::{CallFailure, Caller, Event, EventSink};
+use crate::id::ConnId;
+use crate::proto;
+use crate::rate::TokenBucket;
+use crate::transport::{PeerInfo, Received, Socket};
+
+/// Bytes read at once, into a buffer that all connections of a thread share.
+const READ_CHUNK: usize = 64 * 1024;
+
+/// Most bytes in one OnReceivedBytes. Well below the 4 MiB that gRPC servers take
+/// by default.
+const MAX_READ: usize = 4 * READ_CHUNK;
+
+/// Most bytes in one OnReceivedMessages beyond its first message, for the same
+/// reason.
+const MAX_BATCH_BYTES: usize = 1024 * 1024;
+
+/// Chunks given to the socket in one call; the kernel takes 1,024.
+const MAX_SLICES: usize = 64;
+
+/// How long a closed socket is read, so that what the device still sends does not
+/// make the kernel throw away what it has not fetched yet.
+const LINGER: Duration = Duration::from_secs(2);
+
+/// The same when the gateway stops.
+const LINGER_AT_SHUTDOWN: Duration = Duration::from_millis(200);
+
+thread_local! {
+    static SCRATCH: RefCell<Box<[u8]>> = RefCell::new(vec![0; READ_CHUNK].into_boxed_slice());
+}
+
+/// Serves a connection from OnSocketCreated to OnSocketClosed.
+///
+/// Returns after the socket is closed and the last callback ended. A panic within
+/// ends this connection alone.
+pub async fn serve<S: Socket>(socket: S, peer: PeerInfo, context: Arc<ListenerContext>) {
+    let id = match context.registry.new_id(context.shard) {
+        Ok(id) => id,
+        Err(error) => {
+            context.metrics.refused("setup");
+            tracing::error!(%error, "no randomness for a connection id");
+            return;
+        }
+    };
+    let span =
+        tracing::error_span!("connection", conn = %id, peer = %peer.peer, listener = %context.name);
+    run(socket, peer, id, context).instrument(span).await;
+}
+
+async fn run<S: Socket>(socket: S, peer: PeerInfo, id: ConnId, context: Arc<ListenerContext>) {
+    let handle = Handle::new(id, peer.peer, context.clone());
+    let entry = context.registry.enter(handle.clone());
+    // A gateway that began to drain before this line has not seen the entry.
+    if context.draining.is_cancelled() {
+        let _ = handle.close(CloseReason::Shutdown);
+    }
+    context.metrics.opened.increment(1);
+    context.metrics.open.increment(1.0);
+    tracing::debug!("connection opened");
+    let mut driver = Driver::new(socket, &peer, handle, context.clone());
+    let outcome = AssertUnwindSafe(driver.drive()).catch_unwind().await;
+    if outcome.is_err() {
+        driver.after_panic().await;
+    }
+    let reason = driver.reason();
+    drop(entry);
+    context.metrics.open.decrement(1.0);
+    context.metrics.closed(reason.word());
+    tracing::debug!(%reason, "connection closed");
+    if outcome.is_ok() {
+        driver.linger(&reason).await;
+    }
+}
+
+struct Driver<S> {
+    socket: S,
+    handle: Handle,
+    context: Arc<ListenerContext>,
+    sink: Arc<dyn EventSink>,
+    caller: Arc<Caller>,
+    conninfo: proto::ConnInfo,
+    machine: Machine<Vec<Delivery>>,
+    /// Inputs that were found together with the last one.
+    inputs: VecDeque<Input<Vec<Delivery>>>,
+    call: Option<BoxFuture<'static, Result<(), CallFailure>>>,
+    /// The messages of the callback in flight: acknowledged when it ends.
+    batch: Vec<Delivery>,
+    outgoing: VecDeque<Chunk>,
+    /// Whether the socket is to be finished once `outgoing` is sent.
+    flushing: bool,
+    blocked: bool,
+    peer_ended: bool,
+    /// The end that was found behind bytes.
+    late_end: Option<Input<Vec<Delivery>>>,
+    messages_next: bool,
+    client: Option<Arc<Client>>,
+    rates: Option<Box<Rates>>,
+    timer: Option<Pin<Box<Sleep>>>,
+    done: bool,
+}
+
+/// Limits on what one device sends.
+struct Rates {
+    bytes: Option<TokenBucket>,
+    messages: Option<TokenBucket>,
+    /// When reading goes on.
+    resume: Option<Instant>,
+}
+
+impl Rates {
+    fn new(context: &ListenerContext, now: Instant) -> Option<Box<Self>> {
+        let settings = &context.settings;
+        let bucket = |rate: Option<f64>| rate.map(|rate| TokenBucket::new(rate, now));
+        let rates = Self {
+            bytes: bucket(settings.max_bytes_rate),
+            messages: bucket(settings.max_messages_rate),
+            resume: None,
+        };
+        (rates.bytes.is_some() || rates.messages.is_some()).then(|| Box::new(rates))
+    }
+
+    /// How long reading must rest after a read.
+    fn debit(&mut self, bytes: usize, now: Instant) -> Duration {
+        let rest = |bucket: &mut Option<TokenBucket>, amount: f64| {
+            bucket
+                .as_mut()
+                .map_or(Duration::ZERO, |bucket| bucket.debit(amount, now))
+        };
+        rest(&mut self.bytes, bytes as f64).max(rest(&mut self.messages, 1.0))
+    }
+}
+
+impl<S: Socket> Driver<S> {
+    fn new(socket: S, peer: &PeerInfo, handle: Handle, context: Arc<ListenerContext>) -> Self {
+        let now = Instant::now();
+        Self {
+            socket,
+            sink: context.handlers.assign(),
+            caller: Arc::new(Caller::new(handle.id().to_string())),
+            conninfo: peer.to_proto(),
+            machine: Machine::start(context.settings.timeouts.clone(), now),
+            inputs: VecDeque::new(),
+            call: None,
+            batch: Vec::new(),
+            outgoing: VecDeque::new(),
+            flushing: false,
+            blocked: false,
+            peer_ended: false,
+            late_end: None,
+            messages_next: false,
+            client: None,
+            rates: Rates::new(&context, now),
+            timer: None,
+            done: false,
+            handle,
+            context,
+        }
+    }
+
+    async fn drive(&mut self) {
+        loop {
+            while let Some(action) = self.machine.next_action() {
+                self.act(action);
+            }
+            if self.done {
+                return;
+            }
+            let input = poll_fn(|cx| self.poll_input(cx)).await;
+            self.note(&input);
+            self.machine.handle(input, Instant::now());
+        }
+    }
+
+    fn reason(&self) -> CloseReason {
+        let fault = || CloseReason::SocketError("internal error".to_owned());
+        self.machine.close_reason().cloned().unwrap_or_else(fault)
+    }
+
+    /// Keeps what the machine does not.
+    fn note(&mut self, input: &Input<Vec<Delivery>>) {
+        match input {
+            Input::Authenticated => self.client = self.handle.client().ok(),
+            Input::SendBlocked => self.set_blocked(true),
+            Input::Sent | Input::Flushed => self.set_blocked(false),
+            _ => {}
+        }
+    }
+
+    fn set_blocked(&mut self, blocked: bool) {
+        self.blocked = blocked;
+        let stalled = &self.caller.device_stalled;
+        stalled.store(blocked, Ordering::Relaxed);
+    }
+
+    fn act(&mut self, action: Action<Vec<Delivery>>) {
+        match action {
+            Action::Call(call) => self.start_call(call),
+            Action::Flush => {
+                self.end();
+                self.flushing = true;
+            }
+            Action::Abort => {
+                self.end();
+                self.outgoing.clear();
+                self.flushing = false;
+                self.set_blocked(false);
+                self.socket.abort();
+            }
+            Action::Finish => self.done = true,
+        }
+    }
+
+    fn start_call(&mut self, call: Call<Vec<Delivery>>) {
+        let event = match call {
+            Call::Created => Event::SocketCreated(std::mem::take(&mut self.conninfo)),
+            Call::Bytes(bytes) => Event::ReceivedBytes(bytes),
+            Call::Batch(batch) => {
+                let messages = batch.iter().map(|delivery| self.message(delivery));
+                let event = Event::ReceivedMessages(messages.collect());
+                self.batch = batch;
+                event
+            }
+            Call::Timer => Event::TimerTimeout,
+            Call::Closed(reason) => Event::SocketClosed(reason.to_string()),
+        };
+        self.call = Some(self.sink.deliver(self.caller.clone(), event));
+    }
+
+    fn message(&self, delivery: &Delivery) -> proto::Message {
+        let message = &delivery.message;
+        let topic = match &self.client {
+            Some(client) => client.mountpoint.unmount(&message.topic),
+            None => &message.topic,
+        };
+        proto::Message {
+            node: self.context.settings.node_name.clone(),
+            id: message.id.to_string(),
+            qos: delivery.qos.number(),
+            from: message.from.clone(),
+            topic: topic.to_owned(),
+            payload: message.payload.clone(),
+            timestamp: message.timestamp,
+        }
+    }
+
+    /// From here on the connection takes no requests and is no client any more.
+    fn end(&mut self) {
+        if let Some(client) = self.handle.end() {
+            let id = self.handle.id();
+            self.context.registry.release(&client.clientid, id);
+        }
+    }
+
+    fn poll_input(&mut self, cx: &mut Context<'_>) -> Poll<Input<Vec<Delivery>>> {
+        if let Some(input) = self.inputs.pop_front() {
+            return Poll::Ready(input);
+        }
+        if let Some(call) = &mut self.call
+            && let Poll::Ready(result) = call.as_mut().poll(cx)
+        {
+            self.call = None;
+            return Poll::Ready(Input::CallEnded(self.call_ended(result)));
+        }
+        let wishes = self.handle.look(cx, &mut self.outgoing);
+        let authenticated = wishes.authenticated.then_some(Input::Authenticated);
+        let keepalive = wishes.keepalive.map(Input::KeepaliveSet);
+        let close = wishes.close.map(Input::CloseRequested);
+        self.inputs
+            .extend(authenticated.into_iter().chain(keepalive).chain(close));
+        if let Some(input) = self.inputs.pop_front() {
+            return Poll::Ready(input);
+        }
+        if let Poll::Ready(input) = self.poll_send(cx) {
+            return Poll::Ready(input);
+        }
+        // A paused device goes on when its time has come.
+        if let Some(rates) = &mut self.rates
+            && rates.resume.is_some_and(|at| at <= Instant::now())
+        {
+            rates.resume = None;
+            self.machine.set_paused(false);
+        }
+        let messages = wishes.messages_wait && self.machine.wants_messages();
+        if messages && self.messages_next {
+            return self.take_batch();
+        }
+        if self.machine.is_reading()
+            && let Poll::Ready(input) = self.poll_receive(cx)
+        {
+            // Who is second in turn is first the next time.
+            self.messages_next = true;
+            return Poll::Ready(input);
+        }
+        if messages {
+            return self.take_batch();
+        }
+        self.poll_timer(cx)
+    }
+
+    fn take_batch(&mut self) -> Poll<Input<Vec<Delivery>>> {
+        self.messages_next = false;
+        let count = self.context.settings.max_batch;
+        let batch = self.handle.take_messages(count, MAX_BATCH_BYTES);
+        Poll::Ready(Input::Batch(batch))
+    }
+
+    fn call_ended(&mut self, result: Result<(), CallFailure>) -> Outcome {
+        let batch = std::mem::take(&mut self.batch);
+        let count = batch.len() as u64;
+        // Taken, or never to be: either way they are acknowledged now.
+        drop(batch);
+        match result {
+            Ok(()) => {
+                self.context.metrics.delivered.increment(count);
+                Outcome::Taken
+            }
+            Err(failure) => {
+                self.context.metrics.dropped_closed.increment(count);
+                tracing::warn!(%failure, "a callback failed");
+                match failure {
+                    CallFailure::Unavailable(_) => Outcome::Unavailable,
+                    CallFailure::Failed { .. } => Outcome::Failed,
+                }
+            }
+        }
+    }
+
+    fn poll_send(&mut self, cx: &mut Context<'_>) -> Poll<Input<Vec<Delivery>>> {
+        if !self.outgoing.is_empty() {
+            let empty = IoSlice::new(&[]);
+            let mut slices = [empty; MAX_SLICES];
+            let mut count = 0;
+            for (slice, chunk) in slices.iter_mut().zip(&self.outgoing) {
+                *slice = IoSlice::new(&chunk.bytes);
+                count += 1;
+            }
+            let slices = slices.get(..count).unwrap_or_default();
+            return match self.socket.poll_send(cx, slices) {
+                Poll::Ready(Ok(sent)) => {
+                    self.consume(sent);
+                    Poll::Ready(Input::Sent)
+                }
+                Poll::Ready(Err(error)) => Poll::Ready(Input::SocketFailed(describe(&error))),
+                Poll::Pending if self.blocked => Poll::Pending,
+                Poll::Pending => Poll::Ready(Input::SendBlocked),
+            };
+        }
+        if self.flushing
+            && let Poll::Ready(result) = self.socket.poll_finish(cx)
+        {
+            self.flushing = false;
+            return Poll::Ready(match result {
+                Ok(()) => Input::Flushed,
+                // The device has gone already: there is nobody to tell.
+                Err(error) if error.kind() == std::io::ErrorKind::NotConnected => Input::Flushed,
+                Err(error) => Input::SocketFailed(describe(&error)),
+            });
+        }
+        Poll::Pending
+    }
+
+    /// Takes sent bytes off the front and gives their room back.
+    fn consume(&mut self, sent: usize) {
+        self.context.metrics.sent_bytes.increment(sent as u64);
+        let mut left = sent;
+        while let Some(chunk) = self.outgoing.front_mut() {
+            let count = left.min(chunk.bytes.len());
+            chunk.bytes.advance(count);
+            left -= count;
+            if !chunk.bytes.is_empty() {
+                return;
+            }
+            let permits = chunk.permits;
+            self.outgoing.pop_front();
+            self.handle.sent(permits);
+        }
+        // An idle connection holds no memory for what it once sent.
+        self.outgoing = VecDeque::new();
+    }
+
+    fn poll_receive(&mut self, cx: &mut Context<'_>) -> Poll<Input<Vec<Delivery>>> {
+        if let Some(end) = self.late_end.take() {
+            return Poll::Ready(end);
+        }
+        let bytes = match SCRATCH.with_borrow_mut(|scratch| self.read(cx, scratch)) {
+            Poll::Pending => return Poll::Pending,
+            Poll::Ready(Err(end)) => return Poll::Ready(end),
+            Poll::Ready(Ok(bytes)) => bytes,
+        };
+        let metrics = &self.context.metrics;
+        metrics.received_bytes.increment(bytes.len() as u64);
+        if let Some(rates) = &mut self.rates {
+            let now = Instant::now();
+            let rest = rates.debit(bytes.len(), now);
+            if !rest.is_zero() {
+                rates.resume = Some(now + rest);
+                self.machine.set_paused(true);
+                metrics.reads_paused.increment(1);
+            }
+        }
+        Poll::Ready(Input::Received(bytes))
+    }
+
+    /// Reads what has come: on a stream everything, up to [`MAX_READ`].
+    fn read(
+        &mut self,
+        cx: &mut Context<'_>,
+        scratch: &mut [u8],
+    ) -> Poll<Result<Bytes, Input<Vec<Delivery>>>> {
+        let mut long = Vec::new();
+        loop {
+            let end = match self.socket.poll_receive(cx, scratch) {
+                Poll::Ready(Ok(Received::Bytes(count))) => {
+                    let bytes = scratch.get(..count).unwrap_or_default();
+                    let whole = count < scratch.len() || !S::STREAM;
+                    if whole && long.is_empty() {
+                        return Poll::Ready(Ok(Bytes::copy_from_slice(bytes)));
+                    }
+                    long.extend_from_slice(bytes);
+                    if whole || long.len() >= MAX_READ {
+                        return Poll::Ready(Ok(long.into()));
+                    }
+                    continue;
+                }
+                Poll::Pending if long.is_empty() => return Poll::Pending,
+                Poll::Pending => return Poll::Ready(Ok(long.into())),
+                Poll::Ready(Ok(Received::End)) => {
+                    self.peer_ended = true;
+                    Input::PeerClosed
+                }
+                Poll::Ready(Err(error)) => Input::SocketFailed(describe(&error)),
+            };
+            if long.is_empty() {
+                return Poll::Ready(Err(end));
+            }
+            // It comes after the bytes before it.
+            self.late_end = Some(end);
+            return Poll::Ready(Ok(long.into()));
+        }
+    }
+
+    /// Ready when a deadline of the machine has passed, or reading may go on.
+    fn poll_timer(&mut self, cx: &mut Context<'_>) -> Poll<Input<Vec<Delivery>>> {
+        loop {
+            let resume = self.rates.as_ref().and_then(|rates| rates.resume);
+            let due = [self.machine.deadline(), resume]
+                .into_iter()
+                .flatten()
+                .min();
+            let Some(due) = due else {
+                return Poll::Pending;
+            };
+            // A timer that is set too early is left alone: activity moves deadlines
+            // on, and looking once more is cheaper than setting it each time.
+            let timer = match &mut self.timer {
+                Some(timer) if timer.deadline().into_std() <= due => timer,
+                Some(timer) => {
+                    timer.as_mut().reset(due.into());
+                    timer
+                }
+                none => none.insert(Box::pin(tokio::time::sleep_until(due.into()))),
+            };
+            if timer.as_mut().poll(cx).is_pending() {
+                return Poll::Pending;
+            }
+            let now = Instant::now();
+            if due > now {
+                timer.as_mut().reset(due.into());
+                continue;
+            }
+            if resume.is_some_and(|at| at <= now) {
+                // Look at everything again, reading included.
+                cx.waker().wake_by_ref();
+                return Poll::Pending;
+            }
+            return Poll::Ready(Input::Elapsed);
+        }
+    }
+
+    /// The task panicked: tells the handler that the connection is over, if it may
+    /// know of it and has not been told.
+    async fn after_panic(&mut self) {
+        self.context.metrics.panics.increment(1);
+        tracing::error!("a fault of the gateway's ended this connection");
+        self.end();
+        self.call = None;
+        self.batch.clear();
+        self.socket.abort();
+        if self.machine.owes_closed() {
+            let event = Event::SocketClosed(self.reason().to_string());
+            // A handler that does not take it is counted by the sink.
+            let _ = self.sink.deliver(self.caller.clone(), event).await;
+        }
+    }
+
+    /// Reads on for a while after the socket was finished: closing it with unread
+    /// bytes would reset it, and the device might lose what it has not fetched.
+    async fn linger(mut self, reason: &CloseReason) {
+        let aborted = matches!(
+            reason,
+            CloseReason::SendTimeout | CloseReason::SocketError(_)
+        );
+        if aborted || self.peer_ended || !S::STREAM {
+            return;
+        }
+        let limit = if self.context.draining.is_cancelled() {
+            LINGER_AT_SHUTDOWN
+        } else {
+            LINGER
+        };
+        let drain = poll_fn(|cx| {
+            loop {
+                let read = |scratch: &mut Box<[u8]>| self.socket.poll_receive(cx, scratch);
+                match SCRATCH.with_borrow_mut(read) {
+                    Poll::Ready(Ok(Received::Bytes(_))) => {}
+                    Poll::Ready(_) => return Poll::Ready(()),
+                    Poll::Pending => return Poll::Pending,
+                }
+            }
+        });
+        // Either way the socket is closed now.
+        let _ = tokio::time::timeout(limit, drain).await;
+    }
+}
+
+/// A socket error in few and stable words.
+fn describe(error: &std::io::Error) -> String {
+    match error.kind() {
+        std::io::ErrorKind::Other => error.to_string(),
+        kind => kind.to_string(),
+    }
+}

@@ -1,0 +1,466 @@
+//! The whole gateway: what is built once, what once for each shard, and the order
+//! of start and of drain.
+//!
+//! ```text
+//! control thread   accept loops, adapter's accept loop, admin
+//! shard 0..n       connections, handler channels, adapter connections,
+//!                  pool members i where i mod n is the shard
+//! shared           registry (a lock for each shard), broker handle, metrics
+//! ```
+
+use std::collections::BTreeMap;
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::net::TcpListener;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use crate::adapter::Adapter;
+use crate::admin::{self, Readiness, Status};
+use crate::broker::{Broker, BrokerTasks, LinkState};
+use crate::config::{Config, Handler};
+use crate::connection::command::Commands;
+use crate::connection::{CloseReason, ListenerContext, Registry};
+use crate::handler::client::Pool;
+use crate::handler::link::Link;
+use crate::id::{NodeTag, ShardId};
+use crate::listener::Listener;
+use crate::metrics::{AdapterMetrics, BrokerMetrics, HandlerMetrics, ListenerMetrics, Metrics};
+use crate::options;
+use crate::shard::{Shard, ShardThread};
+use crate::transport::tcp;
+
+/// How often histograms are tidied; what is recorded between waits in memory.
+const METRICS_UPKEEP: Duration = Duration::from_secs(5);
+
+/// How often start-up looks whether everything is there.
+const READY_POLL: Duration = Duration::from_millis(20);
+
+/// Longest wait for answers to handlers after the last connection has ended.
+const ADAPTER_GRACE: Duration = Duration::from_secs(1);
+
+/// Why the gateway cannot start.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The configuration names something that cannot be used.
+    #[error(transparent)]
+    Options(#[from] options::Error),
+    /// An address cannot be bound.
+    #[error("cannot listen on {address} ({key}): {error}")]
+    Bind {
+        /// The configuration's key.
+        key: String,
+        /// The address.
+        address: SocketAddr,
+        /// The system's word.
+        error: io::Error,
+    },
+    /// The system refuses a thread, a runtime or randomness.
+    #[error("the system refuses what the gateway needs: {0}")]
+    System(#[from] io::Error),
+    /// The metrics contradict each other.
+    #[error("metrics cannot be set up: {0}")]
+    Metrics(String),
+}
+
+/// Where a running gateway can be reached, with real ports where 0 was asked for.
+#[derive(Debug, Clone)]
+pub struct Addresses {
+    /// Each listener, `<kind>.<name>`.
+    pub listeners: BTreeMap<String, SocketAddr>,
+    /// ConnectionAdapter.
+    pub adapter: SocketAddr,
+    /// The admin server.
+    pub admin: Option<SocketAddr>,
+}
+
+/// What a drain left behind.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Drained {
+    /// Connections that were cut off.
+    pub connections: usize,
+    /// Publishes that the broker has not confirmed.
+    pub publishes: usize,
+}
+
+/// A running gateway. Dropping it without [`Gateway::drain`] cuts everything off.
+pub struct Gateway {
+    addresses: Addresses,
+    health: Arc<Health>,
+    registry: Arc<Registry>,
+    connections: TaskTracker,
+    broker_tasks: BrokerTasks,
+    adapter_tasks: TaskTracker,
+    stops: Stops,
+    shutdown_timeout: Duration,
+    shards: Vec<ShardThread>,
+}
+
+/// What ends what, in this order.
+#[derive(Clone, Default)]
+struct Stops {
+    /// New connections; and nobody waits for an absent handler any more.
+    draining: CancellationToken,
+    /// The adapter, once no connection is left.
+    adapter: CancellationToken,
+    /// The admin server, last.
+    admin: CancellationToken,
+}
+
+/// The links of one handler on all shards: `links[shard][address]`.
+struct HandlerLinks {
+    name: String,
+    addresses: Vec<String>,
+    links: Vec<Vec<Arc<Link>>>,
+}
+
+struct Health {
+    draining: CancellationToken,
+    broker: Broker,
+    handlers: Vec<HandlerLinks>,
+}
+
+impl Readiness for Health {
+    fn statuses(&self) -> Vec<Status> {
+        let mut statuses = Vec::new();
+        if self.draining.is_cancelled() {
+            statuses.push(Status::missing("draining"));
+        }
+        for (index, state) in self.broker.states().into_iter().enumerate() {
+            let text = format!("broker link {index}: {state}");
+            statuses.push(match state {
+                LinkState::Up => Status::good(text),
+                LinkState::Connecting | LinkState::Down(_) => Status::missing(text),
+            });
+        }
+        statuses.extend(self.handlers.iter().map(HandlerLinks::status));
+        statuses
+    }
+}
+
+impl HandlerLinks {
+    /// Good when every shard can reach one of the handler's addresses.
+    fn status(&self) -> Status {
+        let down = self
+            .links
+            .iter()
+            .find(|links| !links.iter().any(|link| link.is_up()));
+        let name = &self.name;
+        let Some(down) = down else {
+            return Status::good(format!("handler {name}: connected"));
+        };
+        let troubles: Vec<String> = self
+            .addresses
+            .iter()
+            .zip(down)
+            .map(|(address, link)| format!("{address}: {}", link.trouble()))
+            .collect();
+        Status::missing(format!("handler {name}: {}", troubles.join(", ")))
+    }
+}
+
+impl Gateway {
+    /// Builds and starts everything. Returns when all addresses are bound; whether
+    /// the broker and the handlers are there is for [`Gateway::ready`] to say.
+    pub async fn start(config: &Config) -> Result<Self, Error> {
+        let metrics = Metrics::new().map_err(|error| Error::Metrics(error.to_string()))?;
+        let stops = Stops::default();
+        let connections = TaskTracker::new();
+        let (shards, shard_threads) = start_shards(config, &connections)?;
+        let node = NodeTag::of(&config.node_name);
+        let registry = Arc::new(Registry::new(node, shards.len()));
+
+        let (pools, handlers) = start_handlers(config, &shards, &metrics, &stops.draining)?;
+        let runtimes: Vec<_> = shards.iter().map(|shard| shard.runtime().clone()).collect();
+        let broker_options = options::broker(config)?;
+        let broker_metrics = BrokerMetrics::new(&metrics);
+        let (broker, broker_tasks) = Broker::start(broker_options, &runtimes, &broker_metrics)?;
+
+        let commands = Commands::new(registry.clone(), broker.clone(), config.raw_publish);
+        let adapter = Adapter::new(
+            commands,
+            config.server.max_message_size.bytes(),
+            options::server_tls(config)?,
+            AdapterMetrics::new(&metrics),
+        );
+        // Every address is bound before anything is accepted: a start that fails
+        // must not have answered anybody.
+        let listeners = bind_listeners(config, &shards, &pools, &registry, &metrics, &stops)?;
+        let adapter_listener = bind("server.bind", config.server.bind).await?;
+        let admin_listener = match config.admin.bind {
+            Some(address) => Some(bind("admin.bind", address).await?),
+            None => None,
+        };
+        let addresses = Addresses {
+            listeners: listeners
+                .iter()
+                .map(|listener| Ok((listener.name().to_owned(), listener.local_addr()?)))
+                .collect::<io::Result<_>>()?,
+            adapter: adapter_listener.local_addr()?,
+            admin: admin_listener
+                .as_ref()
+                .map(TcpListener::local_addr)
+                .transpose()?,
+        };
+        let health = Arc::new(Health {
+            draining: stops.draining.clone(),
+            broker,
+            handlers,
+        });
+
+        let adapter_tasks = TaskTracker::new();
+        let accept = accept_handlers(
+            adapter_listener,
+            adapter,
+            shards.clone(),
+            adapter_tasks.clone(),
+            stops.adapter.clone(),
+        );
+        tokio::spawn(accept);
+        for listener in listeners {
+            tokio::spawn(listener.run(shards.clone(), stops.draining.clone()));
+        }
+        if let Some(listener) = admin_listener {
+            let handle = metrics.handle();
+            let stop = stops.admin.clone();
+            tokio::spawn(admin::serve(listener, health.clone(), handle, stop));
+        }
+        tokio::spawn(upkeep(metrics, stops.admin.clone()));
+        Ok(Self {
+            addresses,
+            health,
+            registry,
+            connections,
+            broker_tasks,
+            adapter_tasks,
+            stops,
+            shutdown_timeout: config.shutdown_timeout,
+            shards: shard_threads,
+        })
+    }
+
+    /// Where it can be reached.
+    pub fn addresses(&self) -> &Addresses {
+        &self.addresses
+    }
+
+    /// Waits until the broker and every handler are connected. Cancel safe.
+    pub async fn ready(&self) {
+        let mut logged = Vec::new();
+        loop {
+            let statuses = self.health.statuses();
+            let missing: Vec<_> = statuses.into_iter().filter(|s| !s.is_good).collect();
+            if missing.is_empty() {
+                return;
+            }
+            if missing != logged {
+                for status in &missing {
+                    tracing::debug!(status = status.text, "not ready yet");
+                }
+                logged = missing;
+            }
+            tokio::time::sleep(READY_POLL).await;
+        }
+    }
+
+    /// Number of open connections.
+    pub fn connections(&self) -> usize {
+        self.registry.len()
+    }
+
+    /// Stops in order: no new connections, OnSocketClosed (`shutdown`) for every
+    /// one, what the broker was promised, then the rest. Takes at most
+    /// `shutdown_timeout` and a second.
+    pub async fn drain(self) -> Drained {
+        let deadline = Instant::now() + self.shutdown_timeout;
+        self.stops.draining.cancel();
+        self.registry.close_all(&CloseReason::Shutdown);
+        self.connections.close();
+        // A connection that was being set up meanwhile sees the token by itself.
+        let all = tokio::time::timeout_at(deadline, self.connections.wait()).await;
+        let connections = if all.is_ok() { 0 } else { self.registry.len() };
+        let publishes = self.broker_tasks.drain(deadline).await;
+        self.stops.adapter.cancel();
+        self.adapter_tasks.close();
+        // Handlers that keep their connection open are not waited for.
+        let _ = tokio::time::timeout(ADAPTER_GRACE, self.adapter_tasks.wait()).await;
+        self.stops.admin.cancel();
+        drop(self.shards);
+        Drained {
+            connections,
+            publishes,
+        }
+    }
+}
+
+fn start_shards(
+    config: &Config,
+    connections: &TaskTracker,
+) -> Result<(Vec<Shard>, Vec<ShardThread>), Error> {
+    let count = match config.shards {
+        0 => std::thread::available_parallelism().map_or(1, usize::from),
+        count => count,
+    };
+    let mut shards = Vec::new();
+    let mut threads = Vec::new();
+    for number in 0..u16::try_from(count).unwrap_or(u16::MAX) {
+        let (shard, thread) = Shard::start(ShardId(number), connections.clone())?;
+        shards.push(shard);
+        threads.push(thread);
+    }
+    Ok((shards, threads))
+}
+
+/// Each handler's pools by name, one for each shard.
+type Pools = BTreeMap<String, Vec<Arc<Pool>>>;
+
+fn start_handlers(
+    config: &Config,
+    shards: &[Shard],
+    metrics: &Metrics,
+    draining: &CancellationToken,
+) -> Result<(Pools, Vec<HandlerLinks>), Error> {
+    let mut pools = Pools::new();
+    let mut all_links = Vec::new();
+    for (name, handler) in used_handlers(config) {
+        let key = options::handler_key(name);
+        let metrics = HandlerMetrics::new(metrics, name);
+        let targets = options::targets(&key, handler)?;
+        let mut links_of_shards = Vec::new();
+        let mut pools_of_shards = Vec::new();
+        for shard in shards {
+            let mut links = Vec::new();
+            for target in &targets {
+                let link = Link::new(target.clone(), metrics.clone())
+                    .map_err(|error| options::Error::new(&key, error))?;
+                shard.runtime().spawn(link.clone().run());
+                links.push(link);
+            }
+            let options = options::client(handler);
+            let pool = Pool::new(links.clone(), options, metrics.clone(), draining.clone())
+                .map_err(|error| options::Error::new(&key, error))?;
+            links_of_shards.push(links);
+            pools_of_shards.push(Arc::new(pool));
+        }
+        pools.insert(name.to_owned(), pools_of_shards);
+        all_links.push(HandlerLinks {
+            name: name.to_owned(),
+            addresses: handler.address.iter().map(ToString::to_string).collect(),
+            links: links_of_shards,
+        });
+    }
+    Ok((pools, all_links))
+}
+
+/// The handlers that a listener names; the others need not be there.
+fn used_handlers(config: &Config) -> BTreeMap<&str, &Handler> {
+    let listeners = config.listeners.tcp.values();
+    listeners
+        .filter(|listener| listener.enable)
+        .filter_map(|listener| {
+            let name: &str = &listener.handler;
+            Some((name, config.handler_named(name)?))
+        })
+        .collect()
+}
+
+fn bind_listeners(
+    config: &Config,
+    shards: &[Shard],
+    pools: &Pools,
+    registry: &Arc<Registry>,
+    metrics: &Metrics,
+    stops: &Stops,
+) -> Result<Vec<Listener>, Error> {
+    let mut bound = Vec::new();
+    for (name, listener) in &config.listeners.tcp {
+        if !listener.enable {
+            continue;
+        }
+        let full_name = format!("tcp.{name}");
+        let metrics = ListenerMetrics::new(metrics, &full_name);
+        let handler: &str = &listener.handler;
+        let pools = pools.get(handler).map(Vec::as_slice).unwrap_or_default();
+        let contexts = shards
+            .iter()
+            .zip(pools)
+            .map(|(shard, pool)| {
+                Arc::new(ListenerContext {
+                    name: full_name.clone(),
+                    shard: shard.id(),
+                    settings: options::connection(config, listener),
+                    handlers: pool.clone(),
+                    registry: registry.clone(),
+                    metrics: metrics.clone(),
+                    draining: stops.draining.clone(),
+                })
+            })
+            .collect();
+        let tcp: tcp::Options = options::tcp(listener);
+        let admission = options::admission(listener);
+        let listener_bind = listener.bind;
+        let listener = Listener::bind(full_name, listener.bind, tcp, admission, contexts, metrics)
+            .map_err(|error| Error::Bind {
+                key: format!("listeners.tcp.{name}.bind"),
+                address: listener_bind,
+                error,
+            })?;
+        bound.push(listener);
+    }
+    Ok(bound)
+}
+
+async fn bind(key: &str, address: SocketAddr) -> Result<TcpListener, Error> {
+    TcpListener::bind(address)
+        .await
+        .map_err(|error| Error::Bind {
+            key: key.to_owned(),
+            address,
+            error,
+        })
+}
+
+/// Accepts handlers and spreads their connections over the shards.
+async fn accept_handlers(
+    listener: TcpListener,
+    adapter: Adapter,
+    shards: Vec<Shard>,
+    tasks: TaskTracker,
+    stop: CancellationToken,
+) {
+    for shard in shards.iter().cycle() {
+        let accepted = loop {
+            let accepted = tokio::select! {
+                biased;
+                () = stop.cancelled() => return,
+                accepted = listener.accept() => accepted,
+            };
+            let stream = accepted.and_then(|(stream, peer)| Ok((stream.into_std()?, peer)));
+            match stream {
+                Ok(accepted) => break accepted,
+                Err(error) => {
+                    tracing::error!(%error, "cannot accept a handler; trying on");
+                    tokio::time::sleep(Duration::from_millis(100)).await;
+                }
+            }
+        };
+        let (stream, peer) = accepted;
+        let connection = adapter.clone().serve(stream, peer, stop.clone());
+        tasks.spawn_on(connection, shard.runtime());
+    }
+}
+
+async fn upkeep(metrics: Metrics, stop: CancellationToken) {
+    let handle = metrics.handle();
+    let mut ticks = tokio::time::interval(METRICS_UPKEEP);
+    loop {
+        tokio::select! {
+            () = stop.cancelled() => return,
+            _ = ticks.tick() => handle.run_upkeep(),
+        }
+    }
+}

@@ -1,0 +1,34 @@
+//! ExProto Sidecar: any device protocol, handled in any language, on any MQTT
+//! broker.
+//!
+//! ```text
+//! device -> transport -> connection -> handler client -> the user's service
+//! the user's service -> adapter -> connection registry -> device | broker
+//! broker -> delivery queue -> connection -> handler client
+//! ```
+//!
+//! Imports point one way: `gateway` builds `listener`, `adapter` and `admin`; those
+//! use `connection`; that uses `transport`, `handler` and `broker`, which know
+//! nothing of it or of each other; at the bottom are `config`, `id`, `metrics`,
+//! `rate`, `proto`.
+
+pub mod adapter;
+pub mod admin;
+pub mod broker;
+pub mod config;
+pub mod connection;
+pub mod gateway;
+pub mod handler;
+pub mod id;
+pub mod listener;
+pub mod metrics;
+pub mod options;
+pub mod proto;
+#[cfg(feature = "quickstart")]
+pub mod quickstart;
+pub mod rate;
+pub mod shard;
+pub mod shutdown;
+pub mod telemetry;
+pub mod tls;
+pub mod transport;

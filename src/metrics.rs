@@ -1,0 +1,385 @@
+//! Every metric of the gateway: names, units, help and labels in one place.
+//!
+//! Handles are looked up once and kept; labels never hold a connection id, a
+//! client id or a topic.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use metrics::{
+    Counter, Gauge, Histogram, Key, KeyName, Label, Level, Metadata, Recorder, SharedString, Unit,
+};
+use metrics_exporter_prometheus::{
+    Matcher, PrometheusBuilder, PrometheusHandle, PrometheusRecorder,
+};
+
+#[derive(Clone, Copy)]
+enum Kind {
+    Counter,
+    Gauge,
+    Histogram,
+}
+
+const CONNECTIONS: &str = "exproto_connections";
+const OPENED: &str = "exproto_connections_opened_total";
+const CLOSED: &str = "exproto_connections_closed_total";
+const REFUSED: &str = "exproto_connections_refused_total";
+const ACCEPT_ERRORS: &str = "exproto_accept_errors_total";
+const PANICS: &str = "exproto_connection_panics_total";
+const RECEIVED_BYTES: &str = "exproto_received_bytes_total";
+const SENT_BYTES: &str = "exproto_sent_bytes_total";
+const READS_PAUSED: &str = "exproto_reads_paused_total";
+const CALLBACKS: &str = "exproto_callbacks_total";
+const CALLBACK_SECONDS: &str = "exproto_callback_duration_seconds";
+const CALLBACKS_IN_FLIGHT: &str = "exproto_callbacks_in_flight";
+const CALLBACKS_RETRIED: &str = "exproto_callbacks_retried_total";
+const CLOSED_LOST: &str = "exproto_closed_callbacks_lost_total";
+const HANDLER_UP: &str = "exproto_handler_channels_up";
+const ADAPTER_CALLS: &str = "exproto_adapter_calls_total";
+const ADAPTER_CONNECTIONS: &str = "exproto_adapter_connections";
+const DELIVERED: &str = "exproto_messages_delivered_total";
+const DROPPED: &str = "exproto_messages_dropped_total";
+const LINKS_UP: &str = "exproto_broker_links_up";
+const PUBLISHED: &str = "exproto_broker_published_total";
+const RECEIVED: &str = "exproto_broker_received_total";
+const UNCLAIMED: &str = "exproto_broker_unclaimed_total";
+const RECONNECTS: &str = "exproto_broker_reconnects_total";
+const PUBLISH_TIMEOUTS: &str = "exproto_broker_publish_timeouts_total";
+const OUTBOX_FULL: &str = "exproto_broker_outbox_full_total";
+const OUTBOX_MESSAGES: &str = "exproto_broker_outbox_messages";
+const NOT_RESTORED: &str = "exproto_broker_subscriptions_not_restored_total";
+
+/// The table that `docs/metrics.md` repeats: kind, name, unit, labels, help.
+#[rustfmt::skip]
+const TABLE: &[(Kind, &str, Unit, &str, &str)] = &[
+    (Kind::Gauge, CONNECTIONS, Unit::Count, "listener", "Device connections that are open."),
+    (Kind::Counter, OPENED, Unit::Count, "listener", "Device connections accepted."),
+    (Kind::Counter, CLOSED, Unit::Count, "listener, reason", "Device connections ended, by the reason that OnSocketClosed gives."),
+    (Kind::Counter, REFUSED, Unit::Count, "listener, reason", "Device connections refused before any callback, by reason: access_rules, max_connections, max_conn_rate, proxy_protocol, setup, draining."),
+    (Kind::Counter, ACCEPT_ERRORS, Unit::Count, "listener", "Failures to accept, such as no free file descriptor."),
+    (Kind::Counter, PANICS, Unit::Count, "listener", "Connections ended by a fault of the gateway's own."),
+    (Kind::Counter, RECEIVED_BYTES, Unit::Bytes, "listener", "Bytes received from devices."),
+    (Kind::Counter, SENT_BYTES, Unit::Bytes, "listener", "Bytes sent to devices."),
+    (Kind::Counter, READS_PAUSED, Unit::Count, "listener", "Times that reading from a device paused for max_bytes_rate or max_messages_rate."),
+    (Kind::Counter, CALLBACKS, Unit::Count, "handler, method, outcome", "Callbacks to handlers that ended, by outcome: ok, unavailable, or the gRPC status."),
+    (Kind::Histogram, CALLBACK_SECONDS, Unit::Seconds, "handler, method", "Time from a callback's first try to its answer."),
+    (Kind::Gauge, CALLBACKS_IN_FLIGHT, Unit::Count, "handler", "Callbacks that wait for their answer."),
+    (Kind::Counter, CALLBACKS_RETRIED, Unit::Count, "handler", "Callbacks sent again because the handler was unavailable."),
+    (Kind::Counter, CLOSED_LOST, Unit::Count, "handler", "OnSocketClosed callbacks that no handler took."),
+    (Kind::Gauge, HANDLER_UP, Unit::Count, "handler", "Connected channels to the handler; each shard keeps one for each address."),
+    (Kind::Counter, ADAPTER_CALLS, Unit::Count, "method, code", "Calls of handlers to the adapter, by result code."),
+    (Kind::Gauge, ADAPTER_CONNECTIONS, Unit::Count, "", "Connections of handlers to the adapter."),
+    (Kind::Counter, DELIVERED, Unit::Count, "", "Messages that a handler took, counted for each connection."),
+    (Kind::Counter, DROPPED, Unit::Count, "reason", "Messages that no handler got, by reason: queue_full, connection_closed."),
+    (Kind::Gauge, LINKS_UP, Unit::Count, "", "Pool members connected to the broker."),
+    (Kind::Counter, PUBLISHED, Unit::Count, "", "Messages sent to the broker."),
+    (Kind::Counter, RECEIVED, Unit::Count, "", "Messages received from the broker."),
+    (Kind::Counter, UNCLAIMED, Unit::Count, "", "Messages received that no connection was subscribed to any more."),
+    (Kind::Counter, RECONNECTS, Unit::Count, "", "Attempts to connect to the broker again."),
+    (Kind::Counter, PUBLISH_TIMEOUTS, Unit::Count, "", "Publishes without a confirmation in time."),
+    (Kind::Counter, OUTBOX_FULL, Unit::Count, "", "Publishes refused because the outbox was full."),
+    (Kind::Gauge, OUTBOX_MESSAGES, Unit::Count, "", "Publishes that wait to be sent to the broker."),
+    (Kind::Counter, NOT_RESTORED, Unit::Count, "", "Subscriptions that the broker refused when they were restored."),
+];
+
+/// Bounds of the latency histograms, in seconds: from a call on loopback to the
+/// default time-out.
+const SECONDS_BUCKETS: &[f64] = &[
+    0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5,
+    5.0, 10.0,
+];
+
+/// Where metrics are registered and read. Cheap to clone.
+#[derive(Clone)]
+pub struct Metrics {
+    recorder: Arc<PrometheusRecorder>,
+}
+
+impl Metrics {
+    /// An empty set; every gateway has its own.
+    pub fn new() -> Result<Self, metrics_exporter_prometheus::BuildError> {
+        let recorder = PrometheusBuilder::new()
+            .set_buckets_for_metric(Matcher::Suffix("_seconds".to_owned()), SECONDS_BUCKETS)?
+            .build_recorder();
+        for (kind, name, unit, _, help) in TABLE {
+            let (name, unit) = (KeyName::from_const_str(name), Some(*unit));
+            let help = SharedString::const_str(help);
+            match kind {
+                Kind::Counter => recorder.describe_counter(name, unit, help),
+                Kind::Gauge => recorder.describe_gauge(name, unit, help),
+                Kind::Histogram => recorder.describe_histogram(name, unit, help),
+            }
+        }
+        Ok(Self {
+            recorder: Arc::new(recorder),
+        })
+    }
+
+    /// Reads what was recorded, as Prometheus text.
+    pub fn handle(&self) -> PrometheusHandle {
+        self.recorder.handle()
+    }
+
+    /// The table of all metrics in Markdown, for the documentation.
+    pub fn markdown() -> String {
+        let mut text = String::from("| metric | type | labels | meaning |\n|---|---|---|---|\n");
+        for (kind, name, _, labels, help) in TABLE {
+            let kind = match kind {
+                Kind::Counter => "counter",
+                Kind::Gauge => "gauge",
+                Kind::Histogram => "histogram",
+            };
+            text.push_str(&format!("| `{name}` | {kind} | {labels} | {help} |\n"));
+        }
+        text
+    }
+
+    fn counter(&self, name: &'static str, labels: Vec<Label>) -> Counter {
+        let key = Key::from_parts(name, labels);
+        self.recorder.register_counter(&key, &METADATA)
+    }
+
+    fn gauge(&self, name: &'static str, labels: Vec<Label>) -> Gauge {
+        let key = Key::from_parts(name, labels);
+        self.recorder.register_gauge(&key, &METADATA)
+    }
+
+    fn histogram(&self, name: &'static str, labels: Vec<Label>) -> Histogram {
+        let key = Key::from_parts(name, labels);
+        self.recorder.register_histogram(&key, &METADATA)
+    }
+}
+
+const METADATA: Metadata<'static> = Metadata::new(module_path!(), Level::INFO, None);
+
+fn label(name: &'static str, value: impl Into<SharedString>) -> Label {
+    Label::new(name, value)
+}
+
+/// Metrics of one listener and its connections.
+#[derive(Clone)]
+pub struct ListenerMetrics {
+    metrics: Metrics,
+    listener: String,
+    /// Connections open.
+    pub open: Gauge,
+    /// Connections accepted.
+    pub opened: Counter,
+    /// Failures to accept.
+    pub accept_errors: Counter,
+    /// Connections ended by a fault of ours.
+    pub panics: Counter,
+    /// Bytes from devices.
+    pub received_bytes: Counter,
+    /// Bytes to devices.
+    pub sent_bytes: Counter,
+    /// Pauses for a rate limit.
+    pub reads_paused: Counter,
+    /// Messages that handlers took.
+    pub delivered: Counter,
+    /// Messages dropped because a queue was full.
+    pub dropped_full: Counter,
+    /// Messages dropped because their connection ended.
+    pub dropped_closed: Counter,
+}
+
+impl ListenerMetrics {
+    /// `listener` is `<kind>.<name>`.
+    pub fn new(metrics: &Metrics, listener: &str) -> Self {
+        let labels = || vec![label("listener", listener.to_owned())];
+        let dropped = |reason| metrics.counter(DROPPED, vec![label("reason", reason)]);
+        Self {
+            open: metrics.gauge(CONNECTIONS, labels()),
+            opened: metrics.counter(OPENED, labels()),
+            accept_errors: metrics.counter(ACCEPT_ERRORS, labels()),
+            panics: metrics.counter(PANICS, labels()),
+            received_bytes: metrics.counter(RECEIVED_BYTES, labels()),
+            sent_bytes: metrics.counter(SENT_BYTES, labels()),
+            reads_paused: metrics.counter(READS_PAUSED, labels()),
+            delivered: metrics.counter(DELIVERED, Vec::new()),
+            dropped_full: dropped("queue_full"),
+            dropped_closed: dropped("connection_closed"),
+            metrics: metrics.clone(),
+            listener: listener.to_owned(),
+        }
+    }
+
+    /// Counts a connection refused before any callback.
+    pub fn refused(&self, reason: &'static str) {
+        let labels = vec![
+            label("listener", self.listener.clone()),
+            label("reason", reason),
+        ];
+        self.metrics.counter(REFUSED, labels).increment(1);
+    }
+
+    /// Counts a connection's end.
+    pub fn closed(&self, reason: &'static str) {
+        let labels = vec![
+            label("listener", self.listener.clone()),
+            label("reason", reason),
+        ];
+        self.metrics.counter(CLOSED, labels).increment(1);
+    }
+}
+
+/// Metrics of one handler.
+#[derive(Clone)]
+pub struct HandlerMetrics {
+    metrics: Metrics,
+    handler: String,
+    /// Callbacks that wait for their answer.
+    pub in_flight: Gauge,
+    /// Callbacks sent again.
+    pub retried: Counter,
+    /// OnSocketClosed that no handler took.
+    pub closed_lost: Counter,
+    /// Connected channels.
+    pub channels_up: Gauge,
+    ok: [Counter; METHODS.len()],
+    seconds: [Histogram; METHODS.len()],
+}
+
+/// The callbacks, in the order of [`crate::handler::Event::method_index`].
+pub const METHODS: [&str; 5] = [
+    "OnSocketCreated",
+    "OnReceivedBytes",
+    "OnReceivedMessages",
+    "OnTimerTimeout",
+    "OnSocketClosed",
+];
+
+impl HandlerMetrics {
+    /// `handler` is its name in the configuration.
+    pub fn new(metrics: &Metrics, handler: &str) -> Self {
+        let labels = || vec![label("handler", handler.to_owned())];
+        let by_method = |method: &'static str| {
+            vec![
+                label("handler", handler.to_owned()),
+                label("method", method),
+            ]
+        };
+        Self {
+            in_flight: metrics.gauge(CALLBACKS_IN_FLIGHT, labels()),
+            retried: metrics.counter(CALLBACKS_RETRIED, labels()),
+            closed_lost: metrics.counter(CLOSED_LOST, labels()),
+            channels_up: metrics.gauge(HANDLER_UP, labels()),
+            ok: METHODS.map(|method| {
+                let mut labels = by_method(method);
+                labels.push(label("outcome", "ok"));
+                metrics.counter(CALLBACKS, labels)
+            }),
+            seconds: METHODS.map(|method| metrics.histogram(CALLBACK_SECONDS, by_method(method))),
+            metrics: metrics.clone(),
+            handler: handler.to_owned(),
+        }
+    }
+
+    /// Records a callback that the handler took.
+    pub fn succeeded(&self, method: usize, elapsed: Duration) {
+        if let (Some(ok), Some(seconds)) = (self.ok.get(method), self.seconds.get(method)) {
+            ok.increment(1);
+            seconds.record(elapsed.as_secs_f64());
+        }
+    }
+
+    /// Records a callback that failed for good.
+    pub fn failed(&self, method: usize, outcome: &str) {
+        let method = METHODS.get(method).copied().unwrap_or_default();
+        let labels = vec![
+            label("handler", self.handler.clone()),
+            label("method", method),
+            label("outcome", outcome.to_owned()),
+        ];
+        self.metrics.counter(CALLBACKS, labels).increment(1);
+    }
+}
+
+/// Metrics of the adapter.
+#[derive(Clone)]
+pub struct AdapterMetrics {
+    metrics: Metrics,
+    /// Connections of handlers.
+    pub connections: Gauge,
+    succeeded: [Counter; ADAPTER_METHODS.len()],
+}
+
+/// The adapter's calls, in the order of their counters.
+pub const ADAPTER_METHODS: [&str; 8] = [
+    "Send",
+    "Close",
+    "Authenticate",
+    "StartTimer",
+    "Publish",
+    "Subscribe",
+    "Unsubscribe",
+    "RawPublish",
+];
+
+impl AdapterMetrics {
+    /// Registers them.
+    pub fn new(metrics: &Metrics) -> Self {
+        Self {
+            connections: metrics.gauge(ADAPTER_CONNECTIONS, Vec::new()),
+            succeeded: ADAPTER_METHODS.map(|method| {
+                let labels = vec![label("method", method), label("code", "SUCCESS")];
+                metrics.counter(ADAPTER_CALLS, labels)
+            }),
+            metrics: metrics.clone(),
+        }
+    }
+
+    /// Counts a call; `code` is the result code's name.
+    pub fn answered(&self, method: usize, code: &'static str) {
+        match self.succeeded.get(method) {
+            Some(counter) if code == "SUCCESS" => counter.increment(1),
+            _ => {
+                let method = ADAPTER_METHODS.get(method).copied().unwrap_or_default();
+                let labels = vec![label("method", method), label("code", code)];
+                self.metrics.counter(ADAPTER_CALLS, labels).increment(1);
+            }
+        }
+    }
+}
+
+/// Metrics of the broker pool.
+#[derive(Clone)]
+pub struct BrokerMetrics {
+    /// Members connected.
+    pub links_up: Gauge,
+    /// Messages sent.
+    pub published: Counter,
+    /// Messages received.
+    pub received: Counter,
+    /// Messages received for nobody.
+    pub unclaimed: Counter,
+    /// Attempts to connect again.
+    pub reconnects: Counter,
+    /// Publishes unconfirmed in time.
+    pub publish_timeouts: Counter,
+    /// Publishes refused for want of room.
+    pub outbox_full: Counter,
+    /// Publishes that wait to be sent.
+    pub outbox_messages: Gauge,
+    /// Subscriptions refused when restored.
+    pub not_restored: Counter,
+}
+
+impl BrokerMetrics {
+    /// Registers them.
+    pub fn new(metrics: &Metrics) -> Self {
+        let counter = |name| metrics.counter(name, Vec::new());
+        let gauge = |name| metrics.gauge(name, Vec::new());
+        Self {
+            links_up: gauge(LINKS_UP),
+            published: counter(PUBLISHED),
+            received: counter(RECEIVED),
+            unclaimed: counter(UNCLAIMED),
+            reconnects: counter(RECONNECTS),
+            publish_timeouts: counter(PUBLISH_TIMEOUTS),
+            outbox_full: counter(OUTBOX_FULL),
+            outbox_messages: gauge(OUTBOX_MESSAGES),
+            not_restored: counter(NOT_RESTORED),
+        }
+    }
+}

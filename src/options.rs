@@ -1,0 +1,225 @@
+//! From the configuration to the options of each component.
+//!
+//! Components know their own options and not the configuration; this is the one
+//! place where both meet.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio_rustls::rustls::{ClientConfig, ServerConfig};
+
+use crate::broker;
+use crate::config::{
+    ClientTls, Config, Handler, Limit, OnUnavailable, QueuePolicy, Rate, ServiceName, TcpListener,
+    Verify,
+};
+use crate::connection::machine::Timeouts;
+use crate::connection::{Limits, Policy, Settings};
+use crate::handler::{client, link};
+use crate::listener::Admission;
+use crate::tls::{self, Identity};
+use crate::transport::tcp;
+
+/// A part of the configuration that cannot be used.
+#[derive(Debug, thiserror::Error)]
+#[error("{key}: {problem}")]
+pub struct Error {
+    key: String,
+    problem: String,
+}
+
+impl Error {
+    /// What is wrong with `key`.
+    pub fn new(key: &str, problem: impl ToString) -> Self {
+        Self {
+            key: key.to_owned(),
+            problem: problem.to_string(),
+        }
+    }
+}
+
+/// Everything about the configuration that only shows when it is used, such as
+/// what is in a certificate's file. Empty when all is well.
+pub fn check(config: &Config) -> Vec<Error> {
+    let mut errors = Vec::new();
+    errors.extend(server_tls(config).err());
+    errors.extend(broker(config).err());
+    errors.extend(targets(&handler_key("default"), &config.handler).err());
+    for (name, handler) in &config.handlers {
+        errors.extend(targets(&handler_key(name), handler).err());
+    }
+    errors
+}
+
+/// The table of the handler with this name.
+pub fn handler_key(name: &str) -> String {
+    match name {
+        "default" => "handler".to_owned(),
+        name => format!("handlers.{name}"),
+    }
+}
+
+fn identity(certfile: &Option<PathBuf>, keyfile: &Option<PathBuf>) -> Option<Identity> {
+    Some(Identity {
+        certfile: certfile.clone()?,
+        keyfile: keyfile.clone()?,
+    })
+}
+
+fn client_tls(key: &str, tls: &ClientTls, alpn: &[&[u8]]) -> Result<Arc<ClientConfig>, Error> {
+    let identity = identity(&tls.certfile, &tls.keyfile);
+    let verify = tls.verify == Verify::Peer;
+    tls::client(tls.cacertfile.as_deref(), identity.as_ref(), verify, alpn)
+        .map_err(|error| Error::new(&format!("{key}.ssl_options"), error))
+}
+
+/// TLS of the adapter, if it is on.
+pub fn server_tls(config: &Config) -> Result<Option<Arc<ServerConfig>>, Error> {
+    let tls = &config.server.ssl_options;
+    if !tls.enable {
+        return Ok(None);
+    }
+    let key = "server.ssl_options";
+    let identity = identity(&tls.certfile, &tls.keyfile)
+        .ok_or_else(|| Error::new(key, "certfile and keyfile are needed"))?;
+    let authorities = (tls.verify == Verify::Peer)
+        .then_some(tls.cacertfile.as_deref())
+        .flatten();
+    tls::server(&identity, authorities, &[b"h2"])
+        .map(Some)
+        .map_err(|error| Error::new(key, error))
+}
+
+/// The addresses of a handler.
+pub fn targets(key: &str, handler: &Handler) -> Result<Vec<link::Target>, Error> {
+    let tls = if handler.address.iter().any(|address| address.tls) {
+        Some(client_tls(key, &handler.ssl_options, &[b"h2"])?)
+    } else {
+        None
+    };
+    let target = |address: &crate::config::HandlerAddress| link::Target {
+        host: address.host.clone(),
+        port: address.port,
+        tls: tls.clone().filter(|_| address.tls),
+        connect_timeout: handler.connect_timeout,
+    };
+    Ok(handler.address.iter().map(target).collect())
+}
+
+/// How events are delivered to a handler.
+pub fn client(handler: &Handler) -> client::Options {
+    client::Options {
+        service: match handler.service_name {
+            ServiceName::ConnectionUnaryHandler => "ConnectionUnaryHandler",
+            ServiceName::ConnectionHandler => "ConnectionHandler",
+        },
+        request_timeout: handler.request_timeout,
+        close_timeout: handler.close_timeout,
+        max_outage: match handler.on_unavailable {
+            OnUnavailable::Hold => handler.max_outage.finite(),
+            OnUnavailable::Close => Some(Duration::ZERO),
+        },
+    }
+}
+
+/// How the broker is reached and used.
+pub fn broker(config: &Config) -> Result<broker::Options, Error> {
+    let broker = &config.broker;
+    let tls = if broker.url.tls {
+        Some(client_tls("broker", &broker.ssl_options, &[])?)
+    } else {
+        None
+    };
+    let client_id = |member| {
+        let (prefix, node) = (&*broker.client_id_prefix, &*config.node_name);
+        format!("{prefix}-{node}-{member}")
+    };
+    let name = |property: &Option<crate::config::PropertyName>| {
+        property.as_ref().map(|name| name.to_string())
+    };
+    Ok(broker::Options {
+        host: broker.url.host.clone(),
+        port: broker.url.port,
+        tls,
+        client_ids: (0..broker.pool_size).map(client_id).collect(),
+        login: (broker.username.is_some() || broker.password.is_some()).then(|| broker::Login {
+            username: broker.username.clone().unwrap_or_default(),
+            password: broker
+                .password
+                .as_ref()
+                .map(|password| password.expose().to_owned())
+                .unwrap_or_default(),
+        }),
+        keep_alive: broker.keep_alive,
+        connect_timeout: broker.connect_timeout,
+        session_expiry: broker.session_expiry,
+        publish_timeout: broker.publish_timeout,
+        outbox_max_messages: broker.outbox_max_messages,
+        outbox_max_bytes: broker.outbox_max_bytes.bytes(),
+        receive_maximum: broker.receive_maximum,
+        max_packet_size: u32::try_from(broker.max_packet_size.bytes()).unwrap_or(u32::MAX),
+        reconnect: (broker.reconnect_min, broker.reconnect_max),
+        from_property: name(&broker.from_property),
+        timestamp_property: name(&broker.timestamp_property),
+    })
+}
+
+/// How the connections of a listener behave.
+pub fn connection(config: &Config, listener: &TcpListener) -> Settings {
+    let rate = |limit: &Limit<Rate>| limit.finite().map(|rate| rate.per_second());
+    let own_mountpoint: &str = &listener.mountpoint;
+    let mountpoint = if own_mountpoint.is_empty() {
+        &*config.mountpoint
+    } else {
+        own_mountpoint
+    };
+    let name: &str = &listener.handler;
+    let handler = config.handler_named(name).unwrap_or(&config.handler);
+    let watermark = listener.tcp_options.high_watermark.bytes();
+    Settings {
+        timeouts: Timeouts {
+            idle: config.idle_timeout.finite(),
+            authenticate: config.authenticate_timeout.finite(),
+            send: listener.tcp_options.send_timeout,
+        },
+        high_watermark: u32::try_from(watermark).unwrap_or(u32::MAX),
+        max_bytes_rate: rate(&listener.max_bytes_rate),
+        max_messages_rate: rate(&listener.max_messages_rate),
+        queue: Limits {
+            max_messages: config.queue.max_messages,
+            max_bytes: config.queue.max_bytes.bytes(),
+            policy: match config.queue.policy {
+                QueuePolicy::DropOldest => Policy::DropOldest,
+                QueuePolicy::Close => Policy::Close,
+            },
+        },
+        max_batch: handler.max_batch,
+        mountpoint: mountpoint.to_owned(),
+        clientinfo_mountpoint: config.clientinfo_mountpoint,
+        node_name: config.node_name.to_string(),
+    }
+}
+
+/// How the sockets of a listener are set up.
+pub fn tcp(listener: &TcpListener) -> tcp::Options {
+    let options = &listener.tcp_options;
+    tcp::Options {
+        backlog: i32::try_from(options.backlog).unwrap_or(i32::MAX),
+        nodelay: options.nodelay,
+        recbuf: options.recbuf.map(|size| size.bytes()),
+        sndbuf: options.sndbuf.map(|size| size.bytes()),
+    }
+}
+
+/// Who may connect to a listener.
+pub fn admission(listener: &TcpListener) -> Admission {
+    Admission {
+        access_rules: listener.access_rules.clone(),
+        max_connections: listener.max_connections.finite(),
+        max_conn_rate: listener.max_conn_rate.finite().map(|r| r.per_second()),
+        proxy_protocol: listener
+            .proxy_protocol
+            .then_some(listener.proxy_protocol_timeout),
+    }
+}

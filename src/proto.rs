@@ -1,0 +1,17 @@
+//! The ExProto v1 interface, generated from `proto/exproto.proto`.
+
+#![allow(missing_docs, clippy::all)]
+
+use std::fmt;
+
+tonic::include_proto!("emqx.exproto.v1");
+
+impl fmt::Debug for AuthenticateRequest {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("AuthenticateRequest")
+            .field("conn", &self.conn)
+            .field("clientinfo", &self.clientinfo)
+            .field("password", &"***")
+            .finish()
+    }
+}

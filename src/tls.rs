@@ -1,0 +1,196 @@
+//! TLS configurations from files, for every place that speaks TLS.
+//!
+//! One crypto provider for the whole program (aws-lc-rs), named here and nowhere
+//! else.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use tokio_rustls::rustls::client::danger::{
+    HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier,
+};
+use tokio_rustls::rustls::crypto::{
+    CryptoProvider, aws_lc_rs, verify_tls12_signature, verify_tls13_signature,
+};
+use tokio_rustls::rustls::pki_types::pem::PemObject;
+use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
+use tokio_rustls::rustls::server::WebPkiClientVerifier;
+use tokio_rustls::rustls::{
+    ClientConfig, DigitallySignedStruct, RootCertStore, ServerConfig, SignatureScheme,
+};
+
+/// Why a TLS configuration cannot be made.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A file cannot be read, or holds no PEM of the kind wanted.
+    #[error("{path}: {problem}")]
+    File {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        problem: String,
+    },
+    /// The parts do not fit together.
+    #[error("{0}")]
+    Tls(#[from] tokio_rustls::rustls::Error),
+    /// The authorities cannot vouch for anybody.
+    #[error("no usable authorities: {0}")]
+    Verifier(String),
+}
+
+/// Files of this side's certificate.
+#[derive(Debug, Clone)]
+pub struct Identity {
+    /// PEM, the certificate first, then its chain.
+    pub certfile: PathBuf,
+    /// PEM.
+    pub keyfile: PathBuf,
+}
+
+/// Makes aws-lc-rs the provider of everything that asks for the default. Called
+/// first thing by the program; a second call does nothing.
+pub fn install_provider() {
+    let _ = aws_lc_rs::default_provider().install_default();
+}
+
+fn provider() -> Arc<CryptoProvider> {
+    Arc::new(aws_lc_rs::default_provider())
+}
+
+/// The client's side. `verify` off trusts any server; without `cacertfile` the
+/// system's authorities count.
+pub fn client(
+    cacertfile: Option<&Path>,
+    identity: Option<&Identity>,
+    verify: bool,
+    alpn: &[&[u8]],
+) -> Result<Arc<ClientConfig>, Error> {
+    let builder =
+        ClientConfig::builder_with_provider(provider()).with_safe_default_protocol_versions()?;
+    let builder = if verify {
+        let roots = match cacertfile {
+            Some(path) => authorities(path)?,
+            None => {
+                let mut roots = RootCertStore::empty();
+                roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
+                roots
+            }
+        };
+        builder.with_root_certificates(roots)
+    } else {
+        builder
+            .dangerous()
+            .with_custom_certificate_verifier(Arc::new(TrustAny(provider())))
+    };
+    let mut config = match identity {
+        Some(identity) => {
+            let (chain, key) = identity.load()?;
+            builder.with_client_auth_cert(chain, key)?
+        }
+        None => builder.with_no_client_auth(),
+    };
+    config.alpn_protocols = alpn.iter().map(|protocol| protocol.to_vec()).collect();
+    Ok(Arc::new(config))
+}
+
+/// The server's side. With `client_authorities` a client must show a certificate
+/// that they vouch for.
+pub fn server(
+    identity: &Identity,
+    client_authorities: Option<&Path>,
+    alpn: &[&[u8]],
+) -> Result<Arc<ServerConfig>, Error> {
+    let builder =
+        ServerConfig::builder_with_provider(provider()).with_safe_default_protocol_versions()?;
+    let builder = match client_authorities {
+        Some(path) => {
+            let roots = Arc::new(authorities(path)?);
+            let verifier = WebPkiClientVerifier::builder_with_provider(roots, provider())
+                .build()
+                .map_err(|error| Error::Verifier(error.to_string()))?;
+            builder.with_client_cert_verifier(verifier)
+        }
+        None => builder.with_no_client_auth(),
+    };
+    let (chain, key) = identity.load()?;
+    let mut config = builder.with_single_cert(chain, key)?;
+    config.alpn_protocols = alpn.iter().map(|protocol| protocol.to_vec()).collect();
+    Ok(Arc::new(config))
+}
+
+impl Identity {
+    fn load(&self) -> Result<(Vec<CertificateDer<'static>>, PrivateKeyDer<'static>), Error> {
+        let key = PrivateKeyDer::from_pem_file(&self.keyfile)
+            .map_err(|error| problem(&self.keyfile, "a private key", &error))?;
+        Ok((certificates(&self.certfile)?, key))
+    }
+}
+
+fn problem(path: &Path, wanted: &str, error: &dyn std::fmt::Display) -> Error {
+    Error::File {
+        path: path.to_owned(),
+        problem: format!("{wanted} in PEM is needed: {error}"),
+    }
+}
+
+fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, Error> {
+    let wanted = "a certificate";
+    let certificates = CertificateDer::pem_file_iter(path)
+        .and_then(Iterator::collect::<Result<Vec<_>, _>>)
+        .map_err(|error| problem(path, wanted, &error))?;
+    if certificates.is_empty() {
+        return Err(problem(path, wanted, &"there is none"));
+    }
+    Ok(certificates)
+}
+
+fn authorities(path: &Path) -> Result<RootCertStore, Error> {
+    let mut roots = RootCertStore::empty();
+    for certificate in certificates(path)? {
+        roots
+            .add(certificate)
+            .map_err(|error| problem(path, "an authority's certificate", &error))?;
+    }
+    Ok(roots)
+}
+
+/// `verify_none`: encryption without knowing with whom. For tests.
+#[derive(Debug)]
+struct TrustAny(Arc<CryptoProvider>);
+
+impl ServerCertVerifier for TrustAny {
+    fn verify_server_cert(
+        &self,
+        _: &CertificateDer<'_>,
+        _: &[CertificateDer<'_>],
+        _: &ServerName<'_>,
+        _: &[u8],
+        _: UnixTime,
+    ) -> Result<ServerCertVerified, tokio_rustls::rustls::Error> {
+        Ok(ServerCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signature: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, tokio_rustls::rustls::Error> {
+        let algorithms = &self.0.signature_verification_algorithms;
+        verify_tls12_signature(message, certificate, signature, algorithms)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signature: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, tokio_rustls::rustls::Error> {
+        let algorithms = &self.0.signature_verification_algorithms;
+        verify_tls13_signature(message, certificate, signature, algorithms)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.0.signature_verification_algorithms.supported_schemes()
+    }
+}

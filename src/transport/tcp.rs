@@ -1,0 +1,148 @@
+//! TCP: listening sockets and accepted streams.
+
+use std::io;
+use std::net::SocketAddr;
+use std::pin::Pin;
+use std::task::{Context, Poll};
+
+use bytes::Bytes;
+use socket2::{Domain, Protocol, SockRef, Socket as RawSocket, Type};
+use tokio::io::{AsyncWrite, ReadBuf};
+use tokio::net::{TcpListener, TcpStream};
+
+use super::{Received, Socket};
+
+/// How TCP sockets are set up.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// Connections that may wait to be accepted.
+    pub backlog: i32,
+    /// Sends small writes at once.
+    pub nodelay: bool,
+    /// SO_RCVBUF in bytes; `None` leaves it to the kernel.
+    pub recbuf: Option<usize>,
+    /// SO_SNDBUF in bytes; `None` leaves it to the kernel.
+    pub sndbuf: Option<usize>,
+}
+
+/// A listening socket.
+///
+/// Accepted streams are not tied to the runtime that accepts: the shard that serves
+/// one makes it its own with [`TcpSocket::adopt`].
+pub struct Acceptor {
+    listener: TcpListener,
+}
+
+impl Acceptor {
+    /// Binds and listens. Must be called within a runtime.
+    pub fn bind(address: SocketAddr, options: &Options) -> io::Result<Self> {
+        let domain = Domain::for_address(address);
+        let socket = RawSocket::new(domain, Type::STREAM.nonblocking(), Some(Protocol::TCP))?;
+        // A restart must not wait for connections of the last run to time out.
+        socket.set_reuse_address(true)?;
+        // Buffer sizes of a listening socket are inherited; set later they come too
+        // late for the window scale of the handshake (tcp(7)).
+        if let Some(bytes) = options.recbuf {
+            socket.set_recv_buffer_size(bytes)?;
+        }
+        if let Some(bytes) = options.sndbuf {
+            socket.set_send_buffer_size(bytes)?;
+        }
+        socket.bind(&address.into())?;
+        socket.listen(options.backlog)?;
+        let listener = TcpListener::from_std(socket.into())?;
+        Ok(Self { listener })
+    }
+
+    /// The address bound, with the real port where 0 was asked for.
+    pub fn local_addr(&self) -> io::Result<SocketAddr> {
+        self.listener.local_addr()
+    }
+
+    /// Accepts the next stream. Cancel safe.
+    pub async fn accept(&self) -> io::Result<(std::net::TcpStream, SocketAddr)> {
+        let (stream, peer) = self.listener.accept().await?;
+        Ok((stream.into_std()?, peer))
+    }
+}
+
+/// An accepted stream.
+#[derive(Debug)]
+pub struct TcpSocket {
+    stream: TcpStream,
+    /// Bytes that came behind a PROXY header.
+    early: Bytes,
+}
+
+impl TcpSocket {
+    /// Makes an accepted stream one of the current runtime.
+    pub fn adopt(stream: std::net::TcpStream, options: &Options) -> io::Result<Self> {
+        stream.set_nonblocking(true)?;
+        stream.set_nodelay(options.nodelay)?;
+        Ok(Self {
+            stream: TcpStream::from_std(stream)?,
+            early: Bytes::new(),
+        })
+    }
+
+    /// The stream itself, for what must be read before the device's own bytes.
+    pub fn stream_mut(&mut self) -> &mut TcpStream {
+        &mut self.stream
+    }
+
+    /// Puts back bytes that were read too far.
+    pub fn unread(&mut self, bytes: Bytes) {
+        self.early = bytes;
+    }
+
+    /// The addresses of the device and of this end.
+    pub fn addresses(&self) -> io::Result<(SocketAddr, SocketAddr)> {
+        Ok((self.stream.peer_addr()?, self.stream.local_addr()?))
+    }
+}
+
+impl Socket for TcpSocket {
+    const STREAM: bool = true;
+
+    fn poll_receive(
+        &mut self,
+        cx: &mut Context<'_>,
+        buffer: &mut [u8],
+    ) -> Poll<io::Result<Received>> {
+        if !self.early.is_empty() {
+            let count = self.early.len().min(buffer.len());
+            let early = self.early.split_to(count);
+            if let Some(start) = buffer.get_mut(..count) {
+                start.copy_from_slice(&early);
+            }
+            return Poll::Ready(Ok(Received::Bytes(count)));
+        }
+        let mut buffer = ReadBuf::new(buffer);
+        match tokio::io::AsyncRead::poll_read(Pin::new(&mut self.stream), cx, &mut buffer) {
+            Poll::Pending => Poll::Pending,
+            Poll::Ready(Err(error)) => Poll::Ready(Err(error)),
+            Poll::Ready(Ok(())) => Poll::Ready(Ok(match buffer.filled().len() {
+                0 => Received::End,
+                count => Received::Bytes(count),
+            })),
+        }
+    }
+
+    fn poll_send(
+        &mut self,
+        cx: &mut Context<'_>,
+        chunks: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write_vectored(cx, chunks)
+    }
+
+    fn poll_finish(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(cx)
+    }
+
+    fn abort(&mut self) {
+        // The kernel would go on offering unsent bytes to a device that takes none.
+        // Failing to say so only costs that memory for some minutes.
+        let _ = SockRef::from(&self.stream).set_linger(Some(std::time::Duration::ZERO));
+    }
+}

@@ -1,0 +1,174 @@
+//! Faults that only show when several keys, or the file system, are looked at.
+
+use std::fs;
+
+use tempfile::TempDir;
+
+use crate::support::{env, one_fault, set, toml};
+
+#[test]
+fn listeners_on_one_address() {
+    let two = |a: &str, b: &str| {
+        toml(&format!(
+            "admin.bind = ''\n[listeners.tcp.a]\nbind = '{a}'\n[listeners.tcp.b]\nbind = '{b}'"
+        ))
+    };
+    one_fault(
+        two("0.0.0.0:7993", "127.0.0.1:7993"),
+        &["listeners.tcp.b.bind: found 127.0.0.1:7993, but listeners.tcp.a.bind has 0.0.0.0:7993"],
+    );
+    two("127.0.0.1:7993", "127.0.0.2:7993").unwrap();
+    two("127.0.0.1:0", "127.0.0.1:0").unwrap();
+    one_fault(
+        two("0.0.0.0:9100", "127.0.0.1:1"),
+        &[
+            "listeners.tcp.a.bind: found 0.0.0.0:9100, but server.bind has 127.0.0.1:9100 (built-in default)",
+        ],
+    );
+    one_fault(
+        set(&[("server.bind", "7993")]),
+        &["--set server.bind: server.bind: found 0.0.0.0:7993, but listeners.tcp.default.bind has"],
+    );
+    one_fault(
+        set(&[("admin.bind", "127.0.0.1:9100")]),
+        &["admin.bind: found 127.0.0.1:9100, but server.bind"],
+    );
+    let off =
+        toml("[listeners.tcp.a]\nbind = 1\n[listeners.tcp.b]\nbind = 1\nenable = false").unwrap();
+    assert!(!off.listeners.tcp["b"].enable);
+}
+
+#[test]
+fn listener_names_and_kinds() {
+    for kind in ["ssl", "udp", "dtls"] {
+        let message = format!("listeners.{kind} is not available in this version; available: tcp");
+        one_fault(
+            toml(&format!("[listeners.{kind}.default]\nbind = 1")),
+            &["file config.toml: ", &message],
+        );
+        let variable = format!("EXPROTO_LISTENERS__{}__X__BIND", kind.to_uppercase());
+        one_fault(env(&[(&variable, "1")]), &[&variable, &message]);
+    }
+    one_fault(
+        toml("[listeners.tcp.meters]\nenable = true"),
+        &["file config.toml: listeners.tcp.meters.bind: found nothing; this key is required"],
+    );
+    one_fault(
+        env(&[("EXPROTO_LISTENERS__TCP__METERS__ENABLE", "true")]),
+        &["EXPROTO_LISTENERS__TCP__METERS__ENABLE: listeners.tcp.meters.bind: found nothing"],
+    );
+    one_fault(
+        toml("[listeners.tcp.\"My.Meters\"]\nbind = 1"),
+        &["found the name \"My.Meters\"; allowed: 1 to 64 of the characters a-z, 0-9, _ and -"],
+    );
+    let config = env(&[("EXPROTO_LISTENERS__TCP__DEFAULT__BIND", "127.0.0.1:1")]).unwrap();
+    assert_eq!(
+        config.listeners.tcp["default"].bind.to_string(),
+        "127.0.0.1:1"
+    );
+    let config = env(&[("EXPROTO_LISTENERS__TCP__METERS__BIND", "1")]).unwrap();
+    assert_eq!(config.listeners.tcp.keys().collect::<Vec<_>>(), ["meters"]);
+    let config = env(&[("EXPROTO_LISTENERS__TCP__DEFAULT__ENABLE", "false")]).unwrap();
+    assert!(!config.listeners.tcp["default"].enable);
+}
+
+#[test]
+fn handler_names() {
+    one_fault(
+        toml("[handlers.a]\naddress = 'http://a'\n[listeners.tcp.default]\nhandler = 'b'"),
+        &["listeners.tcp.default.handler: found \"b\", which is no handler; allowed: default, a"],
+    );
+    one_fault(
+        toml("[handlers.default]\naddress = 'http://a'"),
+        &["handlers.default: the name \"default\" stands for the table [handler]"],
+    );
+    one_fault(
+        toml("[handlers.a]\nmax_batch = 1"),
+        &["handlers.a.address: found nothing; this key is required"],
+    );
+    one_fault(
+        toml("[handlers.'A B']\naddress = 'http://a'"),
+        &["found the name \"A B\""],
+    );
+    let config = env(&[
+        ("EXPROTO_HANDLERS__METERS__ADDRESS", "http://m:1"),
+        ("EXPROTO_LISTENERS__TCP__DEFAULT__HANDLER", "meters"),
+    ])
+    .unwrap();
+    assert_eq!(config.handler_named("meters").unwrap().address[0].host, "m");
+    assert_eq!(config.handler_named("default"), Some(&config.handler));
+}
+
+#[test]
+fn tls_files_and_schemes() {
+    let dir = TempDir::new().unwrap();
+    let pem = dir.path().join("x.pem");
+    fs::write(&pem, "x").unwrap();
+    let pem = pem.to_str().unwrap();
+    let here = dir.path().to_str().unwrap();
+
+    one_fault(
+        set(&[("server.ssl_options.enable", "true")]),
+        &[
+            "server.ssl_options.enable: found true without server.ssl_options.certfile and server.ssl_options.keyfile",
+        ],
+    );
+    one_fault(
+        set(&[("server.ssl_options.certfile", pem)]),
+        &[
+            "server.ssl_options.certfile: set without server.ssl_options.keyfile; allowed: both or neither",
+        ],
+    );
+    let server = |extra: &[(&str, &str)]| {
+        let base = [
+            ("server.ssl_options.enable", "true"),
+            ("server.ssl_options.certfile", pem),
+            ("server.ssl_options.keyfile", pem),
+        ];
+        set(&[&base, extra].concat())
+    };
+    assert!(server(&[]).unwrap().server.ssl_options.enable);
+    one_fault(
+        server(&[("server.ssl_options.keyfile", "no/key.pem")]),
+        &["server.ssl_options.keyfile: found \"no/key.pem\", which cannot be read: No such file"],
+    );
+    one_fault(
+        server(&[("server.ssl_options.cacertfile", here)]),
+        &["cacertfile: found", "it is a directory"],
+    );
+    one_fault(
+        server(&[("server.ssl_options.verify", "verify_peer")]),
+        &["server.ssl_options.verify: found \"verify_peer\" without server.ssl_options.cacertfile"],
+    );
+    one_fault(
+        set(&[("broker.ssl_options.cacertfile", pem)]),
+        &[
+            "broker.ssl_options.cacertfile: set, but broker.url does not use TLS; allowed: with mqtts:// only",
+        ],
+    );
+    one_fault(
+        set(&[("handler.ssl_options.cacertfile", pem)]),
+        &[
+            "handler.ssl_options.cacertfile: set, but handler.address does not use TLS; allowed: with https:// only",
+        ],
+    );
+    one_fault(
+        set(&[
+            ("handlers.a.address", "https://a"),
+            ("handlers.a.ssl_options.keyfile", pem),
+        ]),
+        &["handlers.a.ssl_options.keyfile: set without handlers.a.ssl_options.certfile"],
+    );
+    set(&[
+        ("broker.url", "mqtts://b"),
+        ("broker.ssl_options.cacertfile", pem),
+    ])
+    .unwrap();
+    one_fault(
+        set(&[
+            ("broker.url", "mqtts://b"),
+            ("broker.ssl_options.cacertfile", "no.pem"),
+        ]),
+        &["broker.ssl_options.cacertfile: found \"no.pem\", which cannot be read"],
+    );
+}
