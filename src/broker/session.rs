@@ -516,3 +516,6 @@ impl Session {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

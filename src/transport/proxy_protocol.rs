@@ -6,7 +6,7 @@ use std::io;
 use std::net::SocketAddr;
 
 use bytes::{Bytes, BytesMut};
-use ppp::{HeaderResult, PartialResult, v1, v2};
+use ppp::{v1, v2};
 use tokio::io::{AsyncRead, AsyncReadExt};
 
 /// Longest header taken, in bytes. A v1 header has at most 107, a v2 header with
@@ -15,6 +15,12 @@ pub const MAX_HEADER: usize = 4096;
 
 /// Longest v1 header with its line end (section 2.1).
 const MAX_V1: usize = 107;
+
+/// How every v1 header begins (section 2.1).
+const V1_PREFIX: &[u8] = b"PROXY ";
+
+/// How every v2 header begins (section 2.2).
+const V2_SIGNATURE: &[u8] = b"\r\n\r\n\0\r\nQUIT\n";
 
 /// Why there is no header.
 #[derive(Debug, thiserror::Error)]
@@ -55,28 +61,57 @@ pub async fn read(stream: &mut (impl AsyncRead + Unpin)) -> Result<Announced, Er
 
 /// Takes the header off `buffer`; `None` until it is whole.
 fn parse(buffer: &mut BytesMut) -> Result<Option<Announced>, Error> {
-    let header = HeaderResult::parse(buffer);
-    let is_v1 = matches!(header, HeaderResult::V1(_));
-    if header.is_incomplete() {
-        let limit = if is_v1 { MAX_V1 } else { MAX_HEADER };
-        return if buffer.len() >= limit {
+    let begins = |start: &[u8]| {
+        let common = start.len().min(buffer.len());
+        buffer.get(..common) == start.get(..common)
+    };
+    if begins(V2_SIGNATURE) {
+        parse_v2(buffer)
+    } else if begins(V1_PREFIX) {
+        parse_v1(buffer)
+    } else {
+        Err(Error::Invalid("neither version's beginning".to_owned()))
+    }
+}
+
+/// The parser takes some beginnings of a good line for bad ones, so it gets only
+/// whole lines.
+fn parse_v1(buffer: &mut BytesMut) -> Result<Option<Announced>, Error> {
+    let Some(end) = buffer.windows(2).position(|pair| pair == b"\r\n") else {
+        return if buffer.len() >= MAX_V1 {
             Err(Error::TooLong)
         } else {
             Ok(None)
         };
-    }
-    let (length, addresses) = match header {
-        HeaderResult::V1(Ok(header)) => (header.header.len(), v1_addresses(&header)),
-        HeaderResult::V2(Ok(header)) => (header.len(), v2_addresses(&header)),
-        HeaderResult::V1(Err(error)) => return Err(Error::Invalid(error.to_string())),
-        HeaderResult::V2(Err(error)) => return Err(Error::Invalid(error.to_string())),
+    };
+    let line = buffer.split_to(end + 2);
+    let header = v1::Header::try_from(&line[..]);
+    let header = header.map_err(|error| Error::Invalid(error.to_string()))?;
+    Ok(Some(Announced {
+        addresses: v1_addresses(&header),
+        rest: buffer.split().freeze(),
+    }))
+}
+
+fn parse_v2(buffer: &mut BytesMut) -> Result<Option<Announced>, Error> {
+    // The length stands in the last two of the 16 bytes that every header has.
+    let length = match buffer.get(14..16) {
+        Some(&[high, low]) => 16 + usize::from(u16::from_be_bytes([high, low])),
+        _ => return Ok(None),
     };
     if length > MAX_HEADER {
         return Err(Error::TooLong);
     }
-    // The parser's length is that of what it parsed, so it is within the buffer.
-    let rest = buffer.split_off(length.min(buffer.len())).freeze();
-    Ok(Some(Announced { addresses, rest }))
+    if buffer.len() < length {
+        return Ok(None);
+    }
+    let bytes = buffer.split_to(length);
+    let header = v2::Header::try_from(&bytes[..]);
+    let header = header.map_err(|error| Error::Invalid(error.to_string()))?;
+    Ok(Some(Announced {
+        addresses: v2_addresses(&header),
+        rest: buffer.split().freeze(),
+    }))
 }
 
 fn v1_addresses(header: &v1::Header<'_>) -> Option<(SocketAddr, SocketAddr)> {
@@ -118,8 +153,6 @@ mod tests {
     async fn read_all(mut bytes: &[u8]) -> Result<Announced, Error> {
         read(&mut bytes).await
     }
-
-    const V2_SIGNATURE: &[u8] = b"\r\n\r\n\0\r\nQUIT\n";
 
     fn v2(command: u8, family: u8, body: &[u8]) -> Vec<u8> {
         let length = u16::try_from(body.len()).unwrap().to_be_bytes();
@@ -170,8 +203,9 @@ mod tests {
                 .unwrap();
             far
         };
-        let (announced, _far) = tokio::join!(read(&mut near), write);
-        assert!(announced.unwrap().addresses.is_some());
+        let read = async { read(&mut near).await.unwrap() };
+        let (announced, _far) = tokio::join!(read, write);
+        assert!(announced.addresses.is_some());
     }
 
     #[tokio::test]
@@ -192,7 +226,7 @@ mod tests {
     proptest! {
         #[test]
         fn nonsense_never_panics(bytes in prop::collection::vec(any::<u8>(), 0..200), v2 in any::<bool>()) {
-            let start: &[u8] = if v2 { V2_SIGNATURE } else { b"PROXY " };
+            let start = if v2 { V2_SIGNATURE } else { V1_PREFIX };
             let _ = parse(&mut BytesMut::from(&[start, &bytes].concat()[..]));
             let _ = parse(&mut BytesMut::from(&bytes[..]));
         }

@@ -23,7 +23,7 @@ fn nothing_configured_is_the_contract_s_default() {
     assert_eq!(tcp.len(), 1);
     assert_eq!(tcp[0].0, "default");
     assert_eq!(tcp[0].1.bind.to_string(), "0.0.0.0:7993");
-    assert_eq!(tcp[0].1.mountpoint, None);
+    assert!(tcp[0].1.mountpoint.is_empty());
     assert_eq!(tcp[0].1.max_connections, Limit::Finite(1_024_000));
     assert!(!config.node_name.is_empty());
 }

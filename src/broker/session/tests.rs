@@ -1,0 +1,348 @@
+//! The session against a broker in the test: what it writes is decoded again.
+
+use bytes::Bytes;
+use proptest::prelude::*;
+use rumqttc::v5::mqttbytes::v5::Packet;
+
+use super::*;
+
+fn welcome(session_present: bool, receive_maximum: u16) -> Welcome {
+    Welcome {
+        session_present,
+        receive_maximum,
+        max_qos: QoS::ExactlyOnce,
+        max_packet_size: None,
+        subscription_ids: true,
+        keep_alive: None,
+    }
+}
+
+fn connected(receive_maximum: u16) -> Session {
+    let mut session = Session::new();
+    session.connected(&welcome(false, receive_maximum), &mut BytesMut::new());
+    session
+}
+
+fn publish(
+    session: &mut Session,
+    payload: &str,
+    qos: QoS,
+    out: &mut BytesMut,
+) -> oneshot::Receiver<Result<(), PublishError>> {
+    let (waiter, confirmed) = oneshot::channel();
+    let payload = Bytes::copy_from_slice(payload.as_bytes());
+    let publish = OutboundPublish::new("t".into(), qos, payload, Vec::new());
+    session.publish(publish, waiter, out);
+    confirmed
+}
+
+/// What the session wrote, as the codec reads it.
+fn written(out: &mut BytesMut) -> Vec<Packet> {
+    let mut packets = Vec::new();
+    while !out.is_empty() {
+        packets.push(Packet::read(out, None).unwrap());
+    }
+    packets
+}
+
+/// Payload, packet id and duplicate flag of each publish.
+fn publishes(out: &mut BytesMut) -> Vec<(String, u16, bool)> {
+    written(out)
+        .into_iter()
+        .filter_map(|packet| match packet {
+            Packet::Publish(publish) => Some((
+                String::from_utf8(publish.payload.to_vec()).unwrap(),
+                publish.pkid,
+                publish.dup,
+            )),
+            _ => None,
+        })
+        .collect()
+}
+
+fn incoming(pkid: u16, qos: QoS, dup: bool) -> Inbound {
+    Inbound::Publish(InboundPublish {
+        dup,
+        retain: false,
+        qos,
+        pkid,
+        topic: Bytes::from_static(b"t"),
+        payload: Bytes::new(),
+        user_properties: Vec::new(),
+        subscription_ids: Vec::new(),
+    })
+}
+
+fn receipt(event: Event) -> Receipt {
+    match event {
+        Event::Deliver(_, Some(receipt)) => receipt,
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn qos_1_is_confirmed_by_puback_and_not_before() {
+    let (mut session, mut out) = (connected(10), BytesMut::new());
+    let mut confirmed = publish(&mut session, "a", QoS::AtLeastOnce, &mut out);
+    let pkid = publishes(&mut out)[0].1;
+    assert!(confirmed.try_recv().is_err() && !session.is_idle());
+    session.receive(Inbound::PubAck(pkid, Ok(())), &mut out);
+    assert_eq!(confirmed.try_recv().unwrap(), Ok(()));
+    assert!(session.is_idle());
+}
+
+#[test]
+fn qos_2_is_confirmed_by_pubcomp() {
+    let (mut session, mut out) = (connected(10), BytesMut::new());
+    let mut confirmed = publish(&mut session, "a", QoS::ExactlyOnce, &mut out);
+    let pkid = publishes(&mut out)[0].1;
+    session.receive(Inbound::PubRec(pkid, Ok(())), &mut out);
+    assert!(matches!(written(&mut out)[..], [Packet::PubRel(_)]));
+    assert!(confirmed.try_recv().is_err());
+    session.receive(Inbound::PubComp(pkid, Ok(())), &mut out);
+    assert_eq!(confirmed.try_recv().unwrap(), Ok(()));
+}
+
+#[test]
+fn a_refusal_reaches_the_caller() {
+    let (mut session, mut out) = (connected(10), BytesMut::new());
+    for (qos, ack) in [
+        (QoS::AtLeastOnce, Inbound::PubAck as fn(_, _) -> _),
+        (QoS::ExactlyOnce, Inbound::PubRec),
+    ] {
+        let mut confirmed = publish(&mut session, "a", qos, &mut out);
+        let pkid = publishes(&mut out)[0].1;
+        let refusal = Refusal {
+            denied: true,
+            reason: "not authorized".into(),
+        };
+        session.receive(ack(pkid, Err(refusal.clone())), &mut out);
+        let expected = Err(PublishError::Refused(refusal));
+        assert_eq!(confirmed.try_recv().unwrap(), expected);
+        assert!(session.is_idle());
+    }
+}
+
+#[test]
+fn the_brokers_window_is_kept() {
+    let (mut session, mut out) = (connected(2), BytesMut::new());
+    let _first = publish(&mut session, "a", QoS::AtLeastOnce, &mut out);
+    assert!(session.can_publish());
+    let _second = publish(&mut session, "b", QoS::AtLeastOnce, &mut out);
+    assert!(!session.can_publish());
+    let pkid = publishes(&mut out)[0].1;
+    session.receive(Inbound::PubAck(pkid, Ok(())), &mut out);
+    assert!(session.can_publish());
+}
+
+#[test]
+fn unconfirmed_publishes_are_sent_again_in_order_and_within_the_window() {
+    let (mut session, mut out) = (connected(10), BytesMut::new());
+    let mut waiters: Vec<_> = ["a", "b", "c", "d"]
+        .iter()
+        .map(|payload| publish(&mut session, payload, QoS::AtLeastOnce, &mut out))
+        .collect();
+    let first = publishes(&mut out);
+    session.receive(Inbound::PubAck(first[1].1, Ok(())), &mut out);
+    session.disconnected();
+    assert!(!session.can_publish());
+    session.connected(&welcome(true, 2), &mut out);
+    let again = publishes(&mut out);
+    assert_eq!(again, [("a".into(), first[0].1, true), ("c".into(), first[2].1, true)]);
+    assert!(!session.can_publish(), "d must go first");
+    session.receive(Inbound::PubAck(first[0].1, Ok(())), &mut out);
+    assert_eq!(publishes(&mut out), [("d".into(), first[3].1, true)]);
+    session.receive(Inbound::PubAck(first[2].1, Ok(())), &mut out);
+    session.receive(Inbound::PubAck(first[3].1, Ok(())), &mut out);
+    assert!(session.is_idle() && session.can_publish());
+    assert!(waiters.iter_mut().all(|waiter| waiter.try_recv() == Ok(Ok(()))));
+}
+
+#[test]
+fn a_lost_session_gets_them_as_new() {
+    let (mut session, mut out) = (connected(10), BytesMut::new());
+    let _waiter = publish(&mut session, "a", QoS::AtLeastOnce, &mut out);
+    out.clear();
+    session.disconnected();
+    session.connected(&welcome(false, 10), &mut out);
+    let again = publishes(&mut out);
+    assert_eq!(again.len(), 1);
+    assert!(!again[0].2, "a duplicate of nothing the broker knows");
+}
+
+#[test]
+fn a_release_goes_on_in_its_session_and_fails_without_it() {
+    for present in [true, false] {
+        let (mut session, mut out) = (connected(10), BytesMut::new());
+        let mut confirmed = publish(&mut session, "a", QoS::ExactlyOnce, &mut out);
+        let pkid = publishes(&mut out)[0].1;
+        session.receive(Inbound::PubRec(pkid, Ok(())), &mut out);
+        out.clear();
+        session.disconnected();
+        session.connected(&welcome(present, 10), &mut out);
+        if present {
+            assert!(matches!(written(&mut out)[..], [Packet::PubRel(_)]));
+            session.receive(Inbound::PubComp(pkid, Ok(())), &mut out);
+            assert_eq!(confirmed.try_recv().unwrap(), Ok(()));
+        } else {
+            let lost = Err(PublishError::SessionLost);
+            assert_eq!(confirmed.try_recv().unwrap(), lost);
+        }
+        assert!(session.is_idle());
+    }
+}
+
+#[test]
+fn a_message_is_acknowledged_when_it_was_taken() {
+    let (mut session, mut out) = (connected(10), BytesMut::new());
+    let one = receipt(session.receive(incoming(5, QoS::AtLeastOnce, false), &mut out));
+    let two = receipt(session.receive(incoming(6, QoS::ExactlyOnce, false), &mut out));
+    assert!(out.is_empty());
+    session.taken(two, &mut out);
+    session.taken(one, &mut out);
+    assert!(matches!(written(&mut out)[..], [Packet::PubRec(_), Packet::PubAck(_)]));
+    session.receive(Inbound::PubRel(6), &mut out);
+    assert!(matches!(written(&mut out)[..], [Packet::PubComp(_)]));
+}
+
+#[test]
+fn a_message_that_comes_again_is_delivered_once() {
+    let (mut session, mut out) = (connected(10), BytesMut::new());
+    for qos in [QoS::AtLeastOnce, QoS::ExactlyOnce] {
+        // Still with its connections when the broker sends it again.
+        let held = receipt(session.receive(incoming(7, qos, false), &mut out));
+        session.disconnected();
+        session.connected(&welcome(true, 10), &mut out);
+        let again = session.receive(incoming(7, qos, true), &mut out);
+        assert!(matches!(again, Event::None), "{again:?}");
+        session.taken(held, &mut out);
+        assert_eq!(written(&mut out).len(), 1);
+        session.receive(Inbound::PubRel(7), &mut out);
+        out.clear();
+        // Taken while the link was down.
+        let held = receipt(session.receive(incoming(8, qos, false), &mut out));
+        session.disconnected();
+        session.taken(held, &mut out);
+        assert!(out.is_empty());
+        session.connected(&welcome(true, 10), &mut out);
+        let again = session.receive(incoming(8, qos, true), &mut out);
+        assert!(matches!(again, Event::None), "{again:?}");
+        assert_eq!(written(&mut out).len(), 1);
+        session.receive(Inbound::PubRel(8), &mut out);
+        out.clear();
+    }
+}
+
+#[test]
+fn a_late_receipt_does_not_acknowledge_another_message() {
+    let (mut session, mut out) = (connected(10), BytesMut::new());
+    let old = receipt(session.receive(incoming(9, QoS::AtLeastOnce, false), &mut out));
+    session.disconnected();
+    session.connected(&welcome(false, 10), &mut out);
+    let new = receipt(session.receive(incoming(9, QoS::AtLeastOnce, false), &mut out));
+    session.taken(old, &mut out);
+    assert!(out.is_empty());
+    session.taken(new, &mut out);
+    assert!(matches!(written(&mut out)[..], [Packet::PubAck(_)]));
+}
+
+#[test]
+fn a_packet_that_makes_the_broker_hang_up_fails_after_three_times() {
+    let (mut session, mut out) = (connected(10), BytesMut::new());
+    let mut poison = publish(&mut session, "poison", QoS::AtLeastOnce, &mut out);
+    let mut innocent = publish(&mut session, "innocent", QoS::AtLeastOnce, &mut out);
+    for _ in 0..MAX_HANG_UPS {
+        assert!(poison.try_recv().is_err());
+        session.hung_up();
+        session.disconnected();
+        out.clear();
+        session.connected(&welcome(true, 10), &mut out);
+    }
+    assert!(matches!(poison.try_recv(), Ok(Err(PublishError::Refused(_)))));
+    let again = publishes(&mut out);
+    assert_eq!(again.len(), 1);
+    assert_eq!(again[0].0, "innocent");
+    session.receive(Inbound::PubAck(again[0].1, Ok(())), &mut out);
+    assert_eq!(innocent.try_recv().unwrap(), Ok(()));
+}
+
+#[test]
+fn a_subscription_is_answered_by_its_suback_across_a_broken_link() {
+    let (mut session, mut out) = (connected(10), BytesMut::new());
+    let (waiter, mut answer) = oneshot::channel();
+    session.subscribe(
+        SubscribeRequest {
+            filter: "a/#".into(),
+            qos: QoS::AtLeastOnce,
+            id: 3,
+            retained: Retained::Send,
+            waiter: Some(waiter),
+        },
+        &mut out,
+    );
+    out.clear();
+    session.disconnected();
+    session.connected(&welcome(false, 10), &mut out);
+    let packets = written(&mut out);
+    let [Packet::Subscribe(subscribe)] = &packets[..] else {
+        panic!("{packets:?}");
+    };
+    assert_eq!(subscribe.properties.as_ref().unwrap().id, Some(3));
+    let granted = Inbound::SubAck(subscribe.pkid, Ok(QoS::AtLeastOnce));
+    session.receive(granted, &mut out);
+    assert_eq!(answer.try_recv().unwrap(), Ok(QoS::AtLeastOnce));
+}
+
+proptest! {
+    /// Whatever breaks and in whatever order the broker acknowledges: everything is
+    /// confirmed once, nothing that was confirmed is sent again, and what is sent
+    /// again keeps its order.
+    #[test]
+    fn nothing_is_lost_and_nothing_confirmed_comes_twice(
+        steps in prop::collection::vec((0u8..4, any::<prop::sample::Index>()), 1..120),
+        window in 1u16..6,
+    ) {
+        let (mut session, mut out) = (connected(window), BytesMut::new());
+        let mut waiting = Vec::new();
+        let mut unacknowledged: Vec<(usize, u16)> = Vec::new();
+        let mut next = 0usize;
+        for (step, index) in steps {
+            match step {
+                0 | 1 if session.can_publish() => {
+                    let waiter = publish(&mut session, &next.to_string(), QoS::AtLeastOnce, &mut out);
+                    waiting.push(waiter);
+                    next += 1;
+                }
+                2 if !unacknowledged.is_empty() => {
+                    let (number, pkid) = unacknowledged.remove(index.index(unacknowledged.len()));
+                    session.receive(Inbound::PubAck(pkid, Ok(())), &mut out);
+                    prop_assert_eq!(waiting[number].try_recv(), Ok(Ok(())));
+                }
+                3 => {
+                    session.disconnected();
+                    out.clear();
+                    unacknowledged.clear();
+                    session.connected(&welcome(true, window), &mut out);
+                }
+                _ => {}
+            }
+            let mut last = unacknowledged.iter().map(|(number, _)| *number).max();
+            for (payload, pkid, _) in publishes(&mut out) {
+                let number: usize = payload.parse().unwrap();
+                prop_assert!(last.is_none_or(|last| last < number), "order");
+                prop_assert!(waiting[number].try_recv().is_err(), "confirmed before");
+                last = Some(number);
+                unacknowledged.push((number, pkid));
+            }
+            prop_assert!(unacknowledged.len() <= usize::from(window));
+        }
+        // In the end the broker is patient.
+        while let Some((_, pkid)) = unacknowledged.pop() {
+            session.receive(Inbound::PubAck(pkid, Ok(())), &mut out);
+            for (payload, pkid, _) in publishes(&mut out) {
+                unacknowledged.push((payload.parse().unwrap(), pkid));
+            }
+        }
+        prop_assert!(session.is_idle());
+    }
+}
