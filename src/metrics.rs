@@ -43,6 +43,7 @@ const LINKS_UP: &str = "exproto_broker_links_up";
 const PUBLISHED: &str = "exproto_broker_published_total";
 const RECEIVED: &str = "exproto_broker_received_total";
 const UNCLAIMED: &str = "exproto_broker_unclaimed_total";
+const ACKNOWLEDGED_EARLY: &str = "exproto_broker_acknowledged_early_total";
 const RECONNECTS: &str = "exproto_broker_reconnects_total";
 const PUBLISH_TIMEOUTS: &str = "exproto_broker_publish_timeouts_total";
 const OUTBOX_FULL: &str = "exproto_broker_outbox_full_total";
@@ -75,6 +76,7 @@ const TABLE: &[(Kind, &str, Unit, &str, &str)] = &[
     (Kind::Counter, PUBLISHED, Unit::Count, "", "Messages sent to the broker."),
     (Kind::Counter, RECEIVED, Unit::Count, "", "Messages received from the broker."),
     (Kind::Counter, UNCLAIMED, Unit::Count, "", "Messages received that no connection was subscribed to any more."),
+    (Kind::Counter, ACKNOWLEDGED_EARLY, Unit::Count, "", "Messages acknowledged to the broker before a slow handler took them, so that others are not held up."),
     (Kind::Counter, RECONNECTS, Unit::Count, "", "Attempts to connect to the broker again."),
     (Kind::Counter, PUBLISH_TIMEOUTS, Unit::Count, "", "Publishes without a confirmation in time."),
     (Kind::Counter, OUTBOX_FULL, Unit::Count, "", "Publishes refused because the outbox was full."),
@@ -353,6 +355,8 @@ pub struct BrokerMetrics {
     pub received: Counter,
     /// Messages received for nobody.
     pub unclaimed: Counter,
+    /// Messages acknowledged before they were taken.
+    pub acknowledged_early: Counter,
     /// Attempts to connect again.
     pub reconnects: Counter,
     /// Publishes unconfirmed in time.
@@ -375,6 +379,7 @@ impl BrokerMetrics {
             published: counter(PUBLISHED),
             received: counter(RECEIVED),
             unclaimed: counter(UNCLAIMED),
+            acknowledged_early: counter(ACKNOWLEDGED_EARLY),
             reconnects: counter(RECONNECTS),
             publish_timeouts: counter(PUBLISH_TIMEOUTS),
             outbox_full: counter(OUTBOX_FULL),

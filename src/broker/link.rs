@@ -81,7 +81,7 @@ impl LinkError {
 
 /// Keeps the member connected until it is closed and drained.
 pub(super) async fn run(member: Arc<Member>) {
-    let mut session = Session::new();
+    let mut session = Session::new(member.options().receive_maximum);
     // A clean start only at the gateway's own: later the broker keeps our session.
     let mut clean_start = true;
     let (shortest, longest) = member.options().reconnect;
@@ -371,6 +371,8 @@ impl Link<'_> {
                 Event::Unexpected(packet) => return Err(LinkError::Unexpected(packet)),
             }
         }
+        let early = self.session.take_acknowledged_early();
+        self.member.metrics().acknowledged_early.increment(early);
         Ok(true)
     }
 

@@ -196,20 +196,14 @@ impl Member {
     ) -> SubscriptionKey {
         self.change(|shared| {
             let (key, ask) = shared.table.add(filter, qos, subscriber, replaced);
-            match ask {
-                Some(ask) => shared
-                    .control
-                    .push_back(Control::Subscribe(SubscribeRequest {
-                        filter: ask.filter,
-                        qos: ask.qos,
-                        id: ask.id,
-                        retained: Retained::Send,
-                        waiter: Some(waiter),
-                    })),
-                None => {
-                    let _ = waiter.send(Ok(qos));
-                }
-            }
+            let request = SubscribeRequest {
+                filter: ask.filter,
+                qos: ask.qos,
+                id: ask.id,
+                retained: Retained::Send,
+                waiter: Some(waiter),
+            };
+            shared.control.push_back(Control::Subscribe(request));
             key
         })
     }

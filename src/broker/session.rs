@@ -114,6 +114,13 @@ pub(super) struct Session {
     restoring: usize,
     incoming: HashMap<u16, Incoming>,
     next_token: u64,
+    /// Messages that wait to be taken, oldest first; some may have been taken.
+    held: VecDeque<Receipt>,
+    /// How many of them have not.
+    waiting: usize,
+    /// How many may wait before the oldest is acknowledged untaken.
+    max_waiting: usize,
+    acknowledged_early: u64,
     /// The oldest unanswered packet when the broker last hung up, and how often in
     /// a row it was that one.
     suspect: Option<(u64, u32)>,
@@ -123,7 +130,9 @@ pub(super) struct Session {
 const MAX_HANG_UPS: u32 = 3;
 
 impl Session {
-    pub(super) fn new() -> Self {
+    /// A session towards which the broker may have `receive_maximum` messages
+    /// unacknowledged.
+    pub(super) fn new(receive_maximum: u16) -> Self {
         Self {
             connected: false,
             subscription_ids: true,
@@ -138,6 +147,11 @@ impl Session {
             restoring: 0,
             incoming: HashMap::new(),
             next_token: 0,
+            held: VecDeque::new(),
+            waiting: 0,
+            // With one message allowed there is no other to be let through.
+            max_waiting: (usize::from(receive_maximum) / 2).max(1),
+            acknowledged_early: 0,
             suspect: None,
         }
     }
@@ -194,6 +208,8 @@ impl Session {
         self.resend.clear();
         if !welcome.session_present {
             self.incoming.clear();
+            self.held.clear();
+            self.waiting = 0;
         }
         let mut order: BTreeMap<u64, u16> = BTreeMap::new();
         for (pkid, (number, _)) in &self.pending {
@@ -339,6 +355,7 @@ impl Session {
         if incoming.token != receipt.token || incoming.state != Held::Waiting {
             return;
         }
+        self.waiting -= 1;
         if !self.connected {
             incoming.state = Held::Taken;
         } else if incoming.qos == QoS::ExactlyOnce {
@@ -376,7 +393,9 @@ impl Session {
                 }
             },
             Inbound::PubRel(pkid) => {
-                self.incoming.remove(&pkid);
+                if let Some(released) = self.incoming.remove(&pkid) {
+                    self.waiting -= usize::from(released.state == Held::Waiting);
+                }
                 wire::pubcomp(pkid, out);
                 Event::None
             }
@@ -439,6 +458,11 @@ impl Session {
                 Event::None
             }
             None => {
+                // A packet id used again without a mark: the broker has forgotten the
+                // message that it named.
+                if let Some(forgotten) = self.incoming.remove(&pkid) {
+                    self.waiting -= usize::from(forgotten.state == Held::Waiting);
+                }
                 self.next_token += 1;
                 let receipt = Receipt {
                     pkid,
@@ -452,9 +476,40 @@ impl Session {
                         state: Held::Waiting,
                     },
                 );
+                self.hold(receipt, out);
                 Event::Deliver(publish, Some(receipt))
             }
         }
+    }
+
+    /// Counts a message that waits to be taken. When those that wait fill half of the
+    /// broker's window, a slow handler is about to stop the traffic of all: the oldest
+    /// is acknowledged. It still waits in its connection's queue and is lost only with
+    /// the gateway, and so it would be unacknowledged too: a gateway that starts does
+    /// so with a clean session.
+    fn hold(&mut self, receipt: Receipt, out: &mut BytesMut) {
+        self.waiting += 1;
+        self.held.push_back(receipt);
+        while self.waiting > self.max_waiting
+            && let Some(oldest) = self.held.pop_front()
+        {
+            let before = self.waiting;
+            self.taken(oldest, out);
+            self.acknowledged_early += (before - self.waiting) as u64;
+        }
+        if self.held.len() > 2 * self.max_waiting {
+            let incoming = &self.incoming;
+            self.held.retain(|receipt| {
+                let state = incoming.get(&receipt.pkid);
+                state.is_some_and(|i| i.token == receipt.token && i.state == Held::Waiting)
+            });
+        }
+    }
+
+    /// How many messages were acknowledged before they were taken, since the last
+    /// call.
+    pub(super) fn take_acknowledged_early(&mut self) -> u64 {
+        std::mem::take(&mut self.acknowledged_early)
     }
 
     fn on_acknowledged(

@@ -72,16 +72,16 @@ impl Table {
         self.entries.len()
     }
 
-    /// Adds a subscriber, in the place of `replaced`. The key names it in [`Table::remove`]. A SUBSCRIBE is to
-    /// be sent each time: for the retained messages and perhaps a higher QoS;
-    /// `None` where a shared subscription already does.
+    /// Adds a subscriber, in the place of `replaced`. The key names it in
+    /// [`Table::remove`]. A SUBSCRIBE is to be sent each time: for the retained
+    /// messages, perhaps a higher QoS, and the broker's own word on it.
     pub(super) fn add(
         &mut self,
         filter: &TopicFilter,
         qos: QoS,
         subscriber: Arc<dyn Subscriber>,
         replaced: Option<SubscriptionKey>,
-    ) -> (SubscriptionKey, Option<Ask>) {
+    ) -> (SubscriptionKey, Ask) {
         self.next_key += 1;
         let key = SubscriptionKey(self.next_key);
         let id = self.free_id();
@@ -93,14 +93,10 @@ impl Table {
             members: IndexMap::new(),
             turn: 0,
         });
-        let settled = filter.is_shared() && !entry.members.is_empty() && qos <= entry.qos;
         if let Some(replaced) = replaced {
             entry.members.swap_remove(&replaced);
         }
         entry.members.insert(key, Member { subscriber, qos });
-        if settled {
-            return (key, None);
-        }
         let previous = std::mem::replace(&mut entry.id, id);
         entry.qos = entry.qos.max(qos);
         let ask = Ask {
@@ -118,7 +114,7 @@ impl Table {
                 newcomer: Some(key),
             },
         );
-        (key, Some(ask))
+        (key, ask)
     }
 
     /// Removes a subscriber; the filter to unsubscribe when it was the last.
@@ -230,7 +226,7 @@ mod tests {
         TopicFilter::parse(text).unwrap()
     }
 
-    fn add(table: &mut Table, text: &str, qos: QoS) -> (SubscriptionKey, Option<Ask>) {
+    fn add(table: &mut Table, text: &str, qos: QoS) -> (SubscriptionKey, Ask) {
         table.add(&filter(text), qos, Arc::new(Nobody), None)
     }
 
@@ -238,11 +234,11 @@ mod tests {
     fn a_filter_is_asked_for_with_the_highest_qos_and_dropped_with_the_last() {
         let mut table = Table::default();
         let (first, ask) = add(&mut table, "a/#", QoS::AtMostOnce);
-        assert_eq!(ask.unwrap().qos, QoS::AtMostOnce);
+        assert_eq!(ask.qos, QoS::AtMostOnce);
         let (second, ask) = add(&mut table, "a/#", QoS::ExactlyOnce);
-        assert_eq!(ask.unwrap().qos, QoS::ExactlyOnce);
+        assert_eq!(ask.qos, QoS::ExactlyOnce);
         let (third, ask) = add(&mut table, "a/#", QoS::AtLeastOnce);
-        assert_eq!(ask.unwrap().qos, QoS::ExactlyOnce);
+        assert_eq!(ask.qos, QoS::ExactlyOnce);
         assert!(table.remove(&filter("a/#"), first).is_none());
         assert!(table.remove(&filter("a/#"), first).is_none());
         assert!(table.remove(&filter("a/#"), third).is_none());
@@ -253,8 +249,8 @@ mod tests {
     #[test]
     fn overlapping_filters_each_get_their_copy_however_the_broker_sends_them() {
         let mut table = Table::default();
-        let a = add(&mut table, "a/#", QoS::AtLeastOnce).1.unwrap().id;
-        let b = add(&mut table, "a/b", QoS::AtLeastOnce).1.unwrap().id;
+        let a = add(&mut table, "a/#", QoS::AtLeastOnce).1.id;
+        let b = add(&mut table, "a/b", QoS::AtLeastOnce).1.id;
         assert_eq!(table.audience("a/b", false, &[a, b]).len(), 2);
         assert_eq!(table.audience("a/b", false, &[a]).len(), 1);
         assert_eq!(table.audience("a/b", false, &[b]).len(), 1);
@@ -264,8 +260,8 @@ mod tests {
     #[test]
     fn retained_messages_go_to_the_newcomer_alone() {
         let mut table = Table::default();
-        let first = add(&mut table, "r", QoS::AtMostOnce).1.unwrap().id;
-        let second = add(&mut table, "r", QoS::AtMostOnce).1.unwrap().id;
+        let first = add(&mut table, "r", QoS::AtMostOnce).1.id;
+        let second = add(&mut table, "r", QoS::AtMostOnce).1.id;
         assert_eq!(table.audience("r", true, &[second]).len(), 1);
         assert_eq!(table.audience("r", true, &[first]).len(), 1);
         // A message queued under the replaced identifier is still for both.
@@ -274,14 +270,11 @@ mod tests {
     }
 
     #[test]
-    fn a_shared_subscription_takes_turns_and_asks_once() {
+    fn a_shared_subscription_takes_turns() {
         let mut table = Table::default();
-        let id = add(&mut table, "$share/g/t", QoS::AtLeastOnce)
-            .1
-            .unwrap()
-            .id;
-        assert!(add(&mut table, "$share/g/t", QoS::AtLeastOnce).1.is_none());
-        assert!(add(&mut table, "$share/g/t", QoS::AtMostOnce).1.is_none());
+        let id = add(&mut table, "$share/g/t", QoS::AtLeastOnce).1.id;
+        add(&mut table, "$share/g/t", QoS::AtLeastOnce);
+        add(&mut table, "$share/g/t", QoS::AtMostOnce);
         let qos: Vec<_> = (0..6)
             .map(|_| {
                 let audience = table.audience("t", false, &[id]);
@@ -303,7 +296,7 @@ mod tests {
             Arc::new(Nobody),
             Some(first),
         );
-        let id = ask.unwrap().id;
+        let id = ask.id;
         assert_eq!(table.audience("a", false, &[id]).len(), 1);
         assert!(table.remove(&filter("a"), first).is_none());
         assert!(table.remove(&filter("a"), second).is_some());
@@ -314,7 +307,7 @@ mod tests {
         let mut table = Table::default();
         let (key, ask) = add(&mut table, "a", QoS::AtMostOnce);
         table.remove(&filter("a"), key);
-        assert!(table.audience("a", false, &[ask.unwrap().id]).is_empty());
+        assert!(table.audience("a", false, &[ask.id]).is_empty());
     }
 
     #[test]

@@ -18,7 +18,7 @@ fn welcome(session_present: bool, receive_maximum: u16) -> Welcome {
 }
 
 fn connected(receive_maximum: u16) -> Session {
-    let mut session = Session::new();
+    let mut session = Session::new(1024);
     session.connected(&welcome(false, receive_maximum), &mut BytesMut::new());
     session
 }
@@ -148,14 +148,24 @@ fn unconfirmed_publishes_are_sent_again_in_order_and_within_the_window() {
     assert!(!session.can_publish());
     session.connected(&welcome(true, 2), &mut out);
     let again = publishes(&mut out);
-    assert_eq!(again, [("a".into(), first[0].1, true), ("c".into(), first[2].1, true)]);
+    assert_eq!(
+        again,
+        [
+            ("a".into(), first[0].1, true),
+            ("c".into(), first[2].1, true)
+        ]
+    );
     assert!(!session.can_publish(), "d must go first");
     session.receive(Inbound::PubAck(first[0].1, Ok(())), &mut out);
     assert_eq!(publishes(&mut out), [("d".into(), first[3].1, true)]);
     session.receive(Inbound::PubAck(first[2].1, Ok(())), &mut out);
     session.receive(Inbound::PubAck(first[3].1, Ok(())), &mut out);
     assert!(session.is_idle() && session.can_publish());
-    assert!(waiters.iter_mut().all(|waiter| waiter.try_recv() == Ok(Ok(()))));
+    assert!(
+        waiters
+            .iter_mut()
+            .all(|waiter| waiter.try_recv() == Ok(Ok(())))
+    );
 }
 
 #[test]
@@ -200,7 +210,10 @@ fn a_message_is_acknowledged_when_it_was_taken() {
     assert!(out.is_empty());
     session.taken(two, &mut out);
     session.taken(one, &mut out);
-    assert!(matches!(written(&mut out)[..], [Packet::PubRec(_), Packet::PubAck(_)]));
+    assert!(matches!(
+        written(&mut out)[..],
+        [Packet::PubRec(_), Packet::PubAck(_)]
+    ));
     session.receive(Inbound::PubRel(6), &mut out);
     assert!(matches!(written(&mut out)[..], [Packet::PubComp(_)]));
 }
@@ -258,7 +271,10 @@ fn a_packet_that_makes_the_broker_hang_up_fails_after_three_times() {
         out.clear();
         session.connected(&welcome(true, 10), &mut out);
     }
-    assert!(matches!(poison.try_recv(), Ok(Err(PublishError::Refused(_)))));
+    assert!(matches!(
+        poison.try_recv(),
+        Ok(Err(PublishError::Refused(_)))
+    ));
     let again = publishes(&mut out);
     assert_eq!(again.len(), 1);
     assert_eq!(again[0].0, "innocent");
@@ -291,6 +307,34 @@ fn a_subscription_is_answered_by_its_suback_across_a_broken_link() {
     let granted = Inbound::SubAck(subscribe.pkid, Ok(QoS::AtLeastOnce));
     session.receive(granted, &mut out);
     assert_eq!(answer.try_recv().unwrap(), Ok(QoS::AtLeastOnce));
+}
+
+#[test]
+fn slow_takers_leave_half_of_the_window_to_others() {
+    let mut session = Session::new(8);
+    let mut out = BytesMut::new();
+    session.connected(&welcome(false, 10), &mut out);
+    let mut receipts = Vec::new();
+    for pkid in 1..=4 {
+        receipts.push(receipt(
+            session.receive(incoming(pkid, QoS::AtLeastOnce, false), &mut out),
+        ));
+    }
+    assert!(out.is_empty(), "nobody took anything");
+    session.receive(incoming(5, QoS::AtLeastOnce, false), &mut out);
+    let packets = written(&mut out);
+    assert!(
+        matches!(&packets[..], [Packet::PubAck(ack)] if ack.pkid == 1),
+        "{packets:?}"
+    );
+    assert_eq!(session.take_acknowledged_early(), 1);
+    // Taken after all: not acknowledged again.
+    session.taken(receipts[0], &mut out);
+    assert!(out.is_empty());
+    session.taken(receipts[1], &mut out);
+    assert!(matches!(written(&mut out)[..], [Packet::PubAck(_)]));
+    session.receive(incoming(6, QoS::AtLeastOnce, false), &mut out);
+    assert!(out.is_empty(), "one was taken, so one more may wait");
 }
 
 proptest! {

@@ -1,0 +1,24 @@
+# `just` lists these.
+
+default:
+    @just --list
+
+# The whole thing at work, nothing installed.
+quickstart:
+    cargo run --release -- quickstart
+
+# What CI runs: installs what the tests need, then runs them all.
+test:
+    scripts/test.sh
+
+# The fast part of the tests.
+unit:
+    cargo test --lib --test config --test machine
+
+lint:
+    cargo fmt --check
+    cargo clippy --all-targets -- -D warnings
+
+# Writes the generated files again.
+generate:
+    cargo run --quiet -- default-config > config/default.toml
