@@ -15,6 +15,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::net::TcpListener;
+use tokio::sync::watch;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -24,7 +25,7 @@ use crate::admin::{self, Readiness, Status};
 use crate::broker::{Broker, BrokerTasks, LinkState};
 use crate::config::{Config, Handler};
 use crate::connection::command::Commands;
-use crate::connection::{CloseReason, ListenerContext, Registry};
+use crate::connection::{ListenerContext, Registry};
 use crate::handler::client::Pool;
 use crate::handler::link::Link;
 use crate::id::{NodeTag, ShardId};
@@ -119,17 +120,17 @@ struct HandlerLinks {
 }
 
 struct Health {
+    /// Whether everything was there once.
+    started: watch::Sender<bool>,
     draining: CancellationToken,
     broker: Broker,
     handlers: Vec<HandlerLinks>,
 }
 
-impl Readiness for Health {
-    fn statuses(&self) -> Vec<Status> {
+impl Health {
+    /// The things outside of the gateway that it needs.
+    fn needs(&self) -> Vec<Status> {
         let mut statuses = Vec::new();
-        if self.draining.is_cancelled() {
-            statuses.push(Status::missing("draining"));
-        }
         for (index, state) in self.broker.states().into_iter().enumerate() {
             let text = format!("broker link {index}: {state}");
             statuses.push(match state {
@@ -138,6 +139,18 @@ impl Readiness for Health {
             });
         }
         statuses.extend(self.handlers.iter().map(HandlerLinks::status));
+        statuses
+    }
+}
+
+impl Readiness for Health {
+    fn statuses(&self) -> Vec<Status> {
+        let mut statuses = self.needs();
+        if self.draining.is_cancelled() {
+            statuses.insert(0, Status::missing("draining"));
+        } else if !*self.started.borrow() {
+            statuses.insert(0, Status::missing("starting"));
+        }
         statuses
     }
 }
@@ -167,6 +180,15 @@ impl Gateway {
     /// Builds and starts everything. Returns when all addresses are bound; whether
     /// the broker and the handlers are there is for [`Gateway::ready`] to say.
     pub async fn start(config: &Config) -> Result<Self, Error> {
+        Self::start_and_tell(config, |_| ()).await
+    }
+
+    /// Like [`Gateway::start`]; calls `tell` once the broker and the handlers are
+    /// there for the first time, before `/readyz` says so.
+    pub async fn start_and_tell(
+        config: &Config,
+        tell: impl FnOnce(&Addresses) + Send + 'static,
+    ) -> Result<Self, Error> {
         let metrics = Metrics::new().map_err(|error| Error::Metrics(error.to_string()))?;
         let stops = Stops::default();
         let connections = TaskTracker::new();
@@ -207,10 +229,12 @@ impl Gateway {
                 .transpose()?,
         };
         let health = Arc::new(Health {
+            started: watch::Sender::new(false),
             draining: stops.draining.clone(),
             broker,
             handlers,
         });
+        tokio::spawn(announce(health.clone(), addresses.clone(), tell));
 
         let adapter_tasks = TaskTracker::new();
         let accept = accept_handlers(
@@ -248,23 +272,21 @@ impl Gateway {
         &self.addresses
     }
 
-    /// Waits until the broker and every handler are connected. Cancel safe.
+    /// Waits until the broker and every handler were connected once. Cancel safe.
     pub async fn ready(&self) {
-        let mut logged = Vec::new();
-        loop {
-            let statuses = self.health.statuses();
-            let missing: Vec<_> = statuses.into_iter().filter(|s| !s.is_good).collect();
-            if missing.is_empty() {
-                return;
-            }
-            if missing != logged {
-                for status in &missing {
-                    tracing::debug!(status = status.text, "not ready yet");
-                }
-                logged = missing;
-            }
-            tokio::time::sleep(READY_POLL).await;
-        }
+        // The sender lives in `health`, so this cannot fail.
+        let _ = self
+            .health
+            .started
+            .subscribe()
+            .wait_for(|ready| *ready)
+            .await;
+    }
+
+    /// What the gateway needs and has not got, one line each.
+    pub fn missing(&self) -> Vec<String> {
+        let needs = self.health.needs().into_iter();
+        needs.filter(|s| !s.is_good).map(|s| s.text).collect()
     }
 
     /// Number of open connections.
@@ -278,7 +300,7 @@ impl Gateway {
     pub async fn drain(self) -> Drained {
         let deadline = Instant::now() + self.shutdown_timeout;
         self.stops.draining.cancel();
-        self.registry.close_all(&CloseReason::Shutdown);
+        self.registry.drain_all();
         self.connections.close();
         // A connection that was being set up meanwhile sees the token by itself.
         let all = tokio::time::timeout_at(deadline, self.connections.wait()).await;
@@ -294,6 +316,18 @@ impl Gateway {
             connections,
             publishes,
         }
+    }
+}
+
+/// Waits until everything is there, and says so.
+async fn announce(health: Arc<Health>, addresses: Addresses, tell: impl FnOnce(&Addresses)) {
+    while !health.draining.is_cancelled() {
+        if health.needs().iter().all(|status| status.is_good) {
+            tell(&addresses);
+            health.started.send_replace(true);
+            return;
+        }
+        tokio::time::sleep(READY_POLL).await;
     }
 }
 

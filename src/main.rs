@@ -6,8 +6,8 @@ use std::process::ExitCode;
 
 use anyhow::Context;
 use clap::{Args, Parser, Subcommand};
-use exproto_sidecar::config::{self, Config, Sources};
-use exproto_sidecar::gateway::{self, Gateway};
+use exproto_sidecar::config::{self, Config, LogFormat, Sources};
+use exproto_sidecar::gateway::{self, Addresses, Gateway};
 use exproto_sidecar::shutdown::Signals;
 use exproto_sidecar::{options, telemetry, tls};
 
@@ -125,18 +125,16 @@ fn run(config: &Config) -> anyhow::Result<()> {
         .context("no runtime")?;
     runtime.block_on(async {
         let mut signals = Signals::new().context("signals cannot be handled")?;
-        let gateway = Gateway::start(config).await?;
+        let format = config.log.format;
+        let tell = move |addresses: &Addresses| println!("{}", ready_line(addresses, format));
+        let gateway = Gateway::start_and_tell(config, tell).await?;
         for (name, address) in &gateway.addresses().listeners {
             tracing::info!(listener = name, %address, "listening");
         }
-        let signal = tokio::select! {
-            biased;
-            signal = signals.next() => signal,
-            () = gateway.ready() => {
-                println!("{}", ready_line(&gateway));
-                signals.next().await
-            }
-        };
+        for missing in gateway.missing() {
+            tracing::info!(missing, "waiting");
+        }
+        let signal = signals.next().await;
         let connections = gateway.connections();
         tracing::info!(
             signal,
@@ -164,8 +162,7 @@ fn run(config: &Config) -> anyhow::Result<()> {
     })
 }
 
-fn ready_line(gateway: &Gateway) -> String {
-    let addresses = gateway.addresses();
+fn ready_line(addresses: &Addresses, format: LogFormat) -> String {
     let mut line = String::from("exproto-sidecar is ready:");
     for (name, address) in &addresses.listeners {
         line.push_str(&format!(" devices on {address} ({name}),"));
@@ -174,5 +171,10 @@ fn ready_line(gateway: &Gateway) -> String {
     if let Some(admin) = addresses.admin {
         line.push_str(&format!(", admin on {admin}"));
     }
-    line
+    match format {
+        LogFormat::Text => line,
+        // Where both outputs end in one place, every line of it is JSON. The line
+        // holds names and addresses only: nothing that would need escaping.
+        LogFormat::Json => format!("{{\"level\":\"INFO\",\"message\":\"{line}\"}}"),
+    }
 }

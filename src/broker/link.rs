@@ -110,7 +110,7 @@ pub(super) async fn run(member: Arc<Member>) {
                 }
             }
         }
-        if member.is_closing() && session.is_idle() {
+        if member.is_closing() && session.is_idle() && member.waiting() == 0 {
             return;
         }
         tokio::time::sleep(jitter(pause)).await;

@@ -144,7 +144,8 @@ impl Member {
 
     /// Publishes accepted and not confirmed.
     pub(super) fn waiting(&self) -> usize {
-        let shared = self.lock();
+        let mut shared = self.lock();
+        self.withdraw_abandoned(&mut shared);
         shared.outbox.len() + shared.unacknowledged
     }
 
@@ -170,7 +171,7 @@ impl Member {
             }
             shared.check(&publish)?;
             if !shared.has_room(size, &self.options) {
-                shared.withdraw_abandoned();
+                self.withdraw_abandoned(shared);
                 if !shared.has_room(size, &self.options) {
                     self.metrics.outbox_full.increment(1);
                     return Err(PublishError::OutboxFull(shared.state.to_string()));
@@ -182,6 +183,18 @@ impl Member {
         })?;
         self.metrics.outbox_messages.increment(1.0);
         Ok(confirmed)
+    }
+
+    /// Forgets publishes whose callers have left. They leave in the order they
+    /// came, for all wait equally long, so those in front are enough.
+    fn withdraw_abandoned(&self, shared: &mut Shared) {
+        while let Some(waiting) = shared.outbox.front()
+            && waiting.waiter.is_closed()
+        {
+            shared.outbox_bytes = shared.outbox_bytes.saturating_sub(waiting.publish.size());
+            shared.outbox.pop_front();
+            self.metrics.outbox_messages.decrement(1.0);
+        }
     }
 
     /// Adds a subscriber in the place of `replaced`; the key is for
@@ -237,6 +250,8 @@ impl Member {
             session.subscribing().cloned().collect();
         // An UNSUBSCRIBE for a session that is gone has nothing left to do.
         shared.control.retain(|control| match control {
+            // Its caller has left and taken the subscription back.
+            Control::Subscribe(request) if request.is_abandoned() => false,
             Control::Subscribe(request) => {
                 on_its_way.insert(request.filter.clone());
                 true
@@ -274,6 +289,7 @@ impl Member {
         }
         while session.can_subscribe() && out.len() < WRITE_AHEAD {
             match shared.control.pop_front() {
+                Some(Control::Subscribe(request)) if request.is_abandoned() => {}
                 Some(Control::Subscribe(request)) => session.subscribe(request, out),
                 Some(Control::Unsubscribe(filter)) => session.unsubscribe(filter, out),
                 None => break,
@@ -347,17 +363,6 @@ impl Shared {
     fn has_room(&self, size: usize, options: &Options) -> bool {
         self.outbox.len() < options.outbox_max_messages
             && (self.outbox.is_empty() || self.outbox_bytes + size <= options.outbox_max_bytes)
-    }
-
-    /// Forgets publishes whose callers have left. They leave in the order they
-    /// came, for all wait equally long, so those in front are enough.
-    fn withdraw_abandoned(&mut self) {
-        while let Some(waiting) = self.outbox.front()
-            && waiting.waiter.is_closed()
-        {
-            self.outbox_bytes = self.outbox_bytes.saturating_sub(waiting.publish.size());
-            self.outbox.pop_front();
-        }
     }
 }
 

@@ -82,7 +82,7 @@ pub enum PublishError {
     #[error("the broker refused the message: {0}")]
     Refused(Refusal),
     /// More than the broker accepts; nothing was sent.
-    #[error("the message is {size} bytes on the wire, the broker takes at most {limit}")]
+    #[error("the message is too large: {size} bytes on the wire, the broker's limit is {limit}")]
     TooLarge {
         /// Bytes.
         size: usize,

@@ -40,6 +40,13 @@ pub(super) struct SubscribeRequest {
     pub waiter: Option<oneshot::Sender<Result<QoS, Refusal>>>,
 }
 
+impl SubscribeRequest {
+    /// Whether the caller has left, and its subscription with it.
+    pub(super) fn is_abandoned(&self) -> bool {
+        self.waiter.as_ref().is_some_and(oneshot::Sender::is_closed)
+    }
+}
+
 /// Names one publish that the broker sent and that is not acknowledged yet.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Receipt {
@@ -228,10 +235,7 @@ impl Session {
                         let _ = waiter.send(Err(PublishError::SessionLost));
                     }
                 }
-                // The caller gave up: its subscription is taken back already.
-                Some((_, Pending::Subscribe(request)))
-                    if request.waiter.as_ref().is_some_and(|w| w.is_closed()) =>
-                {
+                Some((_, Pending::Subscribe(request))) if request.is_abandoned() => {
                     self.pending.remove(&pkid);
                     self.filters_pending -= 1;
                 }

@@ -234,8 +234,10 @@ section! {
         /// connection (Receive Maximum of MQTT 5). 1 to 65535.
         receive_maximum: u16 = Within("1024", 1..=65535),
 
-        /// The largest MQTT packet taken from the broker. A size from 1KiB to 256MiB.
-        max_packet_size: Size = Within("1MiB", Size::new(1 << 10)..=Size::new(256 << 20)),
+        /// The largest MQTT packet taken from the broker; it drops larger messages. Below the 4 MiB
+        /// that gRPC servers take by default, so that every message fits into a callback.
+        /// A size from 1KiB to 256MiB.
+        max_packet_size: Size = Within("3MiB", Size::new(1 << 10)..=Size::new(256 << 20)),
 
         /// The wait before the first attempt to connect again; it doubles with each. A duration.
         reconnect_min: Duration = Within("100ms", TICK..),

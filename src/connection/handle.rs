@@ -68,6 +68,7 @@ struct Inbox {
     outgoing: VecDeque<Chunk>,
     messages: MessageQueue,
     close: Option<CloseReason>,
+    drain: bool,
     keepalive: Option<Duration>,
     authenticated: bool,
     session: Session,
@@ -79,6 +80,7 @@ struct Inbox {
 #[derive(Default)]
 pub(super) struct Wishes {
     pub close: Option<CloseReason>,
+    pub drain: bool,
     pub keepalive: Option<Duration>,
     pub authenticated: bool,
     pub messages_wait: bool,
@@ -109,6 +111,7 @@ impl Handle {
                 outgoing: VecDeque::new(),
                 messages: MessageQueue::default(),
                 close: None,
+                drain: false,
                 keepalive: None,
                 authenticated: false,
                 session: Session::Anonymous,
@@ -177,6 +180,12 @@ impl Handle {
             inbox.close = Some(reason);
             inbox.closed = true;
         })
+    }
+
+    /// Asks for the connection to be closed because the gateway stops. A callback in
+    /// flight is finished first and may still use the connection.
+    pub(super) fn drain(&self) -> Result<(), Refused> {
+        self.change(|inbox| inbox.drain = true)
     }
 
     /// Sets or replaces the keepalive interval.
@@ -274,6 +283,7 @@ impl Handle {
         }
         Wishes {
             close: inbox.close.take(),
+            drain: std::mem::take(&mut inbox.drain),
             keepalive: inbox.keepalive.take(),
             authenticated: std::mem::take(&mut inbox.authenticated),
             messages_wait: !inbox.messages.is_empty(),

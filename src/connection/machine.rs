@@ -60,8 +60,11 @@ pub enum Input<B> {
     SocketFailed(String),
     /// The callback in flight ended.
     CallEnded(Outcome),
-    /// Somebody wants the connection closed.
+    /// Somebody wants the connection closed now.
     CloseRequested(CloseReason),
+    /// The gateway stops: closes after the callback in flight, which may still use
+    /// the connection.
+    DrainRequested,
     /// The device is a client now.
     Authenticated,
     /// A keepalive interval was set.
@@ -127,6 +130,8 @@ pub struct Machine<B> {
     /// Whether what was to be sent before closing is sent or given up.
     flushed: bool,
     paused: bool,
+    /// Closes when the callback in flight has ended.
+    draining: bool,
     authenticated: bool,
     opened: Instant,
     /// When something last went either way.
@@ -148,6 +153,7 @@ impl<B> Machine<B> {
             announced: false,
             flushed: false,
             paused: false,
+            draining: false,
             authenticated: false,
             opened: now,
             active: now,
@@ -221,7 +227,7 @@ impl<B> Machine<B> {
     pub fn handle(&mut self, input: Input<B>, now: Instant) {
         match input {
             Input::Received(bytes) => {
-                debug_assert!(self.is_reading());
+                debug_assert!(self.wants_messages());
                 self.active = now;
                 self.heard = now;
                 self.call(Call::Bytes(bytes));
@@ -234,6 +240,8 @@ impl<B> Machine<B> {
             Input::SocketFailed(detail) => self.abort(CloseReason::SocketError(detail)),
             Input::CallEnded(outcome) => self.on_call_ended(outcome),
             Input::CloseRequested(reason) => self.close(reason),
+            Input::DrainRequested if self.calling => self.draining = true,
+            Input::DrainRequested => self.close(CloseReason::Shutdown),
             Input::Authenticated => self.authenticated = true,
             Input::KeepaliveSet(interval) => {
                 self.keepalive = Some(interval);
@@ -272,8 +280,13 @@ impl<B> Machine<B> {
             (Phase::Opening, Outcome::Taken) => self.phase = Phase::Open,
             (Phase::Expiring, Outcome::Taken) => self.close(CloseReason::KeepaliveTimeout),
             (_, Outcome::Taken) => {}
+            // A gateway that stops does not wait for an absent handler.
+            (_, Outcome::Unavailable) if self.draining => self.close(CloseReason::Shutdown),
             (_, Outcome::Unavailable) => self.close(CloseReason::HandlerUnavailable),
             (_, Outcome::Failed) => self.close(CloseReason::HandlerError),
+        }
+        if self.draining {
+            self.close(CloseReason::Shutdown);
         }
         self.settle();
     }

@@ -5,7 +5,6 @@ use std::hash::{BuildHasher, RandomState};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::handle::Handle;
-use super::reason::CloseReason;
 use crate::id::{ConnId, NodeTag, ShardId};
 
 /// Locks over which the client ids are spread. Only Authenticate and the end of an
@@ -92,13 +91,13 @@ impl Registry {
         &self.clients[(self.hasher.hash_one(clientid) % CLIENT_LOCKS as u64) as usize]
     }
 
-    /// Closes every connection.
-    pub fn close_all(&self, reason: &CloseReason) {
+    /// Closes every connection, each after its callback in flight: the gateway stops.
+    pub fn drain_all(&self) {
         for shard in &self.connections {
             let handles: Vec<Handle> = lock(shard).values().cloned().collect();
             for handle in handles {
                 // One that is closing already needs no telling.
-                let _ = handle.close(reason.clone());
+                let _ = handle.drain();
             }
         }
     }

@@ -84,7 +84,7 @@ async fn run<S: Socket>(socket: S, peer: PeerInfo, id: ConnId, context: Arc<List
     let entry = context.registry.enter(handle.clone());
     // A gateway that began to drain before this line has not seen the entry.
     if context.draining.is_cancelled() {
-        let _ = handle.close(CloseReason::Shutdown);
+        let _ = handle.drain();
     }
     context.metrics.opened.increment(1);
     context.metrics.open.increment(1.0);
@@ -297,8 +297,9 @@ impl<S: Socket> Driver<S> {
         let authenticated = wishes.authenticated.then_some(Input::Authenticated);
         let keepalive = wishes.keepalive.map(Input::KeepaliveSet);
         let close = wishes.close.map(Input::CloseRequested);
-        self.inputs
-            .extend(authenticated.into_iter().chain(keepalive).chain(close));
+        let drain = wishes.drain.then_some(Input::DrainRequested);
+        let wishes_in_order = [authenticated, keepalive, close, drain];
+        self.inputs.extend(wishes_in_order.into_iter().flatten());
         if let Some(input) = self.inputs.pop_front() {
             return Poll::Ready(input);
         }
