@@ -83,6 +83,7 @@ pub(crate) trait Field<D>: Sized {
 /// The value of a default that is part of the program.
 fn built_in<T: ConfigValue>(key: &str, text: &str) -> T {
     // Defaults are constants and every one is read by the test that loads no configuration at all.
+    #[allow(clippy::panic)]
     T::from_text(text)
         .unwrap_or_else(|rejected| panic!("default of {key} is not {}", rejected.allowed))
 }

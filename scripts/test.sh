@@ -1,0 +1,40 @@
+#!/usr/bin/env bash
+# Installs what the tests need from Debian's packages, then runs them all.
+# Arguments go to `cargo test`.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+# Debian keeps Mosquitto where only root's PATH looks.
+export PATH="$PATH:/usr/sbin"
+
+install_packages() {
+    local sudo=()
+    if [ "$(id -u)" -ne 0 ]; then sudo=(sudo); fi
+    "${sudo[@]}" apt-get update -q
+    DEBIAN_FRONTEND=noninteractive "${sudo[@]}" apt-get install -q -y --no-install-recommends "$@"
+}
+
+missing=()
+command -v mosquitto >/dev/null || missing+=(mosquitto)
+command -v mosquitto_sub >/dev/null || missing+=(mosquitto-clients)
+command -v cc >/dev/null || missing+=(build-essential)
+command -v python3 >/dev/null || missing+=(python3)
+python3 -c 'import venv, ensurepip' 2>/dev/null || missing+=(python3-venv)
+if [ "${#missing[@]}" -gt 0 ]; then
+    echo "installing: ${missing[*]}"
+    install_packages "${missing[@]}"
+fi
+# The package starts a broker of its own on port 1883, where quickstart's would be.
+if command -v systemctl >/dev/null && systemctl is-active -q mosquitto 2>/dev/null; then
+    echo "note: a mosquitto service runs on this machine; the tests use ports of their own"
+fi
+
+echo "preparing the example handlers"
+venv=target/examples/venv
+if ! "$venv/bin/python" -c 'import grpc_tools' 2>/dev/null; then
+    python3 -m venv "$venv"
+    "$venv/bin/pip" install -q --disable-pip-version-check -r examples/echo-python/requirements.txt
+fi
+cargo build --quiet --locked --manifest-path examples/echo-rust/Cargo.toml --target-dir target/examples/rust
+
+cargo test --locked "$@"
