@@ -6,7 +6,7 @@
 //! broker --> session --> table: who subscribed --> Subscriber::deliver
 //! ```
 //!
-//! A pool of [`Member`]s, each one MQTT connection with a persistent session. A
+//! A pool of `Member`s, each one MQTT connection with a persistent session. A
 //! connection's publishes all go through one member, which keeps their order; a
 //! filter lives at one member, which makes its fan-out exact. This module knows
 //! nothing of device connections: it delivers into the [`Subscriber`] that was

@@ -10,7 +10,7 @@
 //!                     handler
 //! ```
 //!
-//! A private [`task`], a cloneable [`handle`], an entry in the [`registry`], and a
+//! A private `task`, a cloneable `handle`, an entry in the `registry`, and a
 //! [`machine`] that decides.
 
 pub mod command;

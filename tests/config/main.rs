@@ -1,5 +1,12 @@
 //! The configuration through its public functions.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing
+)]
+
 mod checks;
 mod dump;
 mod layers;
