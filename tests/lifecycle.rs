@@ -253,6 +253,79 @@ async fn a_second_client_of_the_same_id_discards_the_first() {
     stage.finish().await;
 }
 
+/// Of many connections that take one client id at the same time one is left, and it
+/// is the client.
+#[tokio::test]
+async fn of_many_rivals_for_a_client_id_one_is_left() {
+    let stage = Stage::with(&[("SHARDS", "4")]).await;
+    let mut peer = Peer::connect(stage.broker.port).await;
+    let mut rivals = Vec::new();
+    for _ in 0..20 {
+        rivals.push(stage.device().await);
+    }
+    let calls = rivals.iter().map(|rival| async {
+        // Who is discarded already learns it here.
+        let answer = stage.adapter.authenticate(&rival.conn, "wanted").await;
+        answer.code == ResultCode::Success
+            && stage.subscribe(rival, "t", 1).await.code == ResultCode::Success
+    });
+    let subscribed = futures_util::future::join_all(calls).await;
+    assert!(subscribed.contains(&true));
+    let discarded = |log: &common::Log| {
+        let closed = |call: &Call| matches!(call, Call::Closed(reason) if reason == "discarded");
+        let closed = log.events.iter().filter(|event| closed(&event.call));
+        (closed.count() == 19).then_some(())
+    };
+    stage.handler.wait("nineteen discarded", discarded).await;
+    let is_left = |device: &&Device| stage.handler.names(&device.conn) == ["created"];
+    let left: Vec<&Device> = rivals.iter().filter(is_left).collect();
+    assert_eq!(left.len(), 1);
+    peer.publish("t", 1, "x").await;
+    stage.handler.messages(&left[0].conn, 1).await;
+    stage.finish().await;
+}
+
+/// A message that the handler refuses closes its connection, like any callback.
+#[tokio::test]
+async fn refused_messages_close_the_connection() {
+    let stage = Stage::start().await;
+    stage.handler.behave(|event| async move {
+        match event.call {
+            Call::Messages(_) => Err(Status::invalid_argument("not these")),
+            _ => Ok(()),
+        }
+    });
+    let mut peer = Peer::connect(stage.broker.port).await;
+    let mut device = stage.subscriber("c", "t", 1).await;
+    peer.publish("t", 1, "x").await;
+    assert_eq!(device.read_all().await, b"");
+    assert_eq!(stage.closed(&device).await, "handler_error");
+    stage.broker.logged("Received PUBACK from exproto").await;
+    stage.finish().await;
+}
+
+/// A refused OnSocketClosed changes nothing: it was the last word.
+#[tokio::test]
+async fn a_refused_goodbye_is_still_the_last_word() {
+    let stage = Stage::start().await;
+    stage.handler.behave(|event| async move {
+        match event.call {
+            Call::Closed(_) => Err(Status::internal("no")),
+            _ => Ok(()),
+        }
+    });
+    let device = stage.device().await;
+    let conn = device.conn.clone();
+    drop(device);
+    assert_eq!(stage.handler.closed(&conn).await, "normal");
+    let open = "exproto_connections{listener=\"tcp.default\"}";
+    stage.admin.metric_until(open, |n| n < 0.5).await;
+    let lost = "exproto_closed_callbacks_lost_total{handler=\"default\"}";
+    assert!((stage.admin.metric(lost).await - 1.0).abs() < 0.5);
+    assert_eq!(stage.handler.names(&conn), ["created", "closed"]);
+    stage.finish().await;
+}
+
 /// A device that takes nothing for `send_timeout` is closed, `send_timeout`; a Send
 /// that waits for room is answered.
 #[tokio::test]

@@ -146,7 +146,10 @@ impl Task {
         let created = |call: &Call<u8>| matches!(call, Call::Created);
         assert!(self.calls.first().is_some_and(created), "Created is first");
         assert_eq!(self.calls.iter().filter(|call| created(call)).count(), 1);
-        let closed = self.calls.iter().position(|call| matches!(call, Call::Closed(_)));
+        let closed = self
+            .calls
+            .iter()
+            .position(|call| matches!(call, Call::Closed(_)));
         if let Some(at) = closed {
             assert_eq!(at + 1, self.calls.len(), "nothing after Closed");
             assert!(!self.machine.owes_closed());
@@ -250,7 +253,7 @@ fn never() -> Timeouts {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(2000))]
+    #![proptest_config(ProptestConfig::with_cases(1000))]
 
     /// Created first, Closed last and once, at most one callback at a time, nothing
     /// after Closed or Finish, in whatever order things happen; and from every state
@@ -354,7 +357,10 @@ fn a_keepalive_calls_the_timer_and_closes() {
     task.step(Step::CallEnded(Outcome::Taken));
     assert_eq!(task.reason(), Some(&CloseReason::KeepaliveTimeout));
     task.settle();
-    assert_eq!(task.calls.last(), Some(&Call::Closed(CloseReason::KeepaliveTimeout)));
+    assert_eq!(
+        task.calls.last(),
+        Some(&Call::Closed(CloseReason::KeepaliveTimeout))
+    );
 }
 
 /// A handler that closes in OnTimerTimeout does not change the reason.
@@ -401,6 +407,10 @@ fn a_device_that_takes_nothing_is_given_up() {
     task.step(Step::Elapsed);
     assert_eq!(task.aborts, 1);
     task.settle();
-    assert_eq!(task.reason(), Some(&CloseReason::ClosedByHandler), "the first stays");
+    assert_eq!(
+        task.reason(),
+        Some(&CloseReason::ClosedByHandler),
+        "the first stays"
+    );
     assert_eq!(task.finishes, 1);
 }

@@ -829,6 +829,40 @@ async fn a_message_too_large_for_the_broker_is_refused() {
     stage.finish().await;
 }
 
+/// A message larger than `max_packet_size` is not for the gateway; the link stays.
+#[tokio::test]
+async fn a_message_too_large_for_the_gateway_breaks_nothing() {
+    let keys = [
+        ("BROKER__MAX_PACKET_SIZE", "10KiB"),
+        ("BROKER__POOL_SIZE", "1"),
+    ];
+    let stage = Stage::with(&keys).await;
+    let mut peer = Peer::connect(stage.broker.port).await;
+    let device = stage.subscriber("c", "t", 1).await;
+    peer.publish("t", 1, "x".repeat(20_000)).await;
+    peer.publish("t", 1, "small").await;
+    assert_eq!(stage.handler.payloads(&device.conn, 1).await, ["small"]);
+    let connects = stage.broker.count("as exproto");
+    assert_eq!(connects, 1, "the link was lost");
+    stage.finish().await;
+}
+
+/// A large message fits into a callback with the defaults.
+#[tokio::test]
+async fn large_messages_reach_the_handler() {
+    let stage = Stage::start().await;
+    let mut peer = Peer::connect(stage.broker.port).await;
+    let device = stage.subscriber("c", "t", 1).await;
+    let large = pattern(900_000);
+    for _ in 0..5 {
+        peer.publish("t", 1, large.clone()).await;
+    }
+    for message in stage.handler.messages(&device.conn, 5).await {
+        assert_same(&message.payload, &large);
+    }
+    stage.finish().await;
+}
+
 /// A QoS that the broker does not have is an error to the caller; a subscription at
 /// it is made at what there is.
 #[tokio::test]

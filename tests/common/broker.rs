@@ -1,0 +1,150 @@
+//! Mosquitto, one process for each test.
+
+use std::fs;
+use std::io::{BufRead, BufReader};
+use std::process::{Child, Command, Stdio};
+use std::thread;
+
+use tempfile::TempDir;
+use tokio::sync::watch;
+
+use super::{free_port, within};
+
+/// A Mosquitto with a port, a folder and a log of its own.
+pub struct Broker {
+    pub port: u16,
+    pub dir: TempDir,
+    extra: String,
+    child: Option<Child>,
+    log: watch::Sender<Vec<String>>,
+}
+
+impl Broker {
+    /// A broker that takes everything.
+    pub async fn start() -> Self {
+        Self::with("allow_anonymous true\n").await
+    }
+
+    /// A broker with these lines in its configuration, `{dir}` being its folder.
+    pub async fn with(extra: &str) -> Self {
+        let mut broker = Self::absent(extra);
+        broker.up().await;
+        broker
+    }
+
+    /// A broker that is not there yet.
+    pub fn absent(extra: &str) -> Self {
+        Self {
+            port: free_port(),
+            dir: TempDir::new().unwrap(),
+            extra: extra.to_owned(),
+            child: None,
+            log: watch::Sender::new(Vec::new()),
+        }
+    }
+
+    /// Keeps sessions over a restart.
+    pub const PERSISTENT: &str = "allow_anonymous true\npersistence true\n\
+        persistence_location {dir}/\nautosave_on_changes true\nautosave_interval 1\n";
+
+    /// A broker that takes everything but what is below `forbidden/`, to publish or
+    /// to subscribe.
+    pub async fn limited() -> Self {
+        let plugin = "/usr/lib/x86_64-linux-gnu/mosquitto_dynamic_security.so";
+        let mut broker = Self::absent(&format!(
+            "allow_anonymous true\nplugin {plugin}\nplugin_opt_config_file {{dir}}/roles.json\n"
+        ));
+        let deny = |kind: &str, topic: &str| {
+            format!(r#"{{"acltype":"{kind}","topic":"{topic}","priority":0,"allow":false}}"#)
+        };
+        let denied = [
+            deny("publishClientSend", "forbidden/#"),
+            deny("subscribePattern", "forbidden/#"),
+            deny("subscribePattern", "$share/+/forbidden/#"),
+        ];
+        let roles = format!(
+            r#"{{"defaultACLAccess":{{"publishClientSend":true,"publishClientReceive":true,"subscribe":true,"unsubscribe":true}},"clients":[],"groups":[{{"groupname":"all","roles":[{{"rolename":"limited"}}]}}],"roles":[{{"rolename":"limited","acls":[{}]}}],"anonymousGroup":"all"}}"#,
+            denied.join(",")
+        );
+        fs::write(broker.dir.path().join("roles.json"), roles).unwrap();
+        broker.up().await;
+        broker
+    }
+
+    /// Starts it; returns when it listens.
+    pub async fn up(&mut self) {
+        let dir = self.dir.path().display().to_string();
+        let config = self.dir.path().join("mosquitto.conf");
+        let text = format!(
+            "user root\nlistener {} 127.0.0.1\nlog_dest stderr\nlog_type all\n\
+             log_timestamp false\nset_tcp_nodelay true\nsys_interval 0\n\
+             max_queued_messages 0\n{}",
+            self.port,
+            self.extra.replace("{dir}", &dir)
+        );
+        fs::write(&config, text).unwrap();
+        self.log.send_replace(Vec::new());
+        let mut child = Command::new("/usr/sbin/mosquitto")
+            .arg("-c")
+            .arg(&config)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
+            .spawn()
+            .expect("mosquitto must be installed");
+        let lines = BufReader::new(child.stderr.take().unwrap()).lines();
+        let log = self.log.clone();
+        thread::spawn(move || {
+            for line in lines.map_while(Result::ok) {
+                log.send_modify(|log| log.push(line));
+            }
+        });
+        self.child = Some(child);
+        self.logged(" running").await;
+    }
+
+    /// Kills it as a power failure would.
+    pub fn kill(&mut self) {
+        if let Some(mut child) = self.child.take() {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+
+    /// Its log since the last start.
+    pub fn lines(&self) -> Vec<String> {
+        self.log.borrow().clone()
+    }
+
+    /// How many lines of its log contain `part`.
+    pub fn count(&self, part: &str) -> usize {
+        self.log
+            .borrow()
+            .iter()
+            .filter(|l| l.contains(part))
+            .count()
+    }
+
+    /// Waits for a line that contains `part`.
+    pub async fn logged(&self, part: &str) {
+        self.logged_times(part, 1).await;
+    }
+
+    /// Waits for so many lines that contain `part`.
+    pub async fn logged_times(&self, part: &str, times: usize) {
+        let mut log = self.log.subscribe();
+        let what = format!("{times} times {part:?} in the broker's log");
+        let found = |log: &Vec<String>| log.iter().filter(|l| l.contains(part)).count() >= times;
+        within(&what, log.wait_for(found)).await.unwrap();
+    }
+
+    pub fn url(&self) -> String {
+        format!("mqtt://127.0.0.1:{}", self.port)
+    }
+}
+
+impl Drop for Broker {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}
