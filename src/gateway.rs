@@ -33,7 +33,7 @@ use crate::listener::Listener;
 use crate::metrics::{AdapterMetrics, BrokerMetrics, HandlerMetrics, ListenerMetrics, Metrics};
 use crate::options;
 use crate::shard::{Shard, ShardThread};
-use crate::transport::tcp;
+use crate::transport::tcp::Acceptor;
 
 /// How often histograms are tidied; what is recorded between waits in memory.
 const METRICS_UPKEEP: Duration = Duration::from_secs(5);
@@ -190,37 +190,20 @@ impl Gateway {
         tell: impl FnOnce(&Addresses) + Send + 'static,
     ) -> Result<Self, Error> {
         let metrics = Metrics::new().map_err(|error| Error::Metrics(error.to_string()))?;
-        let stops = Stops::default();
-        let connections = TaskTracker::new();
-        let (shards, shard_threads) = start_shards(config, &connections)?;
-        let node = NodeTag::of(&config.node_name);
-        let registry = Arc::new(Registry::new(node, shards.len()));
-
-        let (pools, handlers) = start_handlers(config, &shards, &metrics, &stops.draining)?;
-        let runtimes: Vec<_> = shards.iter().map(|shard| shard.runtime().clone()).collect();
+        let server_tls = options::server_tls(config)?;
         let broker_options = options::broker(config)?;
-        let broker_metrics = BrokerMetrics::new(&metrics);
-        let (broker, broker_tasks) = Broker::start(broker_options, &runtimes, &broker_metrics)?;
-
-        let commands = Commands::new(registry.clone(), broker.clone(), config.raw_publish);
-        let adapter = Adapter::new(
-            commands,
-            config.server.max_message_size.bytes(),
-            options::server_tls(config)?,
-            AdapterMetrics::new(&metrics),
-        );
-        // Every address is bound before anything is accepted: a start that fails
-        // must not have answered anybody.
-        let listeners = bind_listeners(config, &shards, &pools, &registry, &metrics, &stops)?;
+        // Every address is bound before anything else: a gateway that cannot start must
+        // not have answered a device or taken over another one's sessions.
+        let acceptors = bind_acceptors(config)?;
         let adapter_listener = bind("server.bind", config.server.bind).await?;
         let admin_listener = match config.admin.bind {
             Some(address) => Some(bind("admin.bind", address).await?),
             None => None,
         };
         let addresses = Addresses {
-            listeners: listeners
+            listeners: acceptors
                 .iter()
-                .map(|listener| Ok((listener.name().to_owned(), listener.local_addr()?)))
+                .map(|(name, acceptor)| Ok((format!("tcp.{name}"), acceptor.local_addr()?)))
                 .collect::<io::Result<_>>()?,
             adapter: adapter_listener.local_addr()?,
             admin: admin_listener
@@ -228,6 +211,35 @@ impl Gateway {
                 .map(TcpListener::local_addr)
                 .transpose()?,
         };
+
+        let stops = Stops::default();
+        let connections = TaskTracker::new();
+        let (shards, shard_threads) = start_shards(config, &connections)?;
+        let node = NodeTag::of(&config.node_name);
+        let registry = Arc::new(Registry::new(node, shards.len()));
+        let (pools, handlers) = start_handlers(config, &shards, &metrics, &stops.draining)?;
+        let runtimes: Vec<_> = shards.iter().map(|shard| shard.runtime().clone()).collect();
+        let broker_metrics = BrokerMetrics::new(&metrics);
+        let (broker, broker_tasks) = Broker::start(broker_options, &runtimes, &broker_metrics)?;
+        let commands = Commands::new(registry.clone(), broker.clone(), config.raw_publish);
+        let adapter = Adapter::new(
+            commands,
+            config.server.max_message_size.bytes(),
+            server_tls,
+            AdapterMetrics::new(&metrics),
+        );
+        let build = Build {
+            config,
+            shards: &shards,
+            pools: &pools,
+            registry: &registry,
+            metrics: &metrics,
+            draining: &stops.draining,
+        };
+        let listeners: Vec<_> = acceptors
+            .into_iter()
+            .filter_map(|(name, acceptor)| build.listener(name, acceptor))
+            .collect();
         let health = Arc::new(Health {
             started: watch::Sender::new(false),
             draining: stops.draining.clone(),
@@ -402,50 +414,65 @@ fn used_handlers(config: &Config) -> BTreeMap<&str, &Handler> {
         .collect()
 }
 
-fn bind_listeners(
-    config: &Config,
-    shards: &[Shard],
-    pools: &Pools,
-    registry: &Arc<Registry>,
-    metrics: &Metrics,
-    stops: &Stops,
-) -> Result<Vec<Listener>, Error> {
-    let mut bound = Vec::new();
-    for (name, listener) in &config.listeners.tcp {
-        if !listener.enable {
-            continue;
-        }
+/// The sockets of the listeners that are enabled, by name.
+fn bind_acceptors(config: &Config) -> Result<Vec<(&str, Acceptor)>, Error> {
+    let listeners = config.listeners.tcp.iter();
+    listeners
+        .filter(|(_, listener)| listener.enable)
+        .map(|(name, listener)| {
+            let acceptor = Acceptor::bind(listener.bind, &options::tcp(listener));
+            let acceptor = acceptor.map_err(|error| Error::Bind {
+                key: format!("listeners.tcp.{name}.bind"),
+                address: listener.bind,
+                error,
+            })?;
+            Ok((name.as_str(), acceptor))
+        })
+        .collect()
+}
+
+/// What listeners are made of.
+struct Build<'a> {
+    config: &'a Config,
+    shards: &'a [Shard],
+    pools: &'a Pools,
+    registry: &'a Arc<Registry>,
+    metrics: &'a Metrics,
+    draining: &'a CancellationToken,
+}
+
+impl Build<'_> {
+    fn listener(&self, name: &str, acceptor: Acceptor) -> Option<Listener> {
+        let listener = self.config.listeners.tcp.get(name)?;
         let full_name = format!("tcp.{name}");
-        let metrics = ListenerMetrics::new(metrics, &full_name);
+        let metrics = ListenerMetrics::new(self.metrics, &full_name);
         let handler: &str = &listener.handler;
-        let pools = pools.get(handler).map(Vec::as_slice).unwrap_or_default();
-        let contexts = shards
+        let pools = self.pools.get(handler)?;
+        let contexts = self
+            .shards
             .iter()
             .zip(pools)
             .map(|(shard, pool)| {
                 Arc::new(ListenerContext {
                     name: full_name.clone(),
                     shard: shard.id(),
-                    settings: options::connection(config, listener),
+                    settings: options::connection(self.config, listener),
                     handlers: pool.clone(),
-                    registry: registry.clone(),
+                    registry: self.registry.clone(),
                     metrics: metrics.clone(),
-                    draining: stops.draining.clone(),
+                    draining: self.draining.clone(),
                 })
             })
             .collect();
-        let tcp: tcp::Options = options::tcp(listener);
-        let admission = options::admission(listener);
-        let listener_bind = listener.bind;
-        let listener = Listener::bind(full_name, listener.bind, tcp, admission, contexts, metrics)
-            .map_err(|error| Error::Bind {
-                key: format!("listeners.tcp.{name}.bind"),
-                address: listener_bind,
-                error,
-            })?;
-        bound.push(listener);
+        Some(Listener::new(
+            full_name,
+            acceptor,
+            options::tcp(listener),
+            options::admission(listener),
+            contexts,
+            metrics,
+        ))
     }
-    Ok(bound)
 }
 
 async fn bind(key: &str, address: SocketAddr) -> Result<TcpListener, Error> {

@@ -48,33 +48,23 @@ pub struct Listener {
 }
 
 impl Listener {
-    /// Binds. Must be called within a runtime.
-    pub fn bind(
+    /// A listener over a bound socket.
+    pub fn new(
         name: String,
-        address: SocketAddr,
+        acceptor: Acceptor,
         tcp: tcp::Options,
         admission: Admission,
         contexts: Vec<Arc<ListenerContext>>,
         metrics: ListenerMetrics,
-    ) -> io::Result<Self> {
-        Ok(Self {
+    ) -> Self {
+        Self {
             name,
-            acceptor: Acceptor::bind(address, &tcp)?,
+            acceptor,
             tcp,
             admission: Arc::new(admission),
             contexts,
             metrics,
-        })
-    }
-
-    /// Its name, `<kind>.<name>`.
-    pub fn name(&self) -> &str {
-        &self.name
-    }
-
-    /// The address bound, with the real port.
-    pub fn local_addr(&self) -> io::Result<SocketAddr> {
-        self.acceptor.local_addr()
+        }
     }
 
     /// Accepts until `stop` is cancelled; then the socket is closed.

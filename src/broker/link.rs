@@ -31,6 +31,10 @@ const READ_CHUNK: usize = 64 * 1024;
 /// gone. Also set as `TCP_USER_TIMEOUT`, which finds a silent network.
 const STALL: Duration = Duration::from_secs(10);
 
+/// A broker that so often in a row hangs up soon after a link was up may be serving
+/// two with one client id, and not every broker says so.
+const SUSPICIOUS_HANG_UPS: u32 = 5;
+
 /// How often the clock is looked at.
 const TICK: Duration = Duration::from_secs(1);
 
@@ -59,6 +63,10 @@ enum LinkError {
         "another client connected as {0}: does a second gateway run with the same node_name and client_id_prefix?"
     )]
     TakenOver(String),
+    #[error(
+        "{0}, again soon after it took {1}: does a second gateway run with the same node_name and client_id_prefix?"
+    )]
+    Rivalry(String, String),
     #[error("the broker sent {0} out of place")]
     Unexpected(&'static str),
     #[error("the broker took no bytes for {STALL:?}")]
@@ -68,6 +76,14 @@ enum LinkError {
 }
 
 impl LinkError {
+    /// Whether trying again soon would change nothing, or make it worse.
+    fn is_a_verdict(&self) -> bool {
+        matches!(
+            self,
+            Self::TakenOver(_) | Self::Rivalry(..) | Self::Refused(_)
+        )
+    }
+
     /// Whether the broker hung up of its own accord, as it does upon a packet that
     /// it will not have.
     fn is_the_brokers_will(&self) -> bool {
@@ -86,29 +102,32 @@ pub(super) async fn run(member: Arc<Member>) {
     let mut clean_start = true;
     let (shortest, longest) = member.options().reconnect;
     let mut pause = shortest;
+    let mut hang_ups = 0;
     loop {
         let connected = Instant::now();
-        match serve(&member, &mut session, &mut clean_start).await {
-            Ok(()) => return,
-            Err(error) => {
-                if member.state() == LinkState::Up && error.is_the_brokers_will() {
-                    session.hung_up();
-                }
-                session.disconnected();
-                let down = LinkState::Down(error.to_string());
-                if member.state() == LinkState::Up {
-                    member.metrics().links_up.decrement(1.0);
-                }
-                if member.set_state(down) {
-                    tracing::warn!(client_id = member.client_id(), %error, "broker link is down");
-                }
-                let rejected = matches!(error, LinkError::TakenOver(_) | LinkError::Refused(_));
-                if !rejected && connected.elapsed() > longest {
-                    pause = shortest;
-                } else if rejected {
-                    pause = longest;
-                }
-            }
+        let Err(mut error) = serve(&member, &mut session, &mut clean_start).await else {
+            return;
+        };
+        let was_up = member.state() == LinkState::Up;
+        let lasted = connected.elapsed() > longest;
+        if was_up && error.is_the_brokers_will() {
+            session.hung_up();
+            hang_ups = if lasted { 0 } else { hang_ups + 1 };
+        }
+        if hang_ups >= SUSPICIOUS_HANG_UPS {
+            error = LinkError::Rivalry(error.to_string(), member.client_id().to_owned());
+        }
+        session.disconnected();
+        if was_up {
+            member.metrics().links_up.decrement(1.0);
+        }
+        if member.set_state(LinkState::Down(error.to_string())) {
+            tracing::warn!(client_id = member.client_id(), %error, "broker link is down");
+        }
+        if error.is_a_verdict() {
+            pause = longest;
+        } else if lasted {
+            pause = shortest;
         }
         if member.is_closing() && session.is_idle() && member.waiting() == 0 {
             return;

@@ -3,7 +3,7 @@
 //!
 //! Lock rule: a member's lock is never held while a subscriber is called.
 
-use std::collections::VecDeque;
+use std::collections::{HashSet, VecDeque};
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Waker};
@@ -21,6 +21,10 @@ use crate::metrics::BrokerMetrics;
 /// Bytes encoded ahead of the socket. Enough for one large write; what waits
 /// beyond it stays in the outbox, where it is bounded and can be withdrawn.
 const WRITE_AHEAD: usize = 64 * 1024;
+
+/// Requests about filters that may wait before the void ones among them are thrown
+/// out. While the broker is away callers give up and try again.
+const TIDY_AT: usize = 1024;
 
 /// State of a link to the broker.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -59,6 +63,10 @@ struct Shared {
     outbox: VecDeque<Waiting>,
     outbox_bytes: usize,
     control: VecDeque<Control>,
+    /// When `control` is long enough to be looked through for what is void.
+    tidy_at: usize,
+    /// Filters that the broker was asked for and not yet told to forget.
+    at_broker: HashSet<Arc<str>>,
     taken: Vec<Receipt>,
     table: Table,
     /// What the broker granted at its last CONNACK.
@@ -86,6 +94,8 @@ impl Member {
         options: Arc<Options>,
         metrics: BrokerMetrics,
     ) -> std::io::Result<Arc<Self>> {
+        let mut seed = [0; 4];
+        getrandom::fill(&mut seed).map_err(std::io::Error::from)?;
         Ok(Arc::new(Self {
             client_id,
             options,
@@ -96,8 +106,10 @@ impl Member {
                 outbox: VecDeque::new(),
                 outbox_bytes: 0,
                 control: VecDeque::new(),
+                tidy_at: TIDY_AT,
+                at_broker: HashSet::new(),
                 taken: Vec::new(),
-                table: Table::default(),
+                table: Table::new(u32::from_be_bytes(seed)),
                 welcome: None,
                 unacknowledged: 0,
                 waker: None,
@@ -216,7 +228,7 @@ impl Member {
                 retained: Retained::Send,
                 waiter: Some(waiter),
             };
-            shared.control.push_back(Control::Subscribe(request));
+            shared.ask(Control::Subscribe(request));
             key
         })
     }
@@ -224,8 +236,11 @@ impl Member {
     /// Takes a subscriber away; harmless when it is gone already.
     pub(super) fn unsubscribe(&self, filter: &TopicFilter, key: SubscriptionKey) {
         self.change(|shared| {
-            if let Some(filter) = shared.table.remove(filter, key) {
-                shared.control.push_back(Control::Unsubscribe(filter));
+            // Where the broker was never asked there is nothing to take back.
+            if let Some(filter) = shared.table.remove(filter, key)
+                && shared.at_broker.remove(&filter)
+            {
+                shared.ask(Control::Unsubscribe(filter));
             }
         });
     }
@@ -246,8 +261,8 @@ impl Member {
         if welcome.session_present {
             return;
         }
-        let mut on_its_way: std::collections::HashSet<Arc<str>> =
-            session.subscribing().cloned().collect();
+        let mut on_its_way: HashSet<Arc<str>> = session.subscribing().cloned().collect();
+        shared.at_broker = on_its_way.clone();
         // An UNSUBSCRIBE for a session that is gone has nothing left to do.
         shared.control.retain(|control| match control {
             // Its caller has left and taken the subscription back.
@@ -289,8 +304,11 @@ impl Member {
         }
         while session.can_subscribe() && out.len() < WRITE_AHEAD {
             match shared.control.pop_front() {
-                Some(Control::Subscribe(request)) if request.is_abandoned() => {}
-                Some(Control::Subscribe(request)) => session.subscribe(request, out),
+                Some(Control::Subscribe(request)) if !shared.wants(&request) => {}
+                Some(Control::Subscribe(request)) => {
+                    shared.at_broker.insert(request.filter.clone());
+                    session.subscribe(request, out);
+                }
                 Some(Control::Unsubscribe(filter)) => session.unsubscribe(filter, out),
                 None => break,
             }
@@ -357,6 +375,28 @@ impl Shared {
                 limit: limit as usize,
             }),
             _ => Ok(()),
+        }
+    }
+
+    /// Whether a SUBSCRIBE is still of use: its caller waits, or, where it restores,
+    /// somebody is subscribed.
+    fn wants(&self, request: &SubscribeRequest) -> bool {
+        match request.waiter {
+            Some(_) => !request.is_abandoned(),
+            None => self.table.contains(&request.filter),
+        }
+    }
+
+    fn ask(&mut self, control: Control) {
+        self.control.push_back(control);
+        if self.control.len() >= self.tidy_at {
+            let control = std::mem::take(&mut self.control);
+            let useful = |control: &Control| match control {
+                Control::Subscribe(request) => self.wants(request),
+                Control::Unsubscribe(_) => true,
+            };
+            self.control = control.into_iter().filter(useful).collect();
+            self.tidy_at = TIDY_AT.max(2 * self.control.len());
         }
     }
 

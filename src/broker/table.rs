@@ -27,6 +27,9 @@ pub struct SubscriptionKey(u64);
 struct Member {
     subscriber: Arc<dyn Subscriber>,
     qos: QoS,
+    /// Whose place it takes. As long as that one is there, because the broker has not
+    /// answered yet, only retained messages are for this one.
+    replaces: Option<SubscriptionKey>,
 }
 
 struct Entry {
@@ -57,7 +60,6 @@ pub(super) struct Ask {
 pub(super) type Audience = Vec<(Arc<dyn Subscriber>, QoS)>;
 
 /// See the module.
-#[derive(Default)]
 pub(super) struct Table {
     entries: HashMap<Arc<str>, Entry>,
     ids: HashMap<u32, Target>,
@@ -67,13 +69,26 @@ pub(super) struct Table {
 }
 
 impl Table {
+    /// A table whose identifiers begin at `seed`. Two gateways that by mistake share a
+    /// client id share a session too; identifiers of their own keep one from taking
+    /// the other's messages for its own.
+    pub(super) fn new(seed: u32) -> Self {
+        Self {
+            entries: HashMap::new(),
+            ids: HashMap::new(),
+            retired: VecDeque::new(),
+            next_id: seed % MAX_SUBSCRIPTION_ID,
+            next_key: 0,
+        }
+    }
+
     /// Number of filters.
     pub(super) fn len(&self) -> usize {
         self.entries.len()
     }
 
-    /// Adds a subscriber, in the place of `replaced`. The key names it in
-    /// [`Table::remove`]. A SUBSCRIBE is to be sent each time: for the retained
+    /// Adds a subscriber, to take the place of `replaced` when that is removed. The key
+    /// names it in [`Table::remove`]. A SUBSCRIBE is to be sent each time: for the retained
     /// messages, perhaps a higher QoS, and the broker's own word on it.
     pub(super) fn add(
         &mut self,
@@ -93,10 +108,12 @@ impl Table {
             members: IndexMap::new(),
             turn: 0,
         });
-        if let Some(replaced) = replaced {
-            entry.members.swap_remove(&replaced);
-        }
-        entry.members.insert(key, Member { subscriber, qos });
+        let member = Member {
+            subscriber,
+            qos,
+            replaces: replaced,
+        };
+        entry.members.insert(key, member);
         let previous = std::mem::replace(&mut entry.id, id);
         entry.qos = entry.qos.max(qos);
         let ask = Ask {
@@ -131,6 +148,11 @@ impl Table {
         let (name, entry) = self.entries.remove_entry(filter.as_str())?;
         self.ids.remove(&entry.id);
         Some(name)
+    }
+
+    /// Whether anybody is subscribed to the filter.
+    pub(super) fn contains(&self, filter: &str) -> bool {
+        self.entries.contains_key(filter)
     }
 
     /// Everything to subscribe again after the broker lost the session, except
@@ -196,15 +218,24 @@ impl Table {
 
 impl Entry {
     fn collect(&mut self, audience: &mut Audience) {
+        let counts = |member: &&Member| {
+            let replaced = member.replaces.as_ref();
+            !replaced.is_some_and(|key| self.members.contains_key(key))
+        };
         if !self.filter.is_shared() {
-            let members = self.members.values();
+            let members = self.members.values().filter(counts);
             audience.extend(members.map(|m| (m.subscriber.clone(), m.qos)));
             return;
         }
         // The group's members in turn.
-        self.turn = self.turn.wrapping_add(1) % self.members.len().max(1);
-        if let Some((_, member)) = self.members.get_index(self.turn) {
+        let count = self.members.len();
+        let in_turn = (1..=count).map(|step| (self.turn + step) % count);
+        let found = in_turn
+            .filter_map(|index| Some((index, self.members.get_index(index)?.1)))
+            .find(|(_, member)| counts(member));
+        if let Some((index, member)) = found {
             audience.push((member.subscriber.clone(), member.qos));
+            self.turn = index;
         }
     }
 }
@@ -232,7 +263,7 @@ mod tests {
 
     #[test]
     fn a_filter_is_asked_for_with_the_highest_qos_and_dropped_with_the_last() {
-        let mut table = Table::default();
+        let mut table = Table::new(0);
         let (first, ask) = add(&mut table, "a/#", QoS::AtMostOnce);
         assert_eq!(ask.qos, QoS::AtMostOnce);
         let (second, ask) = add(&mut table, "a/#", QoS::ExactlyOnce);
@@ -248,7 +279,7 @@ mod tests {
 
     #[test]
     fn overlapping_filters_each_get_their_copy_however_the_broker_sends_them() {
-        let mut table = Table::default();
+        let mut table = Table::new(0);
         let a = add(&mut table, "a/#", QoS::AtLeastOnce).1.id;
         let b = add(&mut table, "a/b", QoS::AtLeastOnce).1.id;
         assert_eq!(table.audience("a/b", false, &[a, b]).len(), 2);
@@ -259,7 +290,7 @@ mod tests {
 
     #[test]
     fn retained_messages_go_to_the_newcomer_alone() {
-        let mut table = Table::default();
+        let mut table = Table::new(0);
         let first = add(&mut table, "r", QoS::AtMostOnce).1.id;
         let second = add(&mut table, "r", QoS::AtMostOnce).1.id;
         assert_eq!(table.audience("r", true, &[second]).len(), 1);
@@ -271,7 +302,7 @@ mod tests {
 
     #[test]
     fn a_shared_subscription_takes_turns() {
-        let mut table = Table::default();
+        let mut table = Table::new(0);
         let id = add(&mut table, "$share/g/t", QoS::AtLeastOnce).1.id;
         add(&mut table, "$share/g/t", QoS::AtLeastOnce);
         add(&mut table, "$share/g/t", QoS::AtMostOnce);
@@ -288,7 +319,7 @@ mod tests {
 
     #[test]
     fn a_repeated_subscription_takes_the_place_of_the_first() {
-        let mut table = Table::default();
+        let mut table = Table::new(0);
         let (first, _) = add(&mut table, "a", QoS::AtMostOnce);
         let (second, ask) = table.add(
             &filter("a"),
@@ -297,14 +328,41 @@ mod tests {
             Some(first),
         );
         let id = ask.id;
-        assert_eq!(table.audience("a", false, &[id]).len(), 1);
+        let qos = |table: &mut Table| {
+            let audience = table.audience("a", false, &[id]);
+            audience.iter().map(|(_, qos)| *qos).collect::<Vec<_>>()
+        };
+        assert_eq!(
+            qos(&mut table),
+            [QoS::AtMostOnce],
+            "until the broker answered"
+        );
         assert!(table.remove(&filter("a"), first).is_none());
+        assert_eq!(qos(&mut table), [QoS::AtLeastOnce]);
         assert!(table.remove(&filter("a"), second).is_some());
     }
 
     #[test]
+    fn a_repeated_subscription_that_fails_leaves_the_first() {
+        let mut table = Table::new(0);
+        let (first, _) = add(&mut table, "$share/g/a", QoS::AtMostOnce);
+        let (second, ask) = table.add(
+            &filter("$share/g/a"),
+            QoS::AtLeastOnce,
+            Arc::new(Nobody),
+            Some(first),
+        );
+        for _ in 0..3 {
+            let audience = table.audience("a", false, &[ask.id]);
+            assert!(matches!(&audience[..], [(_, QoS::AtMostOnce)]));
+        }
+        assert!(table.remove(&filter("$share/g/a"), second).is_none());
+        assert_eq!(table.audience("a", false, &[ask.id]).len(), 1);
+    }
+
+    #[test]
     fn an_ended_subscription_gets_nothing_more() {
-        let mut table = Table::default();
+        let mut table = Table::new(0);
         let (key, ask) = add(&mut table, "a", QoS::AtMostOnce);
         table.remove(&filter("a"), key);
         assert!(table.audience("a", false, &[ask.id]).is_empty());
@@ -312,7 +370,7 @@ mod tests {
 
     #[test]
     fn retired_identifiers_are_bounded() {
-        let mut table = Table::default();
+        let mut table = Table::new(0);
         for _ in 0..MAX_RETIRED_IDS + 100 {
             let (key, _) = add(&mut table, "a", QoS::AtMostOnce);
             add(&mut table, "b", QoS::AtMostOnce);

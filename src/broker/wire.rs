@@ -3,7 +3,7 @@
 //! The rest of the broker leg speaks in the packets of this file, so that another
 //! codec or protocol version is a change in one place.
 
-use bytes::{Bytes, BytesMut};
+use bytes::{Buf, Bytes, BytesMut};
 use rumqttc::v5::mqttbytes::v5::{
     ConnAck, Connect, ConnectProperties, ConnectReturnCode, Disconnect, DisconnectProperties,
     DisconnectReasonCode, Filter, Login, Packet, PingReq, PubAck, PubAckReason, PubComp,
@@ -152,6 +152,12 @@ pub(super) fn decode(
             taken_over: false,
         };
         return Ok(Some(Inbound::Disconnect(notice)));
+    }
+    // Likewise with a reason and without properties.
+    if let [0xE0, 0x01, reason, ..] = buffer[..] {
+        let whole = &mut BytesMut::from(&[0xE0, 0x02, reason, 0x00][..]);
+        buffer.advance(3);
+        return decode(whole, max_packet_size);
     }
     let before = buffer.len();
     let packet = match Packet::read(buffer, Some(max_packet_size)) {
@@ -454,6 +460,17 @@ mod tests {
             decode_all(&[0xE0, 0x00]),
             Ok(Some(Inbound::Disconnect(_)))
         ));
+    }
+
+    #[test]
+    fn a_takeover_is_understood_in_its_short_form_too() {
+        for bytes in [&[0xE0, 0x01, 0x8E][..], &[0xE0, 0x02, 0x8E, 0x00]] {
+            let Ok(Some(Inbound::Disconnect(notice))) = decode_all(bytes) else {
+                panic!("no DISCONNECT in {bytes:?}");
+            };
+            assert!(notice.taken_over);
+        }
+        assert!(matches!(decode_all(&[0xE0, 0x01]), Ok(None)));
     }
 
     #[test]

@@ -188,6 +188,7 @@ impl Commands {
     /// Cancel safe: what was not done yet is not done.
     pub async fn execute(&self, conn: &str, command: Command) -> Result<(), Refusal> {
         let handle = self.registry.find(conn)?;
+        let _waiting = handle.caller().waiting();
         match command {
             Command::Send(bytes) => handle.send(bytes).await?,
             Command::Close => handle.close(CloseReason::ClosedByHandler)?,

@@ -18,6 +18,7 @@ use super::queue::{MessageQueue, Pushed};
 use super::reason::CloseReason;
 use crate::broker::topic::Mountpoint;
 use crate::broker::{Delivery, Subscriber, Subscription, SubscriptionKey};
+use crate::handler::Caller;
 use crate::id::ConnId;
 
 /// Most subscriptions of one connection. A concentrator that stands for thousands
@@ -89,6 +90,7 @@ pub(super) struct Wishes {
 struct Shared {
     id: ConnId,
     peer: SocketAddr,
+    caller: Arc<Caller>,
     context: Arc<ListenerContext>,
     /// Free bytes of the send buffer.
     room: Semaphore,
@@ -104,6 +106,7 @@ impl Handle {
         Self(Arc::new(Shared {
             id,
             peer,
+            caller: Arc::new(Caller::new(id.to_string())),
             room: Semaphore::new(context.settings.high_watermark as usize),
             context,
             inbox: Mutex::new(Inbox {
@@ -129,6 +132,11 @@ impl Handle {
     /// The device's address.
     pub fn peer(&self) -> SocketAddr {
         self.0.peer
+    }
+
+    /// The connection as its handler knows it.
+    pub(super) fn caller(&self) -> &Arc<Caller> {
+        &self.0.caller
     }
 
     /// What it has in common with the other connections of its listener.

@@ -9,7 +9,8 @@ use crate::broker::Delivery;
 pub struct Limits {
     /// Most messages.
     pub max_messages: usize,
-    /// Most bytes of payload and topic. One message is taken whatever its size.
+    /// Most bytes, everything counted that a callback carries. One message is taken
+    /// whatever its size.
     pub max_bytes: usize,
     /// What happens when one of them is reached.
     pub policy: Policy,
@@ -93,8 +94,13 @@ impl MessageQueue {
     }
 }
 
+/// What a message takes in a callback beside payload, topic and publisher: node
+/// name (255 at most), id, timestamp and tags.
+const OVERHEAD: usize = 320;
+
 fn size(delivery: &Delivery) -> usize {
-    delivery.message.payload.len() + delivery.message.topic.len()
+    let message = &delivery.message;
+    message.payload.len() + message.topic.len() + message.from.len() + OVERHEAD
 }
 
 #[cfg(test)]
@@ -124,7 +130,7 @@ mod tests {
     fn limits(policy: Policy) -> Limits {
         Limits {
             max_messages: 3,
-            max_bytes: 10,
+            max_bytes: 1_000_000,
             policy,
         }
     }
@@ -147,19 +153,26 @@ mod tests {
             panic!("nothing dropped");
         };
         assert_eq!(payloads(&dropped), [b"1"]);
+        let limits = Limits {
+            max_bytes: 2 * OVERHEAD + 10,
+            ..limits
+        };
         let Pushed::Dropped(dropped) = queue.push(delivery("55555"), &limits) else {
             panic!("nothing dropped");
         };
-        assert_eq!(payloads(&dropped), [b"2"]);
-        let batch = queue.take(100, 1000);
-        assert_eq!(payloads(&batch), [&b"3"[..], b"4", b"55555"]);
+        assert_eq!(payloads(&dropped), [b"2", b"3"]);
+        let batch = queue.take(100, usize::MAX);
+        assert_eq!(payloads(&batch), [&b"4"[..], b"55555"]);
         assert!(queue.is_empty() && queue.bytes == 0);
     }
 
     #[test]
     fn a_message_larger_than_the_bound_is_taken_alone() {
         let mut queue = MessageQueue::default();
-        let limits = limits(Policy::DropOldest);
+        let limits = Limits {
+            max_bytes: 10,
+            ..limits(Policy::DropOldest)
+        };
         queue.push(delivery("1"), &limits);
         queue.push(delivery("a message of some length"), &limits);
         assert_eq!(queue.take(100, 1).len(), 1);
@@ -181,14 +194,16 @@ mod tests {
         let mut queue = MessageQueue::default();
         let limits = Limits {
             max_messages: 100,
-            max_bytes: 1000,
+            max_bytes: 1_000_000,
             policy: Policy::DropOldest,
         };
         for payload in ["1", "2", "3", "4444", "5"] {
             queue.push(delivery(payload), &limits);
         }
-        assert_eq!(payloads(&queue.take(2, 1000)), [b"1", b"2"]);
-        assert_eq!(payloads(&queue.take(10, 6)), [b"3"]);
-        assert_eq!(payloads(&queue.take(10, 7)), [&b"4444"[..], b"5"]);
+        assert_eq!(payloads(&queue.take(2, 1_000_000)), [b"1", b"2"]);
+        // Topic and payload: 2 and 5 bytes, then 5 and 2.
+        let two = 2 * OVERHEAD + 7;
+        assert_eq!(payloads(&queue.take(10, two - 1)), [b"3"]);
+        assert_eq!(payloads(&queue.take(10, two)), [&b"4444"[..], b"5"]);
     }
 }

@@ -15,7 +15,6 @@ use std::io::IoSlice;
 use std::panic::AssertUnwindSafe;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
@@ -168,7 +167,7 @@ impl<S: Socket> Driver<S> {
         Self {
             socket,
             sink: context.handlers.assign(),
-            caller: Arc::new(Caller::new(handle.id().to_string())),
+            caller: handle.caller().clone(),
             conninfo: peer.to_proto(),
             machine: Machine::start(context.settings.timeouts.clone(), now),
             inputs: VecDeque::new(),
@@ -212,16 +211,10 @@ impl<S: Socket> Driver<S> {
     fn note(&mut self, input: &Input<Vec<Delivery>>) {
         match input {
             Input::Authenticated => self.client = self.handle.client().ok(),
-            Input::SendBlocked => self.set_blocked(true),
-            Input::Sent | Input::Flushed => self.set_blocked(false),
+            Input::SendBlocked => self.blocked = true,
+            Input::Sent | Input::Flushed => self.blocked = false,
             _ => {}
         }
-    }
-
-    fn set_blocked(&mut self, blocked: bool) {
-        self.blocked = blocked;
-        let stalled = &self.caller.device_stalled;
-        stalled.store(blocked, Ordering::Relaxed);
     }
 
     fn act(&mut self, action: Action<Vec<Delivery>>) {
@@ -235,7 +228,7 @@ impl<S: Socket> Driver<S> {
                 self.end();
                 self.outgoing.clear();
                 self.flushing = false;
-                self.set_blocked(false);
+                self.blocked = false;
                 self.socket.abort();
             }
             Action::Finish => self.done = true,

@@ -229,8 +229,7 @@ impl Shared {
         }
     }
 
-    /// One call. Time in which the device takes nothing of what the handler sends
-    /// to it is not the handler's.
+    /// One call. Time that the handler spends waiting for us is not the handler's.
     async fn attempt(
         &self,
         link: &Link,
@@ -239,13 +238,20 @@ impl Shared {
         event: &Event,
     ) -> Result<(), CallFailure> {
         let limit = self.options.request_timeout;
+        let (started, waited) = (Instant::now(), caller.waited());
+        let mut deadline = started + limit;
         let mut call = std::pin::pin!(self.call(link, channel, caller, event));
         loop {
-            match timeout(limit, &mut call).await {
+            match timeout_at(deadline, &mut call).await {
                 Ok(Ok(())) => return Ok(()),
                 Ok(Err(status)) => return Err(failure(&status)),
-                Err(_) if caller.is_stalled() => {}
-                Err(_) => return Err(late(limit)),
+                Err(_) => {
+                    let extended = started + limit + (caller.waited() - waited);
+                    if extended <= Instant::now() {
+                        return Err(late(limit));
+                    }
+                    deadline = extended;
+                }
             }
         }
     }

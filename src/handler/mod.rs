@@ -8,8 +8,8 @@
 pub mod client;
 pub mod link;
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use futures_util::future::BoxFuture;
@@ -61,26 +61,70 @@ pub enum CallFailure {
 }
 
 /// The connection that an event is about.
+///
+/// It also keeps the time that the handler spends waiting in calls about this very
+/// connection: for the broker's word, or for a device that takes nothing. That time
+/// is not the handler's, who must not be blamed for it.
 #[derive(Debug)]
 pub struct Caller {
     /// The `conn` of the interface.
     pub conn: String,
-    /// Set while the device takes nothing of what was sent to it: a handler that
-    /// waits in `Send` cannot answer, and must not be blamed for it.
-    pub device_stalled: AtomicBool,
+    waits: Mutex<Waits>,
 }
 
+#[derive(Debug, Default)]
+struct Waits {
+    /// Calls that have not been answered.
+    pending: usize,
+    /// Since when there has been one.
+    since: Option<Instant>,
+    /// Time with at least one, those that go on not counted.
+    total: Duration,
+}
+
+/// A call that waits, until it is dropped.
+pub struct Waiting<'a>(&'a Caller);
+
 impl Caller {
-    /// A caller whose device takes what it is sent.
+    /// A caller that waits for nothing.
     pub fn new(conn: String) -> Self {
         Self {
             conn,
-            device_stalled: AtomicBool::new(false),
+            waits: Mutex::default(),
         }
     }
 
-    fn is_stalled(&self) -> bool {
-        self.device_stalled.load(Ordering::Relaxed)
+    fn waits(&self) -> MutexGuard<'_, Waits> {
+        // No code under the lock can leave it half changed.
+        self.waits.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Marks that a call of the handler about this connection waits.
+    pub fn waiting(&self) -> Waiting<'_> {
+        let mut waits = self.waits();
+        waits.pending += 1;
+        if waits.pending == 1 {
+            waits.since = Some(Instant::now());
+        }
+        Waiting(self)
+    }
+
+    /// How long calls about this connection have waited, all in all.
+    fn waited(&self) -> Duration {
+        let waits = self.waits();
+        waits.total + waits.since.map_or(Duration::ZERO, |since| since.elapsed())
+    }
+}
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        let mut waits = self.0.waits();
+        waits.pending -= 1;
+        if waits.pending == 0
+            && let Some(since) = waits.since.take()
+        {
+            waits.total += since.elapsed();
+        }
     }
 }
 
