@@ -126,7 +126,10 @@ fn run(config: &Config) -> anyhow::Result<()> {
     runtime.block_on(async {
         let mut signals = Signals::new().context("signals cannot be handled")?;
         let format = config.log.format;
-        let tell = move |addresses: &Addresses| println!("{}", ready_line(addresses, format));
+        let tell = move |addresses: &Addresses| {
+            // Whether anybody reads it or not.
+            let _ = writeln!(std::io::stdout(), "{}", ready_line(addresses, format));
+        };
         let gateway = Gateway::start_and_tell(config, tell).await?;
         for (name, address) in &gateway.addresses().listeners {
             tracing::info!(listener = name, %address, "listening");

@@ -49,7 +49,11 @@ impl Shard {
         let stopped = stop.clone();
         let thread = std::thread::Builder::new()
             .name(format!("shard-{}", id.0))
-            .spawn(move || runtime.block_on(stopped.cancelled()))?;
+            .spawn(move || {
+                runtime.block_on(stopped.cancelled());
+                // A look-up of a host name that hangs must not hold up the end.
+                runtime.shutdown_background();
+            })?;
         let thread = ShardThread {
             stop,
             thread: Some(thread),

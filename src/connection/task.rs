@@ -49,9 +49,12 @@ const MAX_BATCH_BYTES: usize = 1024 * 1024;
 /// Chunks given to the socket in one call; the kernel takes 1,024.
 const MAX_SLICES: usize = 64;
 
-/// How long a closed socket is read, so that what the device still sends does not
-/// make the kernel throw away what it has not fetched yet.
+/// How long a closed socket is read after the device has acknowledged everything: its
+/// own bytes may still be on their way.
 const LINGER: Duration = Duration::from_secs(2);
+
+/// How often it is looked whether the device acknowledges.
+const LINGER_LOOK: Duration = Duration::from_millis(100);
 
 /// The same when the gateway stops.
 const LINGER_AT_SHUTDOWN: Duration = Duration::from_millis(200);
@@ -519,8 +522,9 @@ impl<S: Socket> Driver<S> {
         }
     }
 
-    /// Reads on for a while after the socket was finished: closing it with unread
-    /// bytes would reset it, and the device might lose what it has not fetched.
+    /// Reads on after the socket was finished, until the device has closed, or for a
+    /// while after it has acknowledged everything. Closing a socket with unread bytes
+    /// resets it, and the device would lose what it has not fetched.
     async fn linger(mut self, reason: &CloseReason) {
         let aborted = matches!(
             reason,
@@ -534,18 +538,44 @@ impl<S: Socket> Driver<S> {
         } else {
             LINGER
         };
-        let drain = poll_fn(|cx| {
-            loop {
-                let read = |scratch: &mut Box<[u8]>| self.socket.poll_receive(cx, scratch);
-                match SCRATCH.with_borrow_mut(read) {
-                    Poll::Ready(Ok(Received::Bytes(_))) => {}
-                    Poll::Ready(_) => return Poll::Ready(()),
-                    Poll::Pending => return Poll::Pending,
-                }
+        let send_timeout = self.context.settings.timeouts.send;
+        let mut left = self.socket.unacknowledged();
+        let mut progress = Instant::now();
+        loop {
+            let patience = if left > 0 { send_timeout } else { limit };
+            let Some(rest) = patience.checked_sub(progress.elapsed()) else {
+                break;
+            };
+            let look = if left > 0 {
+                rest.min(LINGER_LOOK)
+            } else {
+                rest
+            };
+            let drain = poll_fn(|cx| self.poll_discard(cx));
+            if tokio::time::timeout(look, drain).await.is_ok() {
+                return;
             }
-        });
-        // Either way the socket is closed now.
-        let _ = tokio::time::timeout(limit, drain).await;
+            let now_left = self.socket.unacknowledged();
+            if now_left < left {
+                left = now_left;
+                progress = Instant::now();
+            }
+        }
+        if left > 0 {
+            self.socket.abort();
+        }
+    }
+
+    /// Reads and throws away; ready when the device has closed or is gone.
+    fn poll_discard(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        loop {
+            let read = |scratch: &mut Box<[u8]>| self.socket.poll_receive(cx, scratch);
+            match SCRATCH.with_borrow_mut(read) {
+                Poll::Ready(Ok(Received::Bytes(_))) => {}
+                Poll::Ready(_) => return Poll::Ready(()),
+                Poll::Pending => return Poll::Pending,
+            }
+        }
     }
 }
 

@@ -94,6 +94,9 @@ pub trait Socket: Send + Unpin + 'static {
     /// its way.
     fn poll_finish(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>>;
 
+    /// Bytes that were sent and that the peer has not acknowledged.
+    fn unacknowledged(&self) -> usize;
+
     /// Makes the coming drop throw away what the peer has not taken yet.
     fn abort(&mut self);
 }

@@ -2,6 +2,7 @@
 
 use std::io;
 use std::net::SocketAddr;
+use std::os::fd::AsRawFd;
 use std::pin::Pin;
 use std::task::{Context, Poll};
 
@@ -138,6 +139,21 @@ impl Socket for TcpSocket {
 
     fn poll_finish(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         Pin::new(&mut self.stream).poll_shutdown(cx)
+    }
+
+    #[allow(unsafe_code)]
+    fn unacknowledged(&self) -> usize {
+        let mut bytes: libc::c_int = 0;
+        // SAFETY: the descriptor is open as long as `self` is, and SIOCOUTQ, whose other
+        // name is TIOCOUTQ, writes one int to where it is told (tcp(7)).
+        let result =
+            unsafe { libc::ioctl(self.stream.as_raw_fd(), libc::TIOCOUTQ, &raw mut bytes) };
+        if result == 0 {
+            usize::try_from(bytes).unwrap_or(0)
+        } else {
+            // A socket that cannot be asked has nothing more to give.
+            0
+        }
     }
 
     fn abort(&mut self) {
