@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
+use socket2::TcpKeepalive;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::rustls::ServerConfig;
@@ -34,7 +35,8 @@ const CONNECTION_WINDOW: u32 = 4 * 1024 * 1024;
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// A handler's machine that has gone silent is given up after so long without an
-/// acknowledgement of what was sent to it (`TCP_USER_TIMEOUT`).
+/// acknowledgement of what was sent to it (`TCP_USER_TIMEOUT`), and probed after so
+/// long without a word.
 const SILENCE: Duration = Duration::from_secs(20);
 
 /// Serves handlers' connections. Cheap to clone.
@@ -88,7 +90,13 @@ impl Adapter {
     ) -> io::Result<()> {
         stream.set_nonblocking(true)?;
         stream.set_nodelay(true)?;
-        socket2::SockRef::from(&stream).set_tcp_user_timeout(Some(SILENCE))?;
+        let socket = socket2::SockRef::from(&stream);
+        socket.set_tcp_user_timeout(Some(SILENCE))?;
+        socket.set_tcp_keepalive(
+            &TcpKeepalive::new()
+                .with_time(SILENCE)
+                .with_interval(SILENCE),
+        )?;
         let stream = tokio::net::TcpStream::from_std(stream)?;
         match &self.tls {
             None => self.serve_http(stream, stop).await,

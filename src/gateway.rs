@@ -41,6 +41,10 @@ const METRICS_UPKEEP: Duration = Duration::from_secs(5);
 /// How often start-up looks whether everything is there.
 const READY_POLL: Duration = Duration::from_millis(20);
 
+/// Connections of handlers to the adapter. A handler needs one; a program that opens
+/// them without end must not use up the descriptors that devices need.
+const MAX_HANDLER_CONNECTIONS: usize = 1024;
+
 /// Longest wait for answers to handlers after the last connection has ended.
 const ADAPTER_GRACE: Duration = Duration::from_secs(1);
 
@@ -104,7 +108,9 @@ pub struct Gateway {
 /// What ends what, in this order.
 #[derive(Clone, Default)]
 struct Stops {
-    /// New connections; and nobody waits for an absent handler any more.
+    /// New connections.
+    listeners: CancellationToken,
+    /// The connections; nobody waits for an absent handler any more.
     draining: CancellationToken,
     /// The adapter, once no connection is left.
     adapter: CancellationToken,
@@ -258,7 +264,7 @@ impl Gateway {
         );
         tokio::spawn(accept);
         for listener in listeners {
-            tokio::spawn(listener.run(shards.clone(), stops.draining.clone()));
+            tokio::spawn(listener.run(shards.clone(), stops.listeners.clone()));
         }
         if let Some(listener) = admin_listener {
             let handle = metrics.handle();
@@ -311,6 +317,10 @@ impl Gateway {
     /// `shutdown_timeout` and a second.
     pub async fn drain(self) -> Drained {
         let deadline = Instant::now() + self.shutdown_timeout;
+        self.stops.listeners.cancel();
+        // Told first, so that a callback that gives up waiting for its handler ends in
+        // `shutdown`; and again for connections that were just being set up.
+        self.registry.drain_all();
         self.stops.draining.cancel();
         self.registry.drain_all();
         self.connections.close();
@@ -510,6 +520,10 @@ async fn accept_handlers(
             }
         };
         let (stream, peer) = accepted;
+        if tasks.len() >= MAX_HANDLER_CONNECTIONS {
+            tracing::error!(%peer, "a handler's connection is refused: there are too many");
+            continue;
+        }
         let connection = adapter.clone().serve(stream, peer, stop.clone());
         tasks.spawn_on(connection, shard.runtime());
     }

@@ -45,9 +45,14 @@ impl TokenBucket {
         }
     }
 
+    /// The most tokens it ever holds.
+    pub fn burst(&self) -> f64 {
+        self.rate.max(1.0)
+    }
+
     fn refill(&mut self, now: Instant) {
         let elapsed = now.saturating_duration_since(self.refilled).as_secs_f64();
-        self.tokens = (self.tokens + elapsed * self.rate).min(self.rate.max(1.0));
+        self.tokens = (self.tokens + elapsed * self.rate).min(self.burst());
         self.refilled = now;
     }
 }

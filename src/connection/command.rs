@@ -124,6 +124,11 @@ impl From<Refused> for Refusal {
                 ResultCode::Unknown,
                 "the connection has as many subscriptions as it may have",
             ),
+            Refused::SendBufferFull => (
+                ResultCode::Unknown,
+                "too many bytes wait for the device already (tcp_options.high_watermark): \
+                 wait for the answer to a Send before the next",
+            ),
         };
         Self::new(code, message)
     }
@@ -304,18 +309,17 @@ impl Commands {
             username: credentials.username.clone(),
             mountpoint,
         });
-        let older = self.registry.claim(&client.clientid, handle.clone());
-        if let Err(refused) = handle.authenticated(client.clone()) {
-            // It ended meanwhile and nobody else will take the name back.
-            self.registry.release(&client.clientid, handle.id());
-            return Err(refused.into());
-        }
-        if let Some(older) = older {
+        if let Some(older) = self.registry.claim(&client.clientid, handle.clone()) {
             tracing::debug!(conn = %older.id(), clientid = %client.clientid, "client id taken over");
-            // It may have ended by itself.
+            // Whatever becomes of this one, the older has lost its name. It may have ended
+            // by itself.
             let _ = older.close(CloseReason::Discarded);
         }
-        Ok(())
+        handle.authenticated(client.clone()).map_err(|refused| {
+            // It ended meanwhile and nobody else will take the name back.
+            self.registry.release(&client.clientid, handle.id());
+            refused.into()
+        })
     }
 
     async fn subscribe(&self, handle: &Handle, filter: String, number: u32) -> Result<(), Refusal> {

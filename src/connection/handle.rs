@@ -2,7 +2,7 @@
 //!
 //! The task owns the socket and the state machine; others leave their wishes in an
 //! inbox under one short lock and wake it. What the inbox holds is bounded: bytes
-//! to send by a semaphore, messages by [`super::queue`], the rest by its shape.
+//! to send by [`Handle::send`], messages by [`super::queue`], the rest by its shape.
 
 use std::collections::{HashMap, VecDeque};
 use std::net::SocketAddr;
@@ -11,7 +11,7 @@ use std::task::{Context, Waker};
 use std::time::Duration;
 
 use bytes::Bytes;
-use tokio::sync::Semaphore;
+use tokio::sync::oneshot;
 
 use super::context::ListenerContext;
 use super::queue::{MessageQueue, Pushed};
@@ -47,6 +47,8 @@ pub enum Refused {
     AlreadyAuthenticated,
     /// It has as many subscriptions as it may have.
     TooManySubscriptions,
+    /// Too much waits for a device that does not keep up.
+    SendBufferFull,
 }
 
 #[derive(Debug)]
@@ -56,17 +58,24 @@ enum Session {
     Authenticated(Arc<Client>),
 }
 
-/// Bytes to send, with what they took of the room.
-#[derive(Debug)]
-pub(super) struct Chunk {
-    pub bytes: Bytes,
-    pub permits: u32,
+/// How many times `high_watermark` may wait for a device. A handler that waits for
+/// the answer of each Send never sees more than one of them.
+const MAX_WATERMARKS: u64 = 5;
+
+/// Bytes on their way to the device, counted as one stream from the beginning.
+#[derive(Debug, Default)]
+struct Outgoing {
+    chunks: VecDeque<Bytes>,
+    accepted: u64,
+    sent: u64,
+    /// Calls of Send to be answered once so many bytes are sent, in order.
+    waiters: VecDeque<(u64, oneshot::Sender<()>)>,
 }
 
 struct Inbox {
     /// Nothing is accepted any more.
     closed: bool,
-    outgoing: VecDeque<Chunk>,
+    outgoing: Outgoing,
     messages: MessageQueue,
     close: Option<CloseReason>,
     drain: bool,
@@ -92,8 +101,6 @@ struct Shared {
     peer: SocketAddr,
     caller: Arc<Caller>,
     context: Arc<ListenerContext>,
-    /// Free bytes of the send buffer.
-    room: Semaphore,
     inbox: Mutex<Inbox>,
 }
 
@@ -107,11 +114,10 @@ impl Handle {
             id,
             peer,
             caller: Arc::new(Caller::new(id.to_string())),
-            room: Semaphore::new(context.settings.high_watermark as usize),
             context,
             inbox: Mutex::new(Inbox {
                 closed: false,
-                outgoing: VecDeque::new(),
+                outgoing: Outgoing::default(),
                 messages: MessageQueue::default(),
                 close: None,
                 drain: false,
@@ -164,21 +170,40 @@ impl Handle {
         Ok(result)
     }
 
-    /// Accepts bytes for the device, in the order of the calls. Waits while more
-    /// than `high_watermark` bytes wait already. Cancel safe: nothing is sent then.
+    /// Accepts bytes for the device, in the order of the calls. Returns when no more
+    /// than `high_watermark` bytes wait, these included.
+    ///
+    /// Once it was polled the bytes are accepted, whether it is awaited or not.
+    ///
+    /// # Errors
+    /// [`Refused::SendBufferFull`] when five times `high_watermark` wait already, and
+    /// [`Refused::NotAlive`], also when the connection ends without having sent them.
     pub async fn send(&self, bytes: Bytes) -> Result<(), Refused> {
-        if bytes.is_empty() {
-            return self.change(|_| ());
+        let watermark = u64::from(self.0.context.settings.high_watermark);
+        let answer = self.change(|inbox| {
+            let outgoing = &mut inbox.outgoing;
+            let waiting = outgoing.accepted - outgoing.sent;
+            let size = bytes.len() as u64;
+            // What is larger than all room is taken when nothing waits.
+            if waiting > 0 && waiting + size > MAX_WATERMARKS * watermark {
+                return Err(Refused::SendBufferFull);
+            }
+            outgoing.accepted += size;
+            if size > 0 {
+                outgoing.chunks.push_back(bytes);
+            }
+            if outgoing.accepted - outgoing.sent <= watermark {
+                return Ok(None);
+            }
+            let (waiter, answer) = oneshot::channel();
+            let position = outgoing.accepted - watermark;
+            outgoing.waiters.push_back((position, waiter));
+            Ok(Some(answer))
+        })??;
+        match answer {
+            None => Ok(()),
+            Some(answer) => answer.await.map_err(|_| Refused::NotAlive),
         }
-        let all = self.0.context.settings.high_watermark;
-        let permits = u32::try_from(bytes.len()).unwrap_or(u32::MAX).min(all);
-        // Fair, so the order holds; closed with the connection.
-        let room = self.0.room.acquire_many(permits).await;
-        let room = room.map_err(|_| Refused::NotAlive)?;
-        self.change(|inbox| inbox.outgoing.push_back(Chunk { bytes, permits }))?;
-        // Given back by the task when the bytes are sent.
-        room.forget();
-        Ok(())
     }
 
     /// Asks for the connection to be closed after what was accepted is sent. From
@@ -279,11 +304,11 @@ impl Handle {
 
     /// Takes the wishes out, moves bytes to send to the end of `outgoing`, and
     /// remembers whom to wake for more.
-    pub(super) fn look(&self, cx: &Context<'_>, outgoing: &mut VecDeque<Chunk>) -> Wishes {
+    pub(super) fn look(&self, cx: &Context<'_>, outgoing: &mut VecDeque<Bytes>) -> Wishes {
         let mut inbox = self.lock();
-        outgoing.append(&mut inbox.outgoing);
-        if inbox.outgoing.capacity() > 0 {
-            inbox.outgoing = VecDeque::new();
+        if !inbox.outgoing.chunks.is_empty() {
+            // Taken whole: an idle connection holds no memory for what it once sent.
+            outgoing.extend(std::mem::take(&mut inbox.outgoing.chunks));
         }
         match &inbox.waker {
             Some(waker) if waker.will_wake(cx.waker()) => {}
@@ -303,16 +328,34 @@ impl Handle {
         self.lock().messages.take(count, bytes)
     }
 
-    /// Gives back the room that sent bytes took.
-    pub(super) fn sent(&self, permits: u32) {
-        self.0.room.add_permits(permits as usize);
+    /// Notes that the device took bytes, and answers the calls that waited for it.
+    pub(super) fn sent(&self, bytes: usize) {
+        let mut inbox = self.lock();
+        let outgoing = &mut inbox.outgoing;
+        outgoing.sent += bytes as u64;
+        while let Some((position, _)) = outgoing.waiters.front()
+            && *position <= outgoing.sent
+        {
+            if let Some((_, waiter)) = outgoing.waiters.pop_front() {
+                // The caller may have left.
+                let _ = waiter.send(());
+            }
+        }
+        if outgoing.waiters.is_empty() {
+            outgoing.waiters = VecDeque::new();
+        }
     }
 
-    /// Accepts nothing more, wakes those who wait in [`Handle::send`], ends the
-    /// subscriptions and lets go of the messages. What was accepted for the device
-    /// stays to be sent. Returns the client that the device was.
+    /// What was accepted for the device will never be sent.
+    pub(super) fn abandon(&self) {
+        let abandoned = std::mem::take(&mut self.lock().outgoing);
+        drop(abandoned);
+    }
+
+    /// Accepts nothing more, ends the subscriptions and lets go of the messages. What
+    /// was accepted for the device stays to be sent. Returns the client that the device
+    /// was.
     pub(super) fn end(&self) -> Option<Arc<Client>> {
-        self.0.room.close();
         let mut inbox = self.lock();
         inbox.closed = true;
         let messages = std::mem::take(&mut inbox.messages);

@@ -25,6 +25,10 @@ use bytes::Bytes;
 
 use super::reason::CloseReason;
 
+/// How many times `send` a device has for taking what waits when the connection
+/// closes. One that takes a little now and then would keep it open for ever.
+const MAX_FLUSH: u32 = 4;
+
 /// Timers of a connection; `None` is never.
 #[derive(Debug, Clone)]
 pub struct Timeouts {
@@ -139,6 +143,8 @@ pub struct Machine<B> {
     /// When something last came, or the keepalive was set.
     heard: Instant,
     blocked: Option<Instant>,
+    /// When it began to close.
+    closing: Option<Instant>,
     keepalive: Option<Duration>,
     actions: VecDeque<Action<B>>,
 }
@@ -159,6 +165,7 @@ impl<B> Machine<B> {
             active: now,
             heard: now,
             blocked: None,
+            closing: None,
             keepalive: None,
             actions: VecDeque::from([Action::Call(Call::Created)]),
         }
@@ -205,6 +212,8 @@ impl<B> Machine<B> {
     pub fn deadline(&self) -> Option<Instant> {
         let open = self.close_reason().is_none();
         let send = self.blocked.map(|since| since + self.timeouts.send);
+        let flush = self.closing.filter(|_| !self.flushed);
+        let flush = flush.map(|since| since + self.timeouts.send * MAX_FLUSH);
         let authenticate = (open && !self.authenticated)
             .then_some(self.timeouts.authenticate)
             .flatten()
@@ -217,7 +226,7 @@ impl<B> Machine<B> {
             .keepalive
             .filter(|_| self.is_reading())
             .map(|interval| self.heard + interval.mul_f64(1.5));
-        [send, authenticate, idle, keepalive]
+        [send, flush, authenticate, idle, keepalive]
             .into_iter()
             .flatten()
             .min()
@@ -225,6 +234,13 @@ impl<B> Machine<B> {
 
     /// Takes an input; what follows from it is in [`Machine::next_action`].
     pub fn handle(&mut self, input: Input<B>, now: Instant) {
+        self.digest(input, now);
+        if self.close_reason().is_some() {
+            self.closing.get_or_insert(now);
+        }
+    }
+
+    fn digest(&mut self, input: Input<B>, now: Instant) {
         match input {
             Input::Received(bytes) => {
                 debug_assert!(self.wants_messages());
@@ -295,9 +311,10 @@ impl<B> Machine<B> {
         let passed = |since: Instant, limit: Option<Duration>| {
             limit.is_some_and(|limit| now >= since + limit)
         };
-        if self
-            .blocked
-            .is_some_and(|since| passed(since, Some(self.timeouts.send)))
+        let stalled =
+            |since: Option<Instant>, limit| since.is_some_and(|since| passed(since, Some(limit)));
+        if stalled(self.blocked, self.timeouts.send)
+            || stalled(self.closing, self.timeouts.send * MAX_FLUSH)
         {
             self.abort(CloseReason::SendTimeout);
             return;

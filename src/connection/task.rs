@@ -25,7 +25,7 @@ use tokio::time::Sleep;
 use tracing::Instrument;
 
 use super::context::ListenerContext;
-use super::handle::{Chunk, Client, Handle};
+use super::handle::{Client, Handle};
 use super::machine::{Action, Call, Input, Machine, Outcome};
 use super::reason::CloseReason;
 use crate::broker::Delivery;
@@ -45,6 +45,9 @@ const MAX_READ: usize = 4 * READ_CHUNK;
 /// Most bytes in one OnReceivedMessages beyond its first message, for the same
 /// reason.
 const MAX_BATCH_BYTES: usize = 1024 * 1024;
+
+/// Longest rest after a read, however low the rate.
+const MAX_REST: Duration = Duration::from_secs(24 * 3600);
 
 /// Chunks given to the socket in one call; the kernel takes 1,024.
 const MAX_SLICES: usize = 64;
@@ -107,7 +110,8 @@ async fn run<S: Socket>(socket: S, peer: PeerInfo, id: ConnId, context: Arc<List
 }
 
 struct Driver<S> {
-    socket: S,
+    /// Gone once the connection was cut off.
+    socket: Option<S>,
     handle: Handle,
     context: Arc<ListenerContext>,
     sink: Arc<dyn EventSink>,
@@ -119,7 +123,7 @@ struct Driver<S> {
     call: Option<BoxFuture<'static, Result<(), CallFailure>>>,
     /// The messages of the callback in flight: acknowledged when it ends.
     batch: Vec<Delivery>,
-    outgoing: VecDeque<Chunk>,
+    outgoing: VecDeque<Bytes>,
     /// Whether the socket is to be finished once `outgoing` is sent.
     flushing: bool,
     blocked: bool,
@@ -160,7 +164,17 @@ impl Rates {
                 .as_mut()
                 .map_or(Duration::ZERO, |bucket| bucket.debit(amount, now))
         };
-        rest(&mut self.bytes, bytes as f64).max(rest(&mut self.messages, 1.0))
+        rest(&mut self.bytes, bytes as f64)
+            .max(rest(&mut self.messages, 1.0))
+            .min(MAX_REST)
+    }
+
+    /// Most bytes of one read from a stream: a second's worth, so that the rest after
+    /// it is about a second and the device is not lost sight of.
+    fn burst(&self) -> usize {
+        let bytes = self.bytes.as_ref().map_or(f64::MAX, TokenBucket::burst);
+        // A cast from floating point saturates.
+        (bytes as usize).max(1)
     }
 }
 
@@ -168,7 +182,7 @@ impl<S: Socket> Driver<S> {
     fn new(socket: S, peer: &PeerInfo, handle: Handle, context: Arc<ListenerContext>) -> Self {
         let now = Instant::now();
         Self {
-            socket,
+            socket: Some(socket),
             sink: context.handlers.assign(),
             caller: handle.caller().clone(),
             conninfo: peer.to_proto(),
@@ -229,12 +243,20 @@ impl<S: Socket> Driver<S> {
             }
             Action::Abort => {
                 self.end();
-                self.outgoing.clear();
-                self.flushing = false;
-                self.blocked = false;
-                self.socket.abort();
+                self.cut_off();
             }
             Action::Finish => self.done = true,
+        }
+    }
+
+    /// Closes the socket and throws away what waits for the device.
+    fn cut_off(&mut self) {
+        self.handle.abandon();
+        self.outgoing = VecDeque::new();
+        self.flushing = false;
+        self.blocked = false;
+        if let Some(mut socket) = self.socket.take() {
+            socket.abort();
         }
     }
 
@@ -345,7 +367,12 @@ impl<S: Socket> Driver<S> {
             }
             Err(failure) => {
                 self.context.metrics.dropped_closed.increment(count);
-                tracing::warn!(%failure, "a callback failed");
+                // A gateway that drains waits for no handler, which is no news.
+                if self.context.draining.is_cancelled() {
+                    tracing::debug!(%failure, "a callback failed");
+                } else {
+                    tracing::warn!(%failure, "a callback failed");
+                }
                 match failure {
                     CallFailure::Unavailable(_) => Outcome::Unavailable,
                     CallFailure::Failed { .. } => Outcome::Failed,
@@ -355,16 +382,19 @@ impl<S: Socket> Driver<S> {
     }
 
     fn poll_send(&mut self, cx: &mut Context<'_>) -> Poll<Input<Vec<Delivery>>> {
+        let Some(socket) = &mut self.socket else {
+            return Poll::Pending;
+        };
         if !self.outgoing.is_empty() {
             let empty = IoSlice::new(&[]);
             let mut slices = [empty; MAX_SLICES];
             let mut count = 0;
             for (slice, chunk) in slices.iter_mut().zip(&self.outgoing) {
-                *slice = IoSlice::new(&chunk.bytes);
+                *slice = IoSlice::new(chunk);
                 count += 1;
             }
             let slices = slices.get(..count).unwrap_or_default();
-            return match self.socket.poll_send(cx, slices) {
+            return match socket.poll_send(cx, slices) {
                 Poll::Ready(Ok(sent)) => {
                     self.consume(sent);
                     Poll::Ready(Input::Sent)
@@ -375,7 +405,7 @@ impl<S: Socket> Driver<S> {
             };
         }
         if self.flushing
-            && let Poll::Ready(result) = self.socket.poll_finish(cx)
+            && let Poll::Ready(result) = socket.poll_finish(cx)
         {
             self.flushing = false;
             return Poll::Ready(match result {
@@ -388,20 +418,19 @@ impl<S: Socket> Driver<S> {
         Poll::Pending
     }
 
-    /// Takes sent bytes off the front and gives their room back.
+    /// Takes sent bytes off the front and tells those who wait for it.
     fn consume(&mut self, sent: usize) {
         self.context.metrics.sent_bytes.increment(sent as u64);
+        self.handle.sent(sent);
         let mut left = sent;
         while let Some(chunk) = self.outgoing.front_mut() {
-            let count = left.min(chunk.bytes.len());
-            chunk.bytes.advance(count);
+            let count = left.min(chunk.len());
+            chunk.advance(count);
             left -= count;
-            if !chunk.bytes.is_empty() {
+            if !chunk.is_empty() {
                 return;
             }
-            let permits = chunk.permits;
             self.outgoing.pop_front();
-            self.handle.sent(permits);
         }
         // An idle connection holds no memory for what it once sent.
         self.outgoing = VecDeque::new();
@@ -436,9 +465,21 @@ impl<S: Socket> Driver<S> {
         cx: &mut Context<'_>,
         scratch: &mut [u8],
     ) -> Poll<Result<Bytes, Input<Vec<Delivery>>>> {
+        let Some(socket) = &mut self.socket else {
+            return Poll::Pending;
+        };
+        let room = self
+            .rates
+            .as_ref()
+            .map_or(usize::MAX, |rates| rates.burst());
+        let scratch = match scratch.get_mut(..room) {
+            Some(part) if S::STREAM => part,
+            _ => scratch,
+        };
+        let max_read = MAX_READ.min(room);
         let mut long = Vec::new();
         loop {
-            let end = match self.socket.poll_receive(cx, scratch) {
+            let end = match socket.poll_receive(cx, scratch) {
                 Poll::Ready(Ok(Received::Bytes(count))) => {
                     let bytes = scratch.get(..count).unwrap_or_default();
                     let whole = count < scratch.len() || !S::STREAM;
@@ -446,7 +487,7 @@ impl<S: Socket> Driver<S> {
                         return Poll::Ready(Ok(Bytes::copy_from_slice(bytes)));
                     }
                     long.extend_from_slice(bytes);
-                    if whole || long.len() >= MAX_READ {
+                    if whole || long.len() >= max_read {
                         return Poll::Ready(Ok(long.into()));
                     }
                     continue;
@@ -514,7 +555,7 @@ impl<S: Socket> Driver<S> {
         self.end();
         self.call = None;
         self.batch.clear();
-        self.socket.abort();
+        self.cut_off();
         if self.machine.owes_closed() {
             let event = Event::SocketClosed(self.reason().to_string());
             // A handler that does not take it is counted by the sink.
@@ -526,11 +567,11 @@ impl<S: Socket> Driver<S> {
     /// while after it has acknowledged everything. Closing a socket with unread bytes
     /// resets it, and the device would lose what it has not fetched.
     async fn linger(mut self, reason: &CloseReason) {
-        let aborted = matches!(
-            reason,
-            CloseReason::SendTimeout | CloseReason::SocketError(_)
-        );
-        if aborted || self.peer_ended || !S::STREAM {
+        let failed = matches!(reason, CloseReason::SocketError(_));
+        let Some(mut socket) = self.socket.take().filter(|_| S::STREAM) else {
+            return;
+        };
+        if failed || self.peer_ended {
             return;
         }
         let limit = if self.context.draining.is_cancelled() {
@@ -539,7 +580,7 @@ impl<S: Socket> Driver<S> {
             LINGER
         };
         let send_timeout = self.context.settings.timeouts.send;
-        let mut left = self.socket.unacknowledged();
+        let mut left = socket.unacknowledged();
         let mut progress = Instant::now();
         loop {
             let patience = if left > 0 { send_timeout } else { limit };
@@ -551,30 +592,30 @@ impl<S: Socket> Driver<S> {
             } else {
                 rest
             };
-            let drain = poll_fn(|cx| self.poll_discard(cx));
+            let drain = poll_fn(|cx| poll_discard(&mut socket, cx));
             if tokio::time::timeout(look, drain).await.is_ok() {
                 return;
             }
-            let now_left = self.socket.unacknowledged();
+            let now_left = socket.unacknowledged();
             if now_left < left {
                 left = now_left;
                 progress = Instant::now();
             }
         }
         if left > 0 {
-            self.socket.abort();
+            socket.abort();
         }
     }
+}
 
-    /// Reads and throws away; ready when the device has closed or is gone.
-    fn poll_discard(&mut self, cx: &mut Context<'_>) -> Poll<()> {
-        loop {
-            let read = |scratch: &mut Box<[u8]>| self.socket.poll_receive(cx, scratch);
-            match SCRATCH.with_borrow_mut(read) {
-                Poll::Ready(Ok(Received::Bytes(_))) => {}
-                Poll::Ready(_) => return Poll::Ready(()),
-                Poll::Pending => return Poll::Pending,
-            }
+/// Reads and throws away; ready when the device has closed or is gone.
+fn poll_discard(socket: &mut impl Socket, cx: &mut Context<'_>) -> Poll<()> {
+    loop {
+        let read = |scratch: &mut Box<[u8]>| socket.poll_receive(cx, scratch);
+        match SCRATCH.with_borrow_mut(read) {
+            Poll::Ready(Ok(Received::Bytes(_))) => {}
+            Poll::Ready(_) => return Poll::Ready(()),
+            Poll::Pending => return Poll::Pending,
         }
     }
 }

@@ -13,6 +13,7 @@ use http::{Request, Response, Uri};
 use hyper::body::Incoming;
 use hyper::client::conn::http2::{Builder, SendRequest};
 use hyper_util::rt::{TokioExecutor, TokioIo};
+use socket2::TcpKeepalive;
 use tokio::net::TcpStream;
 use tokio::sync::watch;
 use tonic::body::Body;
@@ -21,8 +22,14 @@ use tonic::codegen::Service;
 use crate::metrics::HandlerMetrics;
 
 /// A handler whose machine has gone silent is given up after so long without an
-/// acknowledgement of what was sent to it (`TCP_USER_TIMEOUT`).
-const SILENCE: Duration = Duration::from_secs(10);
+/// acknowledgement of what was sent to it (`TCP_USER_TIMEOUT`). Less than the default
+/// `request_timeout`: a broken network is an outage, which is borne, and not the
+/// handler's fault.
+const SILENCE: Duration = Duration::from_secs(4);
+
+/// An idle channel is probed by TCP after so long, and as often again. HTTP/2 pings
+/// would do it too, but gRPC's servers take offence at idle ones.
+const PROBE: Duration = Duration::from_secs(10);
 
 /// Flow-control window of the channel. Answers are empty: it is never the limit.
 const WINDOW: u32 = 1024 * 1024;
@@ -206,7 +213,9 @@ impl Link {
         let target = &self.target;
         let tcp = TcpStream::connect((target.host.as_str(), target.port)).await?;
         tcp.set_nodelay(true)?;
-        socket2::SockRef::from(&tcp).set_tcp_user_timeout(Some(SILENCE))?;
+        let socket = socket2::SockRef::from(&tcp);
+        socket.set_tcp_user_timeout(Some(SILENCE))?;
+        socket.set_tcp_keepalive(&TcpKeepalive::new().with_time(PROBE).with_interval(PROBE))?;
         let mut builder = Builder::new(TokioExecutor::new());
         builder
             .initial_stream_window_size(WINDOW)

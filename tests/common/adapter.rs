@@ -9,7 +9,7 @@ use exproto_sidecar::proto::{
     RawPublishRequest, ResultCode, SendBytesRequest, SubscribeRequest, TimerRequest,
     UnsubscribeRequest,
 };
-use tonic::transport::{Channel, Endpoint};
+use tonic::transport::{Channel, ClientTlsConfig, Endpoint};
 
 use super::within;
 
@@ -72,6 +72,32 @@ impl Adapter {
         let endpoint = Endpoint::from_shared(format!("http://{address}")).unwrap();
         let channel = within("the adapter", endpoint.connect()).await.unwrap();
         Self(ConnectionAdapterClient::new(channel))
+    }
+
+    pub fn over(channel: Channel) -> Self {
+        Self(ConnectionAdapterClient::new(channel))
+    }
+
+    /// Over TLS. Fails where the adapter will not have this client.
+    pub async fn connect_tls(
+        address: SocketAddr,
+        tls: ClientTlsConfig,
+    ) -> Result<Self, tonic::transport::Error> {
+        let endpoint = Endpoint::from_shared(format!("https://{address}"))?;
+        let channel = within("the adapter", endpoint.tls_config(tls)?.connect()).await?;
+        Ok(Self(ConnectionAdapterClient::new(channel)))
+    }
+
+    /// A call that fails below gRPC's answers is an error here.
+    pub async fn try_send(&self, conn: &str) -> Result<CodeResponse, tonic::Status> {
+        let mut client = self.0.clone();
+        let request = SendBytesRequest {
+            conn: conn.to_owned(),
+            bytes: Bytes::new(),
+        };
+        within("send", client.send(request))
+            .await
+            .map(tonic::Response::into_inner)
     }
 
     pub async fn send(&self, conn: &str, bytes: impl Into<Bytes>) -> Answer {

@@ -2,13 +2,14 @@
 
 use std::fs;
 use std::io::{BufRead, BufReader};
+use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::thread;
 
 use tempfile::TempDir;
 use tokio::sync::watch;
 
-use super::{free_port, within};
+use super::{Peer, free_port, within};
 
 /// A Mosquitto with a port, a folder and a log of its own.
 pub struct Broker {
@@ -43,14 +44,26 @@ impl Broker {
         }
     }
 
-    /// Keeps sessions over a restart.
+    /// Keeps sessions over a restart, as they were at the last [`Broker::save`].
     pub const PERSISTENT: &str = "allow_anonymous true\npersistence true\n\
-        persistence_location {dir}/\nautosave_on_changes true\nautosave_interval 1\n";
+        persistence_location {dir}/\n";
+
+    /// Writes its sessions to disk.
+    pub async fn save(&self) {
+        let saving = "Saving in-memory database";
+        let before = self.count(saving);
+        let id = self.child.as_ref().unwrap().id().to_string();
+        let sent = Command::new("kill").args(["-USR1", &id]).status();
+        assert!(sent.unwrap().success());
+        self.logged_times(saving, before + 1).await;
+        // It says so before it does so: what it answers now comes after.
+        drop(Peer::connect(self.port).await);
+    }
 
     /// A broker that takes everything but what is below `forbidden/`, to publish or
     /// to subscribe.
     pub async fn limited() -> Self {
-        let plugin = "/usr/lib/x86_64-linux-gnu/mosquitto_dynamic_security.so";
+        let plugin = dynamic_security();
         let mut broker = Self::absent(&format!(
             "allow_anonymous true\nplugin {plugin}\nplugin_opt_config_file {{dir}}/roles.json\n"
         ));
@@ -84,7 +97,7 @@ impl Broker {
         );
         fs::write(&config, text).unwrap();
         self.log.send_replace(Vec::new());
-        let mut child = Command::new("/usr/sbin/mosquitto")
+        let mut child = Command::new(mosquitto())
             .arg("-c")
             .arg(&config)
             .stdin(Stdio::null())
@@ -141,6 +154,26 @@ impl Broker {
     pub fn url(&self) -> String {
         format!("mqtt://127.0.0.1:{}", self.port)
     }
+}
+
+/// Debian keeps Mosquitto where only root's PATH looks.
+fn mosquitto() -> PathBuf {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let mut folders: Vec<PathBuf> = std::env::split_paths(&path).collect();
+    folders.extend(["/usr/sbin".into(), "/usr/local/sbin".into()]);
+    let files = folders.into_iter().map(|folder| folder.join("mosquitto"));
+    let found = files.into_iter().find(|file| file.is_file());
+    found.expect("mosquitto is needed: apt-get install mosquitto")
+}
+
+/// The plugin with roles, which comes with Mosquitto.
+fn dynamic_security() -> String {
+    let folders = fs::read_dir("/usr/lib")
+        .unwrap()
+        .map(|entry| entry.unwrap().path());
+    let mut files = folders.map(|folder| folder.join("mosquitto_dynamic_security.so"));
+    let found = files.find(|file| file.is_file());
+    found.expect("Mosquitto's plugin").display().to_string()
 }
 
 impl Drop for Broker {

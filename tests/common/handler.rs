@@ -25,8 +25,8 @@ use exproto_sidecar::proto::{
 use tokio::net::TcpListener;
 use tokio::runtime::Runtime;
 use tokio::sync::watch;
-use tonic::transport::Server;
 use tonic::transport::server::TcpIncoming;
+use tonic::transport::{Server, ServerTlsConfig};
 use tonic::{Code, Request, Response, Status, Streaming};
 
 use super::{free_port, within};
@@ -88,6 +88,8 @@ impl Gate {
 /// See the module.
 pub struct Handler {
     pub port: u16,
+    /// Encrypts, from the next start on.
+    pub tls: Option<ServerTlsConfig>,
     service: Service,
     runtime: Option<Runtime>,
 }
@@ -111,6 +113,7 @@ impl Handler {
         let nothing: Behaviour = Arc::new(|_| Box::pin(async { Ok(()) }));
         Self {
             port: free_port(),
+            tls: None,
             service: Service {
                 log: Arc::new(watch::Sender::new(Log::default())),
                 behaviour: Arc::new(Mutex::new(nothing)),
@@ -136,8 +139,12 @@ impl Handler {
         let incoming = bound.await.unwrap();
         let unary = ConnectionUnaryHandlerServer::new(self.service.clone());
         let streaming = ConnectionHandlerServer::new(self.service.clone());
+        let mut server = Server::builder();
+        if let Some(tls) = &self.tls {
+            server = server.tls_config(tls.clone()).unwrap();
+        }
         runtime.spawn(async move {
-            Server::builder()
+            server
                 .add_service(unary)
                 .add_service(streaming)
                 .serve_with_incoming(incoming)

@@ -1,0 +1,209 @@
+//! Encrypted ways: handlers to the adapter, the gateway to its handler and to its
+//! broker; each also with both sides' certificates.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing
+)]
+
+mod common;
+
+use common::{Adapter, Broker, Certificates, Handler, Plan, Stage, within};
+use exproto_sidecar::gateway::Gateway;
+use exproto_sidecar::proto::ResultCode;
+use tonic::transport::{Certificate, ClientTlsConfig, Endpoint, Identity, ServerTlsConfig};
+
+fn authority(made: &Certificates) -> Certificate {
+    Certificate::from_pem(made.pem("ca.crt"))
+}
+
+fn identity(made: &Certificates, name: &str) -> Identity {
+    Identity::from_pem(
+        made.pem(&format!("{name}.crt")),
+        made.pem(&format!("{name}.key")),
+    )
+}
+
+fn trusting(made: &Certificates) -> ClientTlsConfig {
+    ClientTlsConfig::new()
+        .ca_certificate(authority(made))
+        .domain_name("localhost")
+}
+
+/// A gateway with its adapter over TLS.
+async fn encrypted_adapter(made: &Certificates, verify: &str) -> (Gateway, Broker, Handler) {
+    let (broker, handler) = tokio::join!(Broker::start(), Handler::start());
+    let plan = Plan::new(&broker.url(), &handler.url())
+        .set("SERVER__SSL_OPTIONS__ENABLE", "true")
+        .set("SERVER__SSL_OPTIONS__CERTFILE", &made.path("server.crt"))
+        .set("SERVER__SSL_OPTIONS__KEYFILE", &made.path("server.key"))
+        .set("SERVER__SSL_OPTIONS__CACERTFILE", &made.path("ca.crt"))
+        .set("SERVER__SSL_OPTIONS__VERIFY", verify);
+    let gateway = Gateway::start(&plan.config()).await.unwrap();
+    within("the gateway to be ready", gateway.ready()).await;
+    (gateway, broker, handler)
+}
+
+/// `server.ssl_options.enable`: the adapter speaks TLS, and nothing else.
+#[tokio::test]
+async fn the_adapter_speaks_tls() {
+    let made = Certificates::make();
+    let (gateway, _broker, _handler) = encrypted_adapter(&made, "verify_none").await;
+    let address = gateway.addresses().adapter;
+    let adapter = Adapter::connect_tls(address, trusting(&made))
+        .await
+        .unwrap();
+    adapter.raw_publish("t", 1, "x").await.ok();
+    adapter
+        .send("", "x")
+        .await
+        .refused(ResultCode::ParamsTypeError);
+    // A client that does not know the authority keeps away.
+    let strange = Certificates::make();
+    let strange = Adapter::connect_tls(address, trusting(&strange)).await;
+    assert!(strange.is_err());
+    // One that does not encrypt gets no answer.
+    let endpoint = Endpoint::from_shared(format!("http://{address}")).unwrap();
+    if let Ok(channel) = within("a connection", endpoint.connect()).await {
+        let plain = Adapter::over(channel);
+        assert!(plain.try_send("x").await.is_err());
+    }
+    drop(adapter);
+    within("the drain", gateway.drain()).await;
+}
+
+/// `verify_peer`: mutual TLS. A client shows a certificate of the authority, or is
+/// turned away.
+#[tokio::test]
+async fn the_adapter_asks_for_certificates() {
+    let made = Certificates::make();
+    let (gateway, _broker, _handler) = encrypted_adapter(&made, "verify_peer").await;
+    let address = gateway.addresses().adapter;
+    let known = trusting(&made).identity(identity(&made, "client"));
+    let adapter = Adapter::connect_tls(address, known).await.unwrap();
+    adapter.raw_publish("t", 1, "x").await.ok();
+    let strange = Certificates::make();
+    let strange = trusting(&made).identity(identity(&strange, "client"));
+    for refused in [trusting(&made), strange] {
+        // With TLS 1.3 the client learns of it with its first call.
+        if let Ok(adapter) = Adapter::connect_tls(address, refused).await {
+            assert!(adapter.try_send("x").await.is_err());
+        }
+    }
+    drop(adapter);
+    within("the drain", gateway.drain()).await;
+}
+
+/// The gateway of a handler at `https://`.
+async fn with_handler(made: &Certificates, mutual: bool, keys: &[(&str, &str)]) -> Stage {
+    let mut tls = ServerTlsConfig::new().identity(identity(made, "server"));
+    if mutual {
+        tls = tls.client_ca_root(authority(made));
+    }
+    let mut handler = Handler::absent();
+    handler.tls = Some(tls);
+    handler.up().await;
+    let url = format!("https://127.0.0.1:{}", handler.port);
+    let keys = [&[("HANDLER__ADDRESS", url.as_str())], keys].concat();
+    Stage::assemble(Broker::start().await, handler, &keys).await
+}
+
+async fn serves(stage: Stage) {
+    within("the gateway to be ready", stage.gateway.ready()).await;
+    let mut device = stage.device().await;
+    device.send("encrypted").await;
+    stage.handler.bytes(&device.conn, 9).await;
+    stage.finish().await;
+}
+
+/// `https://`: the handler is checked with `cacertfile`; `verify_none` trusts any.
+#[tokio::test]
+async fn handlers_are_called_over_tls() {
+    let made = Certificates::make();
+    let ca = made.path("ca.crt");
+    let checked = [("HANDLER__SSL_OPTIONS__CACERTFILE", ca.as_str())];
+    serves(with_handler(&made, false, &checked).await).await;
+    let trusting = [("HANDLER__SSL_OPTIONS__VERIFY", "verify_none")];
+    serves(with_handler(&made, false, &trusting).await).await;
+}
+
+/// A handler whose certificate nobody vouches for gets nothing, and `/readyz` says
+/// why.
+#[tokio::test]
+async fn a_handler_with_a_strange_certificate_is_told() {
+    let (made, strange) = (Certificates::make(), Certificates::make());
+    let ca = strange.path("ca.crt");
+    let checked = [("HANDLER__SSL_OPTIONS__CACERTFILE", ca.as_str())];
+    let stage = with_handler(&made, false, &checked).await;
+    let text = stage.admin.ready_until(503, "certificate").await;
+    assert!(text.contains("- handler default: https://"), "{text}");
+    assert!(stage.handler.events().is_empty());
+    stage.finish().await;
+}
+
+/// A handler that asks for a certificate gets the gateway's.
+#[tokio::test]
+async fn handlers_may_ask_for_a_certificate() {
+    let made = Certificates::make();
+    let paths = ["ca.crt", "client.crt", "client.key"].map(|name| made.path(name));
+    let keys = [
+        ("HANDLER__SSL_OPTIONS__CACERTFILE", paths[0].as_str()),
+        ("HANDLER__SSL_OPTIONS__CERTFILE", &paths[1]),
+        ("HANDLER__SSL_OPTIONS__KEYFILE", &paths[2]),
+    ];
+    serves(with_handler(&made, true, &keys).await).await;
+}
+
+/// A gateway with a Mosquitto that speaks TLS.
+async fn with_broker(made: &Certificates, mutual: bool, keys: &[(&str, &str)]) -> Stage {
+    let broker = Broker::with(&format!(
+        "allow_anonymous true\ncafile {}\ncertfile {}\nkeyfile {}\nrequire_certificate {mutual}\n",
+        made.path("ca.crt"),
+        made.path("server.crt"),
+        made.path("server.key")
+    ))
+    .await;
+    let url = format!("mqtts://127.0.0.1:{}", broker.port);
+    let keys = [&[("BROKER__URL", url.as_str())], keys].concat();
+    Stage::assemble(broker, Handler::start().await, &keys).await
+}
+
+/// `mqtts://`, with the gateway's own certificate where the broker wants one: a large
+/// message goes there and back.
+#[tokio::test]
+async fn the_broker_is_reached_over_tls() {
+    for mutual in [false, true] {
+        let made = Certificates::make();
+        let paths = ["ca.crt", "client.crt", "client.key"].map(|name| made.path(name));
+        let mut keys = vec![("BROKER__SSL_OPTIONS__CACERTFILE", paths[0].as_str())];
+        if mutual {
+            keys.push(("BROKER__SSL_OPTIONS__CERTFILE", &paths[1]));
+            keys.push(("BROKER__SSL_OPTIONS__KEYFILE", &paths[2]));
+        }
+        let stage = with_broker(&made, mutual, &keys).await;
+        within("the gateway to be ready", stage.gateway.ready()).await;
+        let device = stage.subscriber("c", "t", 2).await;
+        for qos in 0..=2 {
+            let large = "x".repeat(200_000);
+            stage.publish(&device, "t", qos, &large).await.ok();
+            let payloads = stage.handler.payloads(&device.conn, qos as usize + 1).await;
+            assert!(payloads[qos as usize] == large, "not what was sent");
+        }
+        stage.finish().await;
+    }
+}
+
+/// A broker whose certificate nobody vouches for gets no login, and `/readyz` says
+/// why.
+#[tokio::test]
+async fn a_broker_with_a_strange_certificate_is_told() {
+    let (made, strange) = (Certificates::make(), Certificates::make());
+    let ca = strange.path("ca.crt");
+    let stage = with_broker(&made, false, &[("BROKER__SSL_OPTIONS__CACERTFILE", &ca)]).await;
+    let why = "- broker link 0: no broker: invalid peer certificate";
+    stage.admin.ready_until(503, why).await;
+    assert_eq!(stage.broker.count("New client connected"), 0);
+    stage.finish().await;
+}
