@@ -134,7 +134,7 @@ impl Health {
         for (index, state) in self.broker.states().into_iter().enumerate() {
             let text = format!("broker link {index}: {state}");
             statuses.push(match state {
-                LinkState::Up => Status::good(text),
+                LinkState::Up(_) => Status::good(text),
                 LinkState::Connecting | LinkState::Down(_) => Status::missing(text),
             });
         }

@@ -21,15 +21,21 @@ use tokio_util::io::poll_read_buf;
 use super::member::{AckOnDrop, LinkState, Member, WriteWaiters};
 use super::session::{Event, Receipt, Session};
 use super::wire::{self, Hello, Inbound, InboundPublish, Welcome};
-use super::{Delivery, Message, PublishError, now_ms};
+use super::{Address, Delivery, Message, Options, PublishError, now_ms};
 use crate::id::MessageIds;
 
 /// Bytes read from the broker at once.
 const READ_CHUNK: usize = 64 * 1024;
 
 /// A broker that takes none of our bytes, or answers no ping, for this long is
-/// gone. Also set as `TCP_USER_TIMEOUT`, which finds a silent network.
+/// gone; with a shorter keep-alive, for as long as that. Also set as
+/// `TCP_USER_TIMEOUT`, which finds a silent network.
 const STALL: Duration = Duration::from_secs(10);
+
+/// See [`STALL`]. Who asks for a short keep-alive wants to know soon.
+fn stall_of(options: &Options) -> Duration {
+    STALL.min(options.keep_alive)
+}
 
 /// How often the clock is looked at.
 const TICK: Duration = Duration::from_secs(1);
@@ -61,10 +67,10 @@ enum LinkError {
     TakenOver(String),
     #[error("the broker sent {0} out of place")]
     Unexpected(&'static str),
-    #[error("the broker took no bytes for {STALL:?}")]
-    WriteStalled,
-    #[error("the broker answered no ping for {STALL:?}")]
-    PingTimeout,
+    #[error("the broker took no bytes for {0:?}")]
+    WriteStalled(Duration),
+    #[error("the broker answered no ping for {0:?}")]
+    PingTimeout(Duration),
 }
 
 impl LinkError {
@@ -82,33 +88,47 @@ impl LinkError {
 /// Keeps the member connected until it is closed and drained.
 pub(super) async fn run(member: Arc<Member>) {
     let mut session = Session::new(member.options().receive_maximum);
-    // A clean start only at the gateway's own: later the broker keeps our session.
-    let mut clean_start = true;
+    let mut place = Place::default();
     let (shortest, longest) = member.options().reconnect;
     let mut pause = shortest;
+    let mut round = Round::default();
     loop {
         let connected = Instant::now();
-        match serve(&member, &mut session, &mut clean_start).await {
+        let Some(address) = round.address(&member.options().addresses) else {
+            return;
+        };
+        let error = match serve(&member, address, &mut session, &mut place).await {
             Ok(()) => return,
-            Err(error) => {
-                if member.state() == LinkState::Up && error.is_the_brokers_will() {
-                    session.hung_up();
-                }
-                session.disconnected();
-                let down = LinkState::Down(error.to_string());
-                if member.state() == LinkState::Up {
-                    member.metrics().links_up.decrement(1.0);
-                }
-                if member.set_state(down) {
-                    tracing::warn!(client_id = member.client_id(), %error, "broker link is down");
-                }
-                let rejected = matches!(error, LinkError::TakenOver(_) | LinkError::Refused(_));
-                if !rejected && connected.elapsed() > longest {
-                    pause = shortest;
-                } else if rejected {
-                    pause = longest;
-                }
+            Err(error) => error,
+        };
+        let was_up = member.state().is_up();
+        if was_up && error.is_the_brokers_will() {
+            session.hung_up();
+        }
+        session.disconnected();
+        // The session there is another's now: its subscriptions are not ours.
+        if matches!(error, LinkError::TakenOver(_)) {
+            place.url = None;
+        }
+        if was_up {
+            member.metrics().links_up.decrement(1.0);
+        }
+        let rejected = matches!(error, LinkError::TakenOver(_) | LinkError::Refused(_));
+        if !rejected && connected.elapsed() > longest {
+            pause = shortest;
+        } else if rejected {
+            pause = longest;
+        }
+        let reason = format!("{}: {error}", address.url);
+        let Some(reasons) = round.failed(reason, was_up, member.options().addresses.len()) else {
+            if !matches!(member.state(), LinkState::Down(_)) {
+                let (client_id, address) = (member.client_id(), &*address.url);
+                tracing::warn!(client_id, address, %error, "no broker here; trying the next address");
             }
+            continue;
+        };
+        if member.set_state(LinkState::Down(reasons.clone())) {
+            tracing::warn!(client_id = member.client_id(), error = %reasons, "broker link is down");
         }
         if member.is_closing() && session.is_idle() && member.waiting() == 0 {
             return;
@@ -116,6 +136,41 @@ pub(super) async fn run(member: Arc<Member>) {
         tokio::time::sleep(jitter(pause)).await;
         member.metrics().reconnects.increment(1);
         pause = (pause * 2).min(longest);
+    }
+}
+
+/// Where the session is.
+#[derive(Default)]
+struct Place {
+    /// The address it was last continued at. `None` asks for a clean start: at the
+    /// gateway's own, and when somebody else has taken it over. Else the broker keeps
+    /// our session.
+    url: Option<Arc<str>>,
+}
+
+/// Goes through the addresses: a pause comes after all of them have failed.
+#[derive(Default)]
+struct Round {
+    next: usize,
+    /// One for each address that failed in this round.
+    reasons: Vec<String>,
+}
+
+impl Round {
+    fn address<'a>(&self, addresses: &'a [Address]) -> Option<&'a Address> {
+        addresses.get(self.next)
+    }
+
+    /// The address failed; what is wrong with all when that was the last. A link
+    /// that was up ends the round too, and the next one begins with its address.
+    fn failed(&mut self, reason: String, was_up: bool, addresses: usize) -> Option<String> {
+        if was_up {
+            self.reasons.clear();
+            return Some(reason);
+        }
+        self.next = (self.next + 1) % addresses.max(1);
+        self.reasons.push(reason);
+        (self.reasons.len() >= addresses).then(|| std::mem::take(&mut self.reasons).join("; "))
     }
 }
 
@@ -128,17 +183,17 @@ fn jitter(pause: Duration) -> Duration {
     pause.mul_f64(0.5 + f64::from(u16::from_le_bytes(random)) / f64::from(u16::MAX) / 2.0)
 }
 
-async fn connect(member: &Member) -> Result<Box<dyn Stream>, LinkError> {
-    let options = member.options();
+async fn connect(address: &Address, options: &Options) -> Result<Box<dyn Stream>, LinkError> {
     let limit = options.connect_timeout;
+    let stall = stall_of(options);
     let dial = async {
-        let tcp = TcpStream::connect((options.host.as_str(), options.port)).await?;
+        let tcp = TcpStream::connect((address.host.as_str(), address.port)).await?;
         tcp.set_nodelay(true)?;
-        socket2::SockRef::from(&tcp).set_tcp_user_timeout(Some(STALL))?;
-        let Some(tls) = &options.tls else {
+        socket2::SockRef::from(&tcp).set_tcp_user_timeout(Some(stall))?;
+        let Some(tls) = &address.tls else {
             return Ok::<Box<dyn Stream>, io::Error>(Box::new(tcp));
         };
-        let name = tokio_rustls::rustls::pki_types::ServerName::try_from(options.host.clone())
+        let name = tokio_rustls::rustls::pki_types::ServerName::try_from(address.host.clone())
             .map_err(io::Error::other)?;
         let connector = tokio_rustls::TlsConnector::from(tls.clone());
         Ok(Box::new(connector.connect(name, tcp).await?) as Box<dyn Stream>)
@@ -192,17 +247,18 @@ async fn handshake(
 /// One connection, from dialling to its end. `Ok` when the member is drained.
 async fn serve(
     member: &Arc<Member>,
+    address: &Address,
     session: &mut Session,
-    clean_start: &mut bool,
+    place: &mut Place,
 ) -> Result<(), LinkError> {
     let limit = member.options().connect_timeout;
-    let mut stream = connect(member).await?;
+    let mut stream = connect(address, member.options()).await?;
     let mut input = BytesMut::new();
-    let shake = handshake(member, &mut stream, *clean_start, &mut input);
+    let shake = handshake(member, &mut stream, place.url.is_none(), &mut input);
     let welcome = timeout(limit, shake)
         .await
         .map_err(|_| LinkError::HandshakeTimeout(limit))??;
-    *clean_start = false;
+    let moved = place.url.replace(address.url.clone()).as_ref() != Some(&address.url);
     let keep_alive = welcome
         .keep_alive
         .map_or(member.options().keep_alive, |seconds| {
@@ -210,12 +266,13 @@ async fn serve(
         });
     let mut output = BytesMut::new();
     session.connected(&welcome, &mut output);
-    member.welcomed(&welcome, session);
+    member.welcomed(&welcome, session, moved);
     let now = Instant::now();
     let mut ticks = interval(TICK);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut link = Link {
         member,
+        address: &address.url,
         session,
         stream,
         input,
@@ -227,6 +284,7 @@ async fn serve(
         ticks,
         keep_alive,
         last_write: now,
+        last_read: now,
         write_blocked: None,
         ping_sent: None,
         announced: false,
@@ -245,6 +303,7 @@ async fn serve(
 
 struct Link<'a> {
     member: &'a Arc<Member>,
+    address: &'a Arc<str>,
     session: &'a mut Session,
     stream: Box<dyn Stream>,
     input: BytesMut,
@@ -258,6 +317,7 @@ struct Link<'a> {
     ticks: Interval,
     keep_alive: Duration,
     last_write: Instant,
+    last_read: Instant,
     write_blocked: Option<Instant>,
     ping_sent: Option<Instant>,
     announced: bool,
@@ -290,10 +350,11 @@ impl Link<'_> {
 
     fn announce(&mut self) {
         self.announced = true;
-        if self.member.set_state(LinkState::Up) {
+        if self.member.set_state(LinkState::Up(self.address.clone())) {
             self.member.metrics().links_up.increment(1.0);
             tracing::info!(
                 client_id = self.member.client_id(),
+                address = %self.address,
                 filters = self.member.filters(),
                 "broker link is up"
             );
@@ -355,6 +416,7 @@ impl Link<'_> {
         };
         // Any packet shows that the broker lives.
         self.ping_sent = None;
+        self.last_read = Instant::now();
         let limit = self.member.options().max_packet_size;
         while let Some(packet) = wire::decode(&mut self.input, limit)? {
             match self.session.receive(packet, &mut self.output) {
@@ -423,18 +485,23 @@ impl Link<'_> {
 
     /// Pings, and finds a broker that has gone silent.
     fn poll_clock(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), LinkError>> {
+        let stall = stall_of(self.member.options());
         loop {
             let now = ready!(self.ticks.poll_tick(cx));
-            let stalled = |since: Option<Instant>| since.is_some_and(|at| now - at >= STALL);
+            let stalled = |since: Option<Instant>| since.is_some_and(|at| now - at >= stall);
             if stalled(self.write_blocked) {
-                return Poll::Ready(Err(LinkError::WriteStalled));
+                return Poll::Ready(Err(LinkError::WriteStalled(stall)));
             }
             if stalled(self.ping_sent) {
-                return Poll::Ready(Err(LinkError::PingTimeout));
+                return Poll::Ready(Err(LinkError::PingTimeout(stall)));
             }
             // A tick early, so that the broker never sees it late.
-            let quiet = now - self.last_write;
-            if !self.keep_alive.is_zero() && quiet + TICK >= self.keep_alive {
+            let quiet = now - self.last_write + TICK;
+            let due = !self.keep_alive.is_zero() && quiet >= self.keep_alive;
+            // A broker that hangs may leave us writing for long, into buffers on the
+            // way: one that says nothing is asked, whatever we wrote meanwhile.
+            let silent = now - self.last_read + TICK >= self.member.options().keep_alive;
+            if due || (silent && self.ping_sent.is_none()) {
                 wire::pingreq(&mut self.output);
                 self.ping_sent.get_or_insert(now);
                 self.last_write = now;

@@ -27,17 +27,24 @@ const WRITE_AHEAD: usize = 64 * 1024;
 pub enum LinkState {
     /// Not tried yet, or being tried for the first time.
     Connecting,
-    /// Connected, every subscription restored.
-    Up,
-    /// Not connected, and why.
+    /// Connected to this address, every subscription restored.
+    Up(Arc<str>),
+    /// Not connected, and why: each address with its reason.
     Down(String),
+}
+
+impl LinkState {
+    /// Whether the member is connected.
+    pub fn is_up(&self) -> bool {
+        matches!(self, Self::Up(_))
+    }
 }
 
 impl fmt::Display for LinkState {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Connecting => f.write_str("connecting to the broker"),
-            Self::Up => f.write_str("connected to the broker"),
+            Self::Up(address) => write!(f, "connected to {address}"),
             Self::Down(reason) => write!(f, "no broker: {reason}"),
         }
     }
@@ -239,16 +246,18 @@ impl Member {
     }
 
     /// A CONNACK came. Where the broker has no session of ours, everything is
-    /// subscribed again, before anything that waits.
-    pub(super) fn welcomed(&self, welcome: &Welcome, session: &Session) {
+    /// subscribed again, before anything that waits. So it is where it has one, but
+    /// under another address than the last: it may be one of earlier.
+    pub(super) fn welcomed(&self, welcome: &Welcome, session: &Session, moved: bool) {
         let mut shared = self.lock();
         shared.welcome = Some(welcome.clone());
-        if welcome.session_present {
+        if welcome.session_present && !moved {
             return;
         }
         let mut on_its_way: std::collections::HashSet<Arc<str>> =
             session.subscribing().cloned().collect();
-        // An UNSUBSCRIBE for a session that is gone has nothing left to do.
+        // An UNSUBSCRIBE for a session that is gone has nothing left to do; one for a
+        // filter that is subscribed again comes behind it in any case.
         shared.control.retain(|control| match control {
             // Its caller has left and taken the subscription back.
             Control::Subscribe(request) if request.is_abandoned() => false,
@@ -256,7 +265,7 @@ impl Member {
                 on_its_way.insert(request.filter.clone());
                 true
             }
-            Control::Unsubscribe(_) => false,
+            Control::Unsubscribe(_) => welcome.session_present,
         });
         for ask in shared.table.restore(|filter| on_its_way.contains(filter)) {
             shared
