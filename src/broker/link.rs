@@ -37,6 +37,11 @@ fn stall_of(options: &Options) -> Duration {
     STALL.min(options.keep_alive)
 }
 
+/// Bytes the kernel takes ahead of the network (`TCP_NOTSENT_LOWAT`). On a slow link
+/// it would take megabytes, behind which a ping waits until the broker seems dead.
+/// What it does not take waits in the outbox, where it can be withdrawn.
+const UNSENT: u32 = 256 * 1024;
+
 /// How often the clock is looked at.
 const TICK: Duration = Duration::from_secs(1);
 
@@ -189,7 +194,9 @@ async fn connect(address: &Address, options: &Options) -> Result<Box<dyn Stream>
     let dial = async {
         let tcp = TcpStream::connect((address.host.as_str(), address.port)).await?;
         tcp.set_nodelay(true)?;
-        socket2::SockRef::from(&tcp).set_tcp_user_timeout(Some(stall))?;
+        let socket = socket2::SockRef::from(&tcp);
+        socket.set_tcp_user_timeout(Some(stall))?;
+        socket.set_tcp_notsent_lowat(UNSENT)?;
         let Some(tls) = &address.tls else {
             return Ok::<Box<dyn Stream>, io::Error>(Box::new(tcp));
         };
