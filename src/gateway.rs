@@ -45,6 +45,9 @@ const READY_POLL: Duration = Duration::from_millis(20);
 /// them without end must not use up the descriptors that devices need.
 const MAX_HANDLER_CONNECTIONS: usize = 1024;
 
+/// Part of the time to drain that is kept for what the broker has to confirm.
+const BROKER_RESERVE: Duration = Duration::from_secs(2);
+
 /// Longest wait for answers to handlers after the last connection has ended.
 const ADAPTER_GRACE: Duration = Duration::from_secs(1);
 
@@ -140,7 +143,7 @@ impl Health {
         for (index, state) in self.broker.states().into_iter().enumerate() {
             let text = format!("broker link {index}: {state}");
             statuses.push(match state {
-                LinkState::Up => Status::good(text),
+                LinkState::Up(_) => Status::good(text),
                 LinkState::Connecting | LinkState::Down(_) => Status::missing(text),
             });
         }
@@ -325,7 +328,9 @@ impl Gateway {
         self.registry.drain_all();
         self.connections.close();
         // A connection that was being set up meanwhile sees the token by itself.
-        let all = tokio::time::timeout_at(deadline, self.connections.wait()).await;
+        // The broker must have some of the time, whatever the devices take.
+        let reserve = BROKER_RESERVE.min(self.shutdown_timeout / 4);
+        let all = tokio::time::timeout_at(deadline - reserve, self.connections.wait()).await;
         let connections = if all.is_ok() { 0 } else { self.registry.len() };
         let publishes = self.broker_tasks.drain(deadline).await;
         self.stops.adapter.cancel();

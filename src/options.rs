@@ -126,7 +126,7 @@ pub fn client(handler: &Handler) -> client::Options {
 /// How the broker is reached and used.
 pub fn broker(config: &Config) -> Result<broker::Options, Error> {
     let broker = &config.broker;
-    let tls = if broker.url.tls {
+    let tls = if broker.url.iter().any(|url| url.tls) {
         Some(client_tls("broker", &broker.ssl_options, &[])?)
     } else {
         None
@@ -138,10 +138,14 @@ pub fn broker(config: &Config) -> Result<broker::Options, Error> {
     let name = |property: &Option<crate::config::PropertyName>| {
         property.as_ref().map(|name| name.to_string())
     };
+    let address = |url: &crate::config::BrokerUrl| broker::Address {
+        url: url.to_string().into(),
+        host: url.host.clone(),
+        port: url.port,
+        tls: tls.clone().filter(|_| url.tls),
+    };
     Ok(broker::Options {
-        host: broker.url.host.clone(),
-        port: broker.url.port,
-        tls,
+        addresses: broker.url.iter().map(address).collect(),
         client_ids: (0..broker.pool_size).map(client_id).collect(),
         login: (broker.username.is_some() || broker.password.is_some()).then(|| broker::Login {
             username: broker.username.clone().unwrap_or_default(),

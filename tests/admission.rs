@@ -301,7 +301,9 @@ async fn a_paced_device_is_closed_at_once() {
     let stage = Stage::with(&[("LISTENERS__TCP__DEFAULT__MAX_BYTES_RATE", "10")]).await;
     let mut device = stage.device().await;
     device.send(pattern(10_000)).await;
-    stage.handler.bytes(&device.conn, 10_000).await;
+    // It has had its share for minutes.
+    let paused = "exproto_reads_paused_total{listener=\"tcp.default\"}";
+    stage.admin.metric_until(paused, |n| n > 0.5).await;
     stage.adapter.close(&device.conn).await.ok();
     assert_eq!(stage.closed(&device).await, "closed_by_handler");
     device.closed().await;

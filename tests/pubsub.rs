@@ -755,7 +755,7 @@ async fn the_broker_is_told_when_the_handler_took_it() {
 /// Rule 9: a connection that ends lets go of its messages.
 #[tokio::test]
 async fn the_broker_is_told_when_the_connection_ended() {
-    let keys = [("HANDLER__REQUEST_TIMEOUT", "400ms")];
+    let keys = [("HANDLER__REQUEST_TIMEOUT", "1s")];
     let (stage, mut device, _peer, gate) = overflowing(&keys, 5).await;
     device.closed().await;
     let acks = "Received PUBACK from exproto";

@@ -21,19 +21,30 @@ use tokio_util::io::poll_read_buf;
 use super::member::{AckOnDrop, LinkState, Member, WriteWaiters};
 use super::session::{Event, Receipt, Session};
 use super::wire::{self, Hello, Inbound, InboundPublish, Welcome};
-use super::{Delivery, Message, PublishError, now_ms};
+use super::{Address, Delivery, Message, Options, PublishError, now_ms};
 use crate::id::MessageIds;
 
 /// Bytes read from the broker at once.
 const READ_CHUNK: usize = 64 * 1024;
 
 /// A broker that takes none of our bytes, or answers no ping, for this long is
-/// gone. Also set as `TCP_USER_TIMEOUT`, which finds a silent network.
+/// gone; with a shorter keep-alive, for as long as that. Also set as
+/// `TCP_USER_TIMEOUT`, which finds a silent network.
 const STALL: Duration = Duration::from_secs(10);
 
 /// A broker that so often in a row hangs up soon after a link was up may be serving
 /// two with one client id, and not every broker says so.
 const SUSPICIOUS_HANG_UPS: u32 = 5;
+
+/// See [`STALL`]. Who asks for a short keep-alive wants to know soon.
+fn stall_of(options: &Options) -> Duration {
+    STALL.min(options.keep_alive)
+}
+
+/// Bytes the kernel takes ahead of the network (`TCP_NOTSENT_LOWAT`). On a slow link
+/// it would take megabytes, behind which a ping waits until the broker seems dead.
+/// What it does not take waits in the outbox, where it can be withdrawn.
+const UNSENT: u32 = 256 * 1024;
 
 /// How often the clock is looked at.
 const TICK: Duration = Duration::from_secs(1);
@@ -69,10 +80,10 @@ enum LinkError {
     Rivalry(String, String),
     #[error("the broker sent {0} out of place")]
     Unexpected(&'static str),
-    #[error("the broker took no bytes for {STALL:?}")]
-    WriteStalled,
-    #[error("the broker answered no ping for {STALL:?}")]
-    PingTimeout,
+    #[error("the broker took no bytes for {0:?}")]
+    WriteStalled(Duration),
+    #[error("the broker answered no ping for {0:?}")]
+    PingTimeout(Duration),
 }
 
 impl LinkError {
@@ -98,36 +109,54 @@ impl LinkError {
 /// Keeps the member connected until it is closed and drained.
 pub(super) async fn run(member: Arc<Member>) {
     let mut session = Session::new(member.options().receive_maximum);
-    // A clean start only at the gateway's own: later the broker keeps our session.
-    let mut clean_start = true;
+    let mut place = Place::default();
     let (shortest, longest) = member.options().reconnect;
     let mut pause = shortest;
+    let mut round = Round::default();
     let mut hang_ups = 0;
     loop {
         let connected = Instant::now();
-        let Err(mut error) = serve(&member, &mut session, &mut clean_start).await else {
+        let Some(address) = round.address(&member.options().addresses) else {
             return;
         };
-        let was_up = member.state() == LinkState::Up;
+        let Err(mut error) = serve(&member, address, &mut session, &mut place).await else {
+            return;
+        };
+        let was_up = member.state().is_up();
         let lasted = connected.elapsed() > longest;
+        if lasted {
+            hang_ups = 0;
+        }
         if was_up && error.is_the_brokers_will() {
             session.hung_up();
-            hang_ups = if lasted { 0 } else { hang_ups + 1 };
-        }
-        if hang_ups >= SUSPICIOUS_HANG_UPS {
-            error = LinkError::Rivalry(error.to_string(), member.client_id().to_owned());
+            hang_ups += u32::from(!lasted);
+            if hang_ups >= SUSPICIOUS_HANG_UPS {
+                error = LinkError::Rivalry(error.to_string(), member.client_id().to_owned());
+            }
         }
         session.disconnected();
+        // The session there is another's now: its subscriptions are not ours.
+        if matches!(error, LinkError::TakenOver(_)) {
+            place.url = None;
+        }
         if was_up {
             member.metrics().links_up.decrement(1.0);
-        }
-        if member.set_state(LinkState::Down(error.to_string())) {
-            tracing::warn!(client_id = member.client_id(), %error, "broker link is down");
         }
         if error.is_a_verdict() {
             pause = longest;
         } else if lasted {
             pause = shortest;
+        }
+        let reason = format!("{}: {error}", address.url);
+        let Some(reasons) = round.failed(reason, was_up, member.options().addresses.len()) else {
+            if !matches!(member.state(), LinkState::Down(_)) {
+                let (client_id, address) = (member.client_id(), &*address.url);
+                tracing::warn!(client_id, address, %error, "no broker here; trying the next address");
+            }
+            continue;
+        };
+        if member.set_state(LinkState::Down(reasons.clone())) {
+            tracing::warn!(client_id = member.client_id(), error = %reasons, "broker link is down");
         }
         if member.is_closing() && session.is_idle() && member.waiting() == 0 {
             return;
@@ -135,6 +164,41 @@ pub(super) async fn run(member: Arc<Member>) {
         tokio::time::sleep(jitter(pause)).await;
         member.metrics().reconnects.increment(1);
         pause = (pause * 2).min(longest);
+    }
+}
+
+/// Where the session is.
+#[derive(Default)]
+struct Place {
+    /// The address it was last continued at. `None` asks for a clean start: at the
+    /// gateway's own, and when somebody else has taken it over. Else the broker keeps
+    /// our session.
+    url: Option<Arc<str>>,
+}
+
+/// Goes through the addresses: a pause comes after all of them have failed.
+#[derive(Default)]
+struct Round {
+    next: usize,
+    /// One for each address that failed in this round.
+    reasons: Vec<String>,
+}
+
+impl Round {
+    fn address<'a>(&self, addresses: &'a [Address]) -> Option<&'a Address> {
+        addresses.get(self.next)
+    }
+
+    /// The address failed; what is wrong with all when that was the last. A link
+    /// that was up ends the round too, and the next one begins with its address.
+    fn failed(&mut self, reason: String, was_up: bool, addresses: usize) -> Option<String> {
+        if was_up {
+            self.reasons.clear();
+            return Some(reason);
+        }
+        self.next = (self.next + 1) % addresses.max(1);
+        self.reasons.push(reason);
+        (self.reasons.len() >= addresses).then(|| std::mem::take(&mut self.reasons).join("; "))
     }
 }
 
@@ -147,17 +211,19 @@ fn jitter(pause: Duration) -> Duration {
     pause.mul_f64(0.5 + f64::from(u16::from_le_bytes(random)) / f64::from(u16::MAX) / 2.0)
 }
 
-async fn connect(member: &Member) -> Result<Box<dyn Stream>, LinkError> {
-    let options = member.options();
+async fn connect(address: &Address, options: &Options) -> Result<Box<dyn Stream>, LinkError> {
     let limit = options.connect_timeout;
+    let stall = stall_of(options);
     let dial = async {
-        let tcp = TcpStream::connect((options.host.as_str(), options.port)).await?;
+        let tcp = TcpStream::connect((address.host.as_str(), address.port)).await?;
         tcp.set_nodelay(true)?;
-        socket2::SockRef::from(&tcp).set_tcp_user_timeout(Some(STALL))?;
-        let Some(tls) = &options.tls else {
+        let socket = socket2::SockRef::from(&tcp);
+        socket.set_tcp_user_timeout(Some(stall))?;
+        socket.set_tcp_notsent_lowat(UNSENT)?;
+        let Some(tls) = &address.tls else {
             return Ok::<Box<dyn Stream>, io::Error>(Box::new(tcp));
         };
-        let name = tokio_rustls::rustls::pki_types::ServerName::try_from(options.host.clone())
+        let name = tokio_rustls::rustls::pki_types::ServerName::try_from(address.host.clone())
             .map_err(io::Error::other)?;
         let connector = tokio_rustls::TlsConnector::from(tls.clone());
         Ok(Box::new(connector.connect(name, tcp).await?) as Box<dyn Stream>)
@@ -211,17 +277,18 @@ async fn handshake(
 /// One connection, from dialling to its end. `Ok` when the member is drained.
 async fn serve(
     member: &Arc<Member>,
+    address: &Address,
     session: &mut Session,
-    clean_start: &mut bool,
+    place: &mut Place,
 ) -> Result<(), LinkError> {
     let limit = member.options().connect_timeout;
-    let mut stream = connect(member).await?;
+    let mut stream = connect(address, member.options()).await?;
     let mut input = BytesMut::new();
-    let shake = handshake(member, &mut stream, *clean_start, &mut input);
+    let shake = handshake(member, &mut stream, place.url.is_none(), &mut input);
     let welcome = timeout(limit, shake)
         .await
         .map_err(|_| LinkError::HandshakeTimeout(limit))??;
-    *clean_start = false;
+    place.url = Some(address.url.clone());
     let keep_alive = welcome
         .keep_alive
         .map_or(member.options().keep_alive, |seconds| {
@@ -229,12 +296,13 @@ async fn serve(
         });
     let mut output = BytesMut::new();
     session.connected(&welcome, &mut output);
-    member.welcomed(&welcome, session);
+    member.welcomed(&welcome);
     let now = Instant::now();
     let mut ticks = interval(TICK);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut link = Link {
         member,
+        address: &address.url,
         session,
         stream,
         input,
@@ -246,6 +314,7 @@ async fn serve(
         ticks,
         keep_alive,
         last_write: now,
+        last_read: now,
         write_blocked: None,
         ping_sent: None,
         announced: false,
@@ -264,6 +333,7 @@ async fn serve(
 
 struct Link<'a> {
     member: &'a Arc<Member>,
+    address: &'a Arc<str>,
     session: &'a mut Session,
     stream: Box<dyn Stream>,
     input: BytesMut,
@@ -277,6 +347,7 @@ struct Link<'a> {
     ticks: Interval,
     keep_alive: Duration,
     last_write: Instant,
+    last_read: Instant,
     write_blocked: Option<Instant>,
     ping_sent: Option<Instant>,
     announced: bool,
@@ -295,7 +366,7 @@ impl Link<'_> {
             );
             // What is written makes room for more, what is read may ask for an answer.
             let progress = self.poll_write(cx)? | self.poll_read(cx)?;
-            if !self.announced && !self.session.restoring() {
+            if !self.announced && !self.session.restoring() && !self.member.restoring() {
                 self.announce();
             }
             if drained && self.output.is_empty() && !self.flush && self.session.is_idle() {
@@ -309,10 +380,11 @@ impl Link<'_> {
 
     fn announce(&mut self) {
         self.announced = true;
-        if self.member.set_state(LinkState::Up) {
+        if self.member.set_state(LinkState::Up(self.address.clone())) {
             self.member.metrics().links_up.increment(1.0);
             tracing::info!(
                 client_id = self.member.client_id(),
+                address = %self.address,
                 filters = self.member.filters(),
                 "broker link is up"
             );
@@ -374,11 +446,13 @@ impl Link<'_> {
         };
         // Any packet shows that the broker lives.
         self.ping_sent = None;
+        self.last_read = Instant::now();
         let limit = self.member.options().max_packet_size;
         while let Some(packet) = wire::decode(&mut self.input, limit)? {
             match self.session.receive(packet, &mut self.output) {
                 Event::None => {}
                 Event::Deliver(publish, receipt) => self.hand_out(publish, receipt),
+                Event::Subscribed(filter, id) => self.member.subscribed(&filter, id),
                 Event::NotRestored(filter, refusal) => {
                     self.member.metrics().not_restored.increment(1);
                     tracing::error!(%filter, %refusal, "a subscription could not be restored");
@@ -429,31 +503,46 @@ impl Link<'_> {
             topic,
             payload: unpin(publish.payload),
         });
-        for (subscriber, qos) in audience {
-            let delivery = Delivery {
+        for recipient in audience {
+            let delivery = |qos| Delivery {
                 message: message.clone(),
                 qos: publish.qos.min(qos),
                 _ack: ack.clone(),
             };
-            // A subscriber that has just ended lets go of it.
-            let _ = subscriber.deliver(delivery);
+            // Given back by one that has just ended: in a shared subscription it is the
+            // next one's turn, else nobody's.
+            let mut given_back = recipient
+                .subscriber
+                .deliver(delivery(recipient.qos))
+                .is_err();
+            for (subscriber, qos) in recipient.others {
+                if !given_back {
+                    break;
+                }
+                given_back = subscriber.deliver(delivery(qos)).is_err();
+            }
         }
     }
 
     /// Pings, and finds a broker that has gone silent.
     fn poll_clock(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), LinkError>> {
+        let stall = stall_of(self.member.options());
         loop {
             let now = ready!(self.ticks.poll_tick(cx));
-            let stalled = |since: Option<Instant>| since.is_some_and(|at| now - at >= STALL);
+            let stalled = |since: Option<Instant>| since.is_some_and(|at| now - at >= stall);
             if stalled(self.write_blocked) {
-                return Poll::Ready(Err(LinkError::WriteStalled));
+                return Poll::Ready(Err(LinkError::WriteStalled(stall)));
             }
             if stalled(self.ping_sent) {
-                return Poll::Ready(Err(LinkError::PingTimeout));
+                return Poll::Ready(Err(LinkError::PingTimeout(stall)));
             }
             // A tick early, so that the broker never sees it late.
-            let quiet = now - self.last_write;
-            if !self.keep_alive.is_zero() && quiet + TICK >= self.keep_alive {
+            let quiet = now - self.last_write + TICK;
+            let due = !self.keep_alive.is_zero() && quiet >= self.keep_alive;
+            // A broker that hangs may leave us writing for long, into buffers on the
+            // way: one that says nothing is asked, whatever we wrote meanwhile.
+            let silent = now - self.last_read + TICK >= self.member.options().keep_alive;
+            if due || (silent && self.ping_sent.is_none()) {
                 wire::pingreq(&mut self.output);
                 self.ping_sent.get_or_insert(now);
                 self.last_write = now;

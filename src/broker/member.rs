@@ -31,17 +31,24 @@ const TIDY_AT: usize = 1024;
 pub enum LinkState {
     /// Not tried yet, or being tried for the first time.
     Connecting,
-    /// Connected, every subscription restored.
-    Up,
-    /// Not connected, and why.
+    /// Connected to this address, every subscription restored.
+    Up(Arc<str>),
+    /// Not connected, and why: each address with its reason.
     Down(String),
+}
+
+impl LinkState {
+    /// Whether the member is connected.
+    pub fn is_up(&self) -> bool {
+        matches!(self, Self::Up(_))
+    }
 }
 
 impl fmt::Display for LinkState {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Connecting => f.write_str("connecting to the broker"),
-            Self::Up => f.write_str("connected to the broker"),
+            Self::Up(address) => write!(f, "connected to {address}"),
             Self::Down(reason) => write!(f, "no broker: {reason}"),
         }
     }
@@ -65,6 +72,8 @@ struct Shared {
     control: VecDeque<Control>,
     /// When `control` is long enough to be looked through for what is void.
     tidy_at: usize,
+    /// Requests in `control` that restore a subscription.
+    restores: usize,
     /// Filters that the broker was asked for and not yet told to forget.
     at_broker: HashSet<Arc<str>>,
     taken: Vec<Receipt>,
@@ -107,6 +116,7 @@ impl Member {
                 outbox_bytes: 0,
                 control: VecDeque::new(),
                 tidy_at: TIDY_AT,
+                restores: 0,
                 at_broker: HashSet::new(),
                 taken: Vec::new(),
                 table: Table::new(u32::from_be_bytes(seed)),
@@ -253,27 +263,23 @@ impl Member {
         changed
     }
 
-    /// A CONNACK came. Where the broker has no session of ours, everything is
-    /// subscribed again, before anything that waits.
-    pub(super) fn welcomed(&self, welcome: &Welcome, session: &Session) {
+    /// A CONNACK came. Everything is subscribed again, before anything that waits: also
+    /// where the broker has a session of ours, which may be one that it saved long ago.
+    pub(super) fn welcomed(&self, welcome: &Welcome) {
         let mut shared = self.lock();
         shared.welcome = Some(welcome.clone());
-        if welcome.session_present {
-            return;
+        if !welcome.session_present {
+            shared.at_broker.clear();
         }
-        let mut on_its_way: HashSet<Arc<str>> = session.subscribing().cloned().collect();
-        shared.at_broker = on_its_way.clone();
-        // An UNSUBSCRIBE for a session that is gone has nothing left to do.
         shared.control.retain(|control| match control {
             // Its caller has left and taken the subscription back.
-            Control::Subscribe(request) if request.is_abandoned() => false,
-            Control::Subscribe(request) => {
-                on_its_way.insert(request.filter.clone());
-                true
-            }
-            Control::Unsubscribe(_) => false,
+            Control::Subscribe(request) => request.waiter.is_some() && !request.is_abandoned(),
+            // In a new session there is nothing to end.
+            Control::Unsubscribe(_) => welcome.session_present,
         });
-        for ask in shared.table.restore(|filter| on_its_way.contains(filter)) {
+        let restore = shared.table.restore();
+        shared.restores = restore.len();
+        for ask in restore {
             shared
                 .control
                 .push_front(Control::Subscribe(SubscribeRequest {
@@ -284,6 +290,11 @@ impl Member {
                     waiter: None,
                 }));
         }
+    }
+
+    /// The broker accepted a SUBSCRIBE: identifiers before it are of the past.
+    pub(super) fn subscribed(&self, filter: &str, id: u32) {
+        self.lock().table.confirm(filter, id);
     }
 
     /// Moves work into the session, as far as it takes any, and remembers whom to
@@ -304,8 +315,11 @@ impl Member {
         }
         while session.can_subscribe() && out.len() < WRITE_AHEAD {
             match shared.control.pop_front() {
-                Some(Control::Subscribe(request)) if !shared.wants(&request) => {}
+                Some(Control::Subscribe(request)) if !shared.wants(&request) => {
+                    shared.restores -= usize::from(request.waiter.is_none());
+                }
                 Some(Control::Subscribe(request)) => {
+                    shared.restores -= usize::from(request.waiter.is_none());
                     shared.at_broker.insert(request.filter.clone());
                     session.subscribe(request, out);
                 }
@@ -353,6 +367,11 @@ impl Member {
             .audience(topic, publish.retain, &publish.subscription_ids)
     }
 
+    /// Whether subscriptions wait to be restored.
+    pub(super) fn restoring(&self) -> bool {
+        self.lock().restores > 0
+    }
+
     /// Filters subscribed at this member.
     pub(super) fn filters(&self) -> usize {
         self.lock().table.len()
@@ -396,6 +415,8 @@ impl Shared {
                 Control::Unsubscribe(_) => true,
             };
             self.control = control.into_iter().filter(useful).collect();
+            let restores = |control: &&Control| matches!(control, Control::Subscribe(request) if request.waiter.is_none());
+            self.restores = self.control.iter().filter(restores).count();
             self.tidy_at = TIDY_AT.max(2 * self.control.len());
         }
     }

@@ -170,15 +170,24 @@ pub trait Subscriber: Send + Sync {
     fn deliver(&self, delivery: Delivery) -> Result<(), Delivery>;
 }
 
-/// How the broker is reached and used.
+/// One of the addresses of the broker.
 #[derive(Debug, Clone)]
-pub struct Options {
+pub struct Address {
+    /// As the log and `/readyz` show it.
+    pub url: Arc<str>,
     /// Host name or address.
     pub host: String,
     /// TCP port.
     pub port: u16,
     /// Encrypts the link.
     pub tls: Option<Arc<tokio_rustls::rustls::ClientConfig>>,
+}
+
+/// How the broker is reached and used.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// Tried in turn, at least one; a link that was lost begins with its last one.
+    pub addresses: Vec<Address>,
     /// One for each connection to the broker, at least one.
     pub client_ids: Vec<String>,
     /// User name and password.
@@ -357,7 +366,7 @@ impl BrokerTasks {
         let mut left = 0;
         for (mut task, member) in self.tasks.into_iter().zip(self.broker.members.iter()) {
             // A link that is down and owes nothing is not worth waiting for.
-            let owes = member.state() == LinkState::Up || member.waiting() > 0;
+            let owes = member.state().is_up() || member.waiting() > 0;
             let limit = if owes { deadline } else { Instant::now() };
             if tokio::time::timeout_at(limit, &mut task).await.is_err() {
                 task.abort();

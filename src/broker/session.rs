@@ -93,6 +93,8 @@ pub(super) enum Event {
     None,
     /// A message; to be acknowledged by [`Session::taken`] where a receipt is given.
     Deliver(InboundPublish, Option<Receipt>),
+    /// The broker accepted the SUBSCRIBE with this identifier.
+    Subscribed(Arc<str>, u32),
     /// A lost subscription could not be restored.
     NotRestored(Arc<str>, Refusal),
     /// The broker ended the connection.
@@ -235,7 +237,12 @@ impl Session {
                         let _ = waiter.send(Err(PublishError::SessionLost));
                     }
                 }
-                Some((_, Pending::Subscribe(request))) if request.is_abandoned() => {
+                // Whoever gave up has taken it back; what was being restored is restored
+                // from the table, which knows what is still wanted.
+                Some((_, Pending::Subscribe(request)))
+                    if request.is_abandoned() || request.waiter.is_none() =>
+                {
+                    self.restoring -= usize::from(request.waiter.is_none());
                     self.pending.remove(&pkid);
                     self.filters_pending -= 1;
                 }
@@ -326,16 +333,6 @@ impl Session {
         self.remember(pkid, Pending::Unsubscribe(filter));
     }
 
-    /// Filters whose SUBSCRIBE is on its way.
-    pub(super) fn subscribing(&self) -> impl Iterator<Item = &Arc<str>> {
-        self.pending
-            .values()
-            .filter_map(|(_, pending)| match pending {
-                Pending::Subscribe(request) => Some(&request.filter),
-                _ => None,
-            })
-    }
-
     /// Whether lost subscriptions are still being restored.
     pub(super) fn restoring(&self) -> bool {
         self.restoring > 0
@@ -407,18 +404,22 @@ impl Session {
             Inbound::SubAck(pkid, result) => match self.pending.remove(&pkid) {
                 Some((_, Pending::Subscribe(request))) => {
                     self.filters_pending -= 1;
+                    let accepted = result.is_ok();
                     match (request.waiter, result) {
                         (Some(waiter), result) => {
+                            // The caller may have left, and taken it back.
                             let _ = waiter.send(result);
-                            Event::None
                         }
-                        (None, result) => {
+                        (None, Ok(_)) => self.restoring -= 1,
+                        (None, Err(refusal)) => {
                             self.restoring -= 1;
-                            match result {
-                                Ok(_) => Event::None,
-                                Err(refusal) => Event::NotRestored(request.filter, refusal),
-                            }
+                            return Event::NotRestored(request.filter, refusal);
                         }
+                    }
+                    if accepted {
+                        Event::Subscribed(request.filter, request.id)
+                    } else {
+                        Event::None
                     }
                 }
                 other => self.unexpected(pkid, other, "SUBACK"),

@@ -34,13 +34,16 @@ struct Member {
 
 struct Entry {
     filter: TopicFilter,
-    /// Identifier of the newest SUBSCRIBE.
-    id: u32,
-    /// Highest QoS asked for so far.
-    qos: QoS,
+    /// Identifier of the newest SUBSCRIBE that the broker accepted.
+    confirmed: Option<u32>,
+    /// Identifiers of those after it, oldest first. Any of them may be the one that
+    /// the broker uses.
+    asked: VecDeque<u32>,
     members: IndexMap<SubscriptionKey, Member>,
     /// Whose turn it is in a shared subscription.
     turn: usize,
+    /// How many members asked for each QoS.
+    by_qos: [usize; 3],
 }
 
 struct Target {
@@ -56,8 +59,23 @@ pub(super) struct Ask {
     pub id: u32,
 }
 
-/// The subscribers that a message is for, each with its subscription's QoS.
-pub(super) type Audience = Vec<(Arc<dyn Subscriber>, QoS)>;
+/// Whom a message is for, with the QoS of the subscription.
+pub(super) struct Recipient {
+    pub subscriber: Arc<dyn Subscriber>,
+    pub qos: QoS,
+    /// In a shared subscription, whose turn it is if this one has just ended.
+    pub others: Vec<(Arc<dyn Subscriber>, QoS)>,
+}
+
+/// Everyone whom a message is for.
+pub(super) type Audience = Vec<Recipient>;
+
+/// Members of a shared subscription that are tried in place of one that has ended.
+const MAX_OTHERS: usize = 3;
+
+/// Unanswered SUBSCRIBEs for one filter whose identifiers are kept apart. While the
+/// broker is away callers try again and again, and it will see but a few of them.
+const MAX_ASKED: usize = 64;
 
 /// See the module.
 pub(super) struct Table {
@@ -103,10 +121,11 @@ impl Table {
         let name: Arc<str> = filter.as_str().into();
         let entry = self.entries.entry(name.clone()).or_insert_with(|| Entry {
             filter: filter.clone(),
-            id,
-            qos,
+            confirmed: None,
+            asked: VecDeque::new(),
             members: IndexMap::new(),
             turn: 0,
+            by_qos: [0; 3],
         });
         let member = Member {
             subscriber,
@@ -114,15 +133,18 @@ impl Table {
             replaces: replaced,
         };
         entry.members.insert(key, member);
-        let previous = std::mem::replace(&mut entry.id, id);
-        entry.qos = entry.qos.max(qos);
+        entry.count(qos, 1);
+        entry.asked.push_back(id);
+        let surplus = (entry.asked.len() > MAX_ASKED)
+            .then(|| entry.asked.pop_front())
+            .flatten();
         let ask = Ask {
             filter: name.clone(),
-            qos: entry.qos,
+            qos: entry.qos(),
             id,
         };
-        if previous != id {
-            self.retire(previous);
+        if let Some(surplus) = surplus {
+            self.retire(surplus);
         }
         self.ids.insert(
             id,
@@ -141,13 +163,33 @@ impl Table {
         key: SubscriptionKey,
     ) -> Option<Arc<str>> {
         let entry = self.entries.get_mut(filter.as_str())?;
-        entry.members.swap_remove(&key)?;
+        let member = entry.members.swap_remove(&key)?;
+        entry.count(member.qos, -1);
         if !entry.members.is_empty() {
             return None;
         }
         let (name, entry) = self.entries.remove_entry(filter.as_str())?;
-        self.ids.remove(&entry.id);
+        for id in entry.confirmed.into_iter().chain(entry.asked) {
+            self.ids.remove(&id);
+        }
         Some(name)
+    }
+
+    /// The broker accepted the SUBSCRIBE with this identifier and uses no earlier one
+    /// for new messages; those that it has queued may still carry them.
+    pub(super) fn confirm(&mut self, filter: &str, id: u32) {
+        let Some(entry) = self.entries.get_mut(filter) else {
+            return;
+        };
+        let Some(place) = entry.asked.iter().position(|asked| *asked == id) else {
+            return;
+        };
+        let mut past: Vec<u32> = entry.asked.drain(..=place).collect();
+        past.pop();
+        past.extend(entry.confirmed.replace(id));
+        for id in past {
+            self.retire(id);
+        }
     }
 
     /// Whether anybody is subscribed to the filter.
@@ -155,16 +197,17 @@ impl Table {
         self.entries.contains_key(filter)
     }
 
-    /// Everything to subscribe again after the broker lost the session, except
-    /// what `on_its_way` is being subscribed anyway.
-    pub(super) fn restore(&self, on_its_way: impl Fn(&str) -> bool) -> Vec<Ask> {
+    /// Everything there is to subscribe.
+    pub(super) fn restore(&self) -> Vec<Ask> {
+        let newest = |entry: &Entry| entry.asked.back().copied().or(entry.confirmed);
         self.entries
             .iter()
-            .filter(|(name, _)| !on_its_way(name))
-            .map(|(name, entry)| Ask {
-                filter: name.clone(),
-                qos: entry.qos,
-                id: entry.id,
+            .filter_map(|(name, entry)| {
+                Some(Ask {
+                    filter: name.clone(),
+                    qos: entry.qos(),
+                    id: newest(entry)?,
+                })
             })
             .collect()
     }
@@ -182,7 +225,7 @@ impl Table {
             };
             if retained {
                 let newcomer = target.newcomer.and_then(|key| entry.members.get(&key));
-                audience.extend(newcomer.map(|m| (m.subscriber.clone(), m.qos)));
+                audience.extend(newcomer.map(Recipient::only));
             } else {
                 entry.collect(&mut audience);
             }
@@ -216,25 +259,54 @@ impl Table {
     }
 }
 
+impl Recipient {
+    fn only(member: &Member) -> Self {
+        Self {
+            subscriber: member.subscriber.clone(),
+            qos: member.qos,
+            others: Vec::new(),
+        }
+    }
+}
+
 impl Entry {
+    /// The highest QoS that a member asked for.
+    fn qos(&self) -> QoS {
+        match self.by_qos {
+            [_, 0, 0] => QoS::AtMostOnce,
+            [_, _, 0] => QoS::AtLeastOnce,
+            _ => QoS::ExactlyOnce,
+        }
+    }
+
+    fn count(&mut self, qos: QoS, change: isize) {
+        if let Some(count) = self.by_qos.get_mut(qos as usize) {
+            *count = count.saturating_add_signed(change);
+        }
+    }
+
     fn collect(&mut self, audience: &mut Audience) {
-        let counts = |member: &&Member| {
+        let counts = |member: &Member| {
             let replaced = member.replaces.as_ref();
             !replaced.is_some_and(|key| self.members.contains_key(key))
         };
         if !self.filter.is_shared() {
-            let members = self.members.values().filter(counts);
-            audience.extend(members.map(|m| (m.subscriber.clone(), m.qos)));
+            let members = self.members.values().filter(|member| counts(member));
+            audience.extend(members.map(Recipient::only));
             return;
         }
         // The group's members in turn.
         let count = self.members.len();
-        let in_turn = (1..=count).map(|step| (self.turn + step) % count);
-        let found = in_turn
+        let mut in_turn = (1..=count)
+            .map(|step| (self.turn + step) % count)
             .filter_map(|index| Some((index, self.members.get_index(index)?.1)))
-            .find(|(_, member)| counts(member));
-        if let Some((index, member)) = found {
-            audience.push((member.subscriber.clone(), member.qos));
+            .filter(|(_, member)| counts(member));
+        if let Some((index, member)) = in_turn.next() {
+            let others = in_turn.take(MAX_OTHERS);
+            audience.push(Recipient {
+                others: others.map(|(_, m)| (m.subscriber.clone(), m.qos)).collect(),
+                ..Recipient::only(member)
+            });
             self.turn = index;
         }
     }
@@ -310,11 +382,34 @@ mod tests {
             .map(|_| {
                 let audience = table.audience("t", false, &[id]);
                 assert_eq!(audience.len(), 1);
-                audience[0].1
+                audience[0].qos
             })
             .collect();
         let at_most_once = qos.iter().filter(|q| **q == QoS::AtMostOnce).count();
         assert_eq!(at_most_once, 2, "each of three got two of six");
+    }
+
+    #[test]
+    fn the_identifier_that_the_broker_uses_is_kept_whatever_fails_after_it() {
+        let mut table = Table::new(0);
+        let (first, ask) = add(&mut table, "a", QoS::AtMostOnce);
+        table.confirm("a", ask.id);
+        for _ in 0..MAX_RETIRED_IDS + MAX_ASKED + 100 {
+            let (key, _) = table.add(&filter("a"), QoS::AtMostOnce, Arc::new(Nobody), Some(first));
+            table.remove(&filter("a"), key);
+        }
+        assert_eq!(table.audience("a", false, &[ask.id]).len(), 1);
+    }
+
+    #[test]
+    fn the_next_in_turn_stands_in_for_one_that_has_ended() {
+        let mut table = Table::new(0);
+        let id = add(&mut table, "$share/g/t", QoS::AtMostOnce).1.id;
+        add(&mut table, "$share/g/t", QoS::AtLeastOnce);
+        let audience = table.audience("t", false, &[id]);
+        assert_eq!(audience.len(), 1);
+        assert_eq!(audience[0].others.len(), 1);
+        assert_ne!(audience[0].others[0].1, audience[0].qos);
     }
 
     #[test]
@@ -330,7 +425,7 @@ mod tests {
         let id = ask.id;
         let qos = |table: &mut Table| {
             let audience = table.audience("a", false, &[id]);
-            audience.iter().map(|(_, qos)| *qos).collect::<Vec<_>>()
+            audience.iter().map(|r| r.qos).collect::<Vec<_>>()
         };
         assert_eq!(
             qos(&mut table),
@@ -354,7 +449,8 @@ mod tests {
         );
         for _ in 0..3 {
             let audience = table.audience("a", false, &[ask.id]);
-            assert!(matches!(&audience[..], [(_, QoS::AtMostOnce)]));
+            assert_eq!(audience.len(), 1);
+            assert_eq!(audience[0].qos, QoS::AtMostOnce);
         }
         assert!(table.remove(&filter("$share/g/a"), second).is_none());
         assert_eq!(table.audience("a", false, &[ask.id]).len(), 1);
@@ -373,9 +469,15 @@ mod tests {
         let mut table = Table::new(0);
         for _ in 0..MAX_RETIRED_IDS + 100 {
             let (key, _) = add(&mut table, "a", QoS::AtMostOnce);
-            add(&mut table, "b", QoS::AtMostOnce);
+            let (other, ask) = add(&mut table, "b", QoS::AtMostOnce);
+            table.confirm("b", ask.id);
             table.remove(&filter("a"), key);
+            let _ = other;
         }
         assert!(table.ids.len() <= MAX_RETIRED_IDS + 2);
+        for _ in 0..MAX_RETIRED_IDS + 100 {
+            add(&mut table, "c", QoS::AtMostOnce);
+        }
+        assert!(table.ids.len() <= MAX_RETIRED_IDS + MAX_ASKED + 2);
     }
 }

@@ -131,13 +131,20 @@ impl Checks<'_> {
 
     fn broker(&mut self, config: &mut Config) {
         let broker = &mut config.broker;
-        self.client_tls(
-            "broker",
-            &broker.ssl_options,
-            broker.url.tls,
-            "url",
-            "mqtts://",
-        );
+        let tls = broker.url.iter().any(|url| url.tls);
+        self.client_tls("broker", &broker.ssl_options, tls, "url", "mqtts://");
+        let repeated = broker.url.iter().enumerate().find(|(index, url)| {
+            let mut earlier = broker.url.iter().take(*index);
+            // Host names know no case.
+            earlier
+                .any(|other| other.port == url.port && other.host.eq_ignore_ascii_case(&url.host))
+        });
+        if let Some((_, url)) = repeated {
+            self.fault(
+                "broker.url",
+                format!("found {url} after the same host and port; allowed: each of them once"),
+            );
+        }
         if broker.reconnect_max < broker.reconnect_min
             && !self.spoiled("broker.reconnect_min")
             && !self.spoiled("broker.reconnect_max")

@@ -190,7 +190,8 @@ section! {
     /// `[broker]`: the MQTT broker.
     pub struct Broker {
         /// "mqtt://HOST:PORT", mqtts:// for TLS. Without a port it is 1883, or 8883 for mqtts://.
-        url: BrokerUrl = "mqtt://127.0.0.1:1883",
+        /// Or a list of them, the nodes of one broker, tried in turn.
+        url: Vec<BrokerUrl> = "mqtt://127.0.0.1:1883",
 
         /// The MQTT version. This version of the gateway speaks 5 only.
         protocol: Protocol = "5",

@@ -27,7 +27,7 @@ use super::reason::CloseReason;
 
 /// How many times `send` a device has for taking what waits when the connection
 /// closes. One that takes a little now and then would keep it open for ever.
-const MAX_FLUSH: u32 = 4;
+pub(super) const MAX_FLUSH: u32 = 4;
 
 /// Timers of a connection; `None` is never.
 #[derive(Debug, Clone)]

@@ -26,7 +26,7 @@ use tracing::Instrument;
 
 use super::context::ListenerContext;
 use super::handle::{Client, Handle};
-use super::machine::{Action, Call, Input, Machine, Outcome};
+use super::machine::{Action, Call, Input, MAX_FLUSH, Machine, Outcome};
 use super::reason::CloseReason;
 use crate::broker::Delivery;
 use crate::handler::{CallFailure, Caller, Event, EventSink};
@@ -59,8 +59,10 @@ const LINGER: Duration = Duration::from_secs(2);
 /// How often it is looked whether the device acknowledges.
 const LINGER_LOOK: Duration = Duration::from_millis(100);
 
-/// The same when the gateway stops.
+/// The same when the gateway stops, and how long it waits at most for a device that
+/// acknowledges nothing: one that has vanished must not use up the time to drain.
 const LINGER_AT_SHUTDOWN: Duration = Duration::from_millis(200);
+const MAX_LINGER_AT_SHUTDOWN: Duration = Duration::from_secs(1);
 
 thread_local! {
     static SCRATCH: RefCell<Box<[u8]>> = RefCell::new(vec![0; READ_CHUNK].into_boxed_slice());
@@ -574,24 +576,23 @@ impl<S: Socket> Driver<S> {
         if failed || self.peer_ended {
             return;
         }
-        let limit = if self.context.draining.is_cancelled() {
-            LINGER_AT_SHUTDOWN
-        } else {
-            LINGER
-        };
+        let begun = Instant::now();
         let send_timeout = self.context.settings.timeouts.send;
         let mut left = socket.unacknowledged();
         let mut progress = Instant::now();
         loop {
-            let patience = if left > 0 { send_timeout } else { limit };
-            let Some(rest) = patience.checked_sub(progress.elapsed()) else {
+            let draining = self.context.draining.is_cancelled();
+            let (patience, most) = match (left > 0, draining) {
+                (true, false) => (send_timeout, send_timeout * MAX_FLUSH),
+                (true, true) => (MAX_LINGER_AT_SHUTDOWN, MAX_LINGER_AT_SHUTDOWN),
+                (false, false) => (LINGER, send_timeout * MAX_FLUSH + LINGER),
+                (false, true) => (LINGER_AT_SHUTDOWN, MAX_LINGER_AT_SHUTDOWN),
+            };
+            let rest = patience.checked_sub(progress.elapsed());
+            let (Some(rest), true) = (rest, begun.elapsed() < most) else {
                 break;
             };
-            let look = if left > 0 {
-                rest.min(LINGER_LOOK)
-            } else {
-                rest
-            };
+            let look = rest.min(LINGER_LOOK);
             let drain = poll_fn(|cx| poll_discard(&mut socket, cx));
             if tokio::time::timeout(look, drain).await.is_ok() {
                 return;

@@ -25,6 +25,9 @@ use crate::proto;
 /// UNAVAILABLE is sent again.
 const PAUSES: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(1));
 
+/// Most time for which a handler that waits for us is not blamed, in one callback.
+const MAX_WAIT: Duration = Duration::from_secs(120);
+
 /// How events are delivered.
 #[derive(Clone, Debug)]
 pub struct Options {
@@ -246,7 +249,8 @@ impl Shared {
                 Ok(Ok(())) => return Ok(()),
                 Ok(Err(status)) => return Err(failure(&status)),
                 Err(_) => {
-                    let extended = started + limit + (caller.waited() - waited);
+                    let wait = (caller.waited() - waited).min(MAX_WAIT);
+                    let extended = started + limit + wait;
                     if extended <= Instant::now() {
                         return Err(late(limit));
                     }

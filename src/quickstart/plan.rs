@@ -117,18 +117,26 @@ fn setting(key: &str, value: &str) -> (String, String) {
 }
 
 fn broker(config: &Config, faults: &mut Vec<Fault>) -> Option<SocketAddr> {
-    let url = &config.broker.url;
-    let address = loopback(&url.host).filter(|_| !url.tls);
+    let url = match config.broker.url.as_slice() {
+        [url] => Some(url),
+        _ => None,
+    };
+    let address = url.and_then(|url| {
+        let address = loopback(&url.host).filter(|_| !url.tls);
+        address.map(|address| SocketAddr::new(address, url.port))
+    });
     if address.is_none() {
+        let urls: Vec<String> = config.broker.url.iter().map(ToString::to_string).collect();
+        let urls = urls.join(",");
         faults.push(Fault {
             problem: format!(
-                "broker.url is {url}: quickstart brings a broker of its own, on this machine and \
+                "broker.url is {urls}: quickstart brings a broker of its own, on this machine and \
                  without TLS (the command run uses one that is there)"
             ),
             setting: Some(setting("broker.url", "mqtt://127.0.0.1:1883")),
         });
     }
-    Some(SocketAddr::new(address?, url.port))
+    address
 }
 
 /// The first address of every handler that a listener uses: one is enough for the
@@ -272,7 +280,7 @@ mod tests {
     #[test]
     fn a_configuration_for_others_is_refused_with_a_way_out() {
         let report = faults_of(|config| {
-            config.broker.url.host = "10.0.0.7".to_owned();
+            config.broker.url[0].host = "10.0.0.7".to_owned();
             config.server.ssl_options.enable = true;
             config.handler.service_name = ServiceName::ConnectionHandler;
             for address in &mut config.handler.address {

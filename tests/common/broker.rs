@@ -84,6 +84,11 @@ impl Broker {
         broker
     }
 
+    /// Other lines for its configuration, from the next start on.
+    pub fn configure(&mut self, extra: &str) {
+        extra.clone_into(&mut self.extra);
+    }
+
     /// Starts it; returns when it listens.
     pub async fn up(&mut self) {
         let dir = self.dir.path().display().to_string();

@@ -25,8 +25,10 @@ mod process;
 mod proxy;
 mod stage;
 
+use std::collections::BTreeSet;
 use std::future::Future;
 use std::net::{Ipv4Addr, TcpListener};
+use std::sync::Mutex;
 use std::time::Duration;
 
 pub use adapter::{Adapter, Answer, client};
@@ -69,10 +71,13 @@ pub async fn until<T, F: Future<Output = Option<T>>>(what: &str, mut look: impl 
 /// nobody takes it between a stop and a restart.
 pub fn free_port() -> u16 {
     use std::hash::{BuildHasher, RandomState};
+    // Given to other tests of this program, which may not listen on them yet.
+    static GIVEN: Mutex<BTreeSet<u16>> = Mutex::new(BTreeSet::new());
     let random = RandomState::new();
     for attempt in 0..1000_u32 {
         let port = 10_000 + (random.hash_one(attempt) % 20_000) as u16;
-        if TcpListener::bind((Ipv4Addr::LOCALHOST, port)).is_ok() {
+        let free = TcpListener::bind((Ipv4Addr::LOCALHOST, port)).is_ok();
+        if free && GIVEN.lock().unwrap().insert(port) {
             return port;
         }
     }

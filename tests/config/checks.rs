@@ -146,6 +146,17 @@ fn tls_files_and_schemes() {
             "broker.ssl_options.cacertfile: set, but broker.url does not use TLS; allowed: with mqtts:// only",
         ],
     );
+    for mixed in ["mqtt://a,mqtts://b", "[\"mqtts://b\", \"mqtt://a\"]"] {
+        let tls = ("broker.ssl_options.cacertfile", pem);
+        let config = set(&[("broker.url", mixed), tls]).unwrap();
+        assert_eq!(config.broker.url.len(), 2);
+    }
+    for repeated in ["mqtt://a,mqtts://b,mqtt://A:1883", "mqtts://a:1,mqtt://a:1"] {
+        one_fault(
+            set(&[("broker.url", repeated)]),
+            &["broker.url: found mqtt://", "allowed: each of them once"],
+        );
+    }
     one_fault(
         set(&[("handler.ssl_options.cacertfile", pem)]),
         &[

@@ -15,7 +15,7 @@ fn nothing_configured_is_the_contract_s_default() {
         config.handler.address[0].to_string(),
         "http://127.0.0.1:9001"
     );
-    assert_eq!(config.broker.url.to_string(), "mqtt://127.0.0.1:1883");
+    assert_eq!(config.broker.url[0].to_string(), "mqtt://127.0.0.1:1883");
     assert_eq!(config.idle_timeout, Limit::Finite(Duration::from_secs(30)));
     assert_eq!(config.authenticate_timeout, Limit::Infinity);
     assert_eq!(config.admin.bind.unwrap().to_string(), "127.0.0.1:9180");
@@ -47,7 +47,7 @@ fn later_layers_win() {
         ]),
     })
     .unwrap();
-    assert_eq!(config.broker.url.host, "set-again");
+    assert_eq!(config.broker.url[0].host, "set-again");
     assert_eq!(config.broker.username.as_deref(), Some("env"));
     assert_eq!(config.broker.pool_size, 2);
 }

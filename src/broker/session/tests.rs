@@ -305,7 +305,8 @@ fn a_subscription_is_answered_by_its_suback_across_a_broken_link() {
     };
     assert_eq!(subscribe.properties.as_ref().unwrap().id, Some(3));
     let granted = Inbound::SubAck(subscribe.pkid, Ok(QoS::AtLeastOnce));
-    session.receive(granted, &mut out);
+    let event = session.receive(granted, &mut out);
+    assert!(matches!(event, Event::Subscribed(_, 3)));
     assert_eq!(answer.try_recv().unwrap(), Ok(QoS::AtLeastOnce));
 }
 
