@@ -401,7 +401,7 @@ fn start_handlers(
                 shard.runtime().spawn(link.clone().run());
                 links.push(link);
             }
-            let options = options::client(handler);
+            let options = options::client(handler, shards.len());
             let pool = Pool::new(links.clone(), options, metrics.clone(), draining.clone())
                 .map_err(|error| options::Error::new(&key, error))?;
             links_of_shards.push(links);

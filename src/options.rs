@@ -107,9 +107,10 @@ pub fn targets(key: &str, handler: &Handler) -> Result<Vec<link::Target>, Error>
     Ok(handler.address.iter().map(target).collect())
 }
 
-/// How events are delivered to a handler.
-pub fn client(handler: &Handler) -> client::Options {
+/// How events are delivered to a handler, by each of so many shards.
+pub fn client(handler: &Handler, shards: usize) -> client::Options {
     client::Options {
+        max_in_flight: (handler.max_in_flight / shards.max(1)).max(1),
         service: match handler.service_name {
             ServiceName::ConnectionUnaryHandler => "ConnectionUnaryHandler",
             ServiceName::ConnectionHandler => "ConnectionHandler",

@@ -174,6 +174,10 @@ section! {
         /// only the first.
         max_batch: usize = Within("100", 1..),
 
+        /// The most callbacks under way at one address at a time, at least 1; further ones wait for
+        /// their turn. gRPC servers in Python and C++ refuse calls when 1,000 wait.
+        max_in_flight: usize = Within("900", 1..),
+
         /// What becomes of connections while the handler is away: "hold" keeps them and tries their
         /// callbacks again with backoff, "close" closes them, reason handler_unavailable.
         on_unavailable: OnUnavailable = "hold",

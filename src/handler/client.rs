@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use futures_util::future::BoxFuture;
 use http::uri::PathAndQuery;
+use tokio::sync::Semaphore;
 use tokio::time::{Instant, timeout, timeout_at};
 use tokio_util::sync::CancellationToken;
 use tonic::client::Grpc;
@@ -33,6 +34,8 @@ const MAX_WAIT: Duration = Duration::from_secs(120);
 pub struct Options {
     /// The gRPC service: `ConnectionUnaryHandler` or `ConnectionHandler`.
     pub service: &'static str,
+    /// Most callbacks under way at each address at a time.
+    pub max_in_flight: usize,
     /// Longest time for one callback.
     pub request_timeout: Duration,
     /// Longest time in which OnSocketClosed is tried.
@@ -59,6 +62,8 @@ pub struct Pool {
 /// One address of the handler.
 pub struct Client {
     link: Arc<Link>,
+    /// Room for callbacks, given in turn.
+    room: Arc<Semaphore>,
     shared: Arc<Shared>,
 }
 
@@ -88,6 +93,7 @@ impl Pool {
             .map(|link| {
                 Arc::new(Client {
                     link,
+                    room: Arc::new(Semaphore::new(shared.options.max_in_flight)),
                     shared: shared.clone(),
                 })
             })
@@ -130,7 +136,8 @@ impl EventSink for Client {
         caller: Arc<Caller>,
         event: Event,
     ) -> BoxFuture<'static, Result<(), CallFailure>> {
-        let (link, shared) = (self.link.clone(), self.shared.clone());
+        let (link, room) = (self.link.clone(), self.room.clone());
+        let shared = self.shared.clone();
         Box::pin(async move {
             let method = event.method_index();
             let started = Instant::now();
@@ -138,11 +145,11 @@ impl EventSink for Client {
             let in_flight = InFlight(&shared.metrics);
             let result = if matches!(event, Event::SocketClosed(_)) {
                 let limit = shared.options.close_timeout;
-                timeout(limit, shared.persist(&link, &caller, &event))
+                timeout(limit, shared.persist(&link, &room, &caller, &event))
                     .await
                     .unwrap_or_else(|_| Err(late(limit)))
             } else {
-                shared.persist(&link, &caller, &event).await
+                shared.persist(&link, &room, &caller, &event).await
             };
             drop(in_flight);
             match &result {
@@ -185,12 +192,16 @@ impl Shared {
     async fn persist(
         &self,
         link: &Link,
+        room: &Semaphore,
         caller: &Caller,
         event: &Event,
     ) -> Result<(), CallFailure> {
         let mut pause = PAUSES.0;
         let mut give_up: Option<Option<Instant>> = None;
         loop {
+            // Only a call takes room, not the wait for a handler that is away. The
+            // semaphore is never closed.
+            let turn = room.acquire().await;
             let trouble = match link.channel() {
                 Some(channel) => match self.attempt(link, channel, caller, event).await {
                     Err(CallFailure::Unavailable(trouble)) => trouble,
@@ -198,6 +209,7 @@ impl Shared {
                 },
                 None => link.trouble(),
             };
+            drop(turn);
             let give_up = *give_up.get_or_insert_with(|| {
                 let limit = self.options.max_outage?;
                 Some(Instant::now() + limit)
