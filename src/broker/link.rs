@@ -60,6 +60,10 @@ enum LinkError {
     HandshakeTimeout(Duration),
     #[error("{0}")]
     Wire(#[from] wire::WireError),
+    #[error("the TLS handshake failed: {0}")]
+    Tls(io::Error),
+    #[error("the broker hung up before its CONNACK: does it want {0} here?")]
+    NoWelcome(&'static str),
     #[error("the broker refused the connection: {0}")]
     Refused(super::Refusal),
     #[error("the broker closed the connection")]
@@ -70,6 +74,10 @@ enum LinkError {
         "another client connected as {0}: does a second gateway run with the same node_name and client_id_prefix?"
     )]
     TakenOver(String),
+    #[error(
+        "the broker took {0} and soon closed the connection, several times in a row: does a second gateway run with the same node_name and client_id_prefix?"
+    )]
+    Contested(String),
     #[error("the broker sent {0} out of place")]
     Unexpected(&'static str),
     #[error("the broker took no bytes for {0:?}")]
@@ -79,11 +87,24 @@ enum LinkError {
 }
 
 impl LinkError {
+    /// The likely reason for a broker to hang up upon a CONNECT.
+    fn no_welcome(address: &Address) -> Self {
+        Self::NoWelcome(match address.tls {
+            None => "TLS (mqtts://)",
+            Some(_) => "a client certificate",
+        })
+    }
+
     /// Whether the broker hung up of its own accord, as it does upon a packet that
     /// it will not have.
     fn is_the_brokers_will(&self) -> bool {
+        self.is_without_a_word() || matches!(self, Self::Ended(_))
+    }
+
+    /// Whether the connection was closed or reset, for whatever reason.
+    fn is_without_a_word(&self) -> bool {
         match self {
-            Self::Closed | Self::Ended(_) => true,
+            Self::Closed => true,
             Self::Io(error) => error.kind() == io::ErrorKind::ConnectionReset,
             _ => false,
         }
@@ -102,7 +123,7 @@ pub(super) async fn run(member: Arc<Member>) {
         let Some(address) = round.address(&member.options().addresses) else {
             return;
         };
-        let error = match serve(&member, address, &mut session, &mut place).await {
+        let mut error = match serve(&member, address, &mut session, &mut place).await {
             Ok(()) => return,
             Err(error) => error,
         };
@@ -115,10 +136,22 @@ pub(super) async fn run(member: Arc<Member>) {
         if matches!(error, LinkError::TakenOver(_)) {
             place.url = None;
         }
+        place.doubtful |= error.is_without_a_word();
+        if was_up {
+            let soon = connected.elapsed() < SOON.max(2 * longest);
+            let again = soon && error.is_without_a_word();
+            place.hang_ups = if again { place.hang_ups + 1 } else { 0 };
+        }
+        if place.hang_ups >= CONTESTED {
+            error = LinkError::Contested(member.client_id().to_owned());
+        }
         if was_up {
             member.metrics().links_up.decrement(1.0);
         }
-        let rejected = matches!(error, LinkError::TakenOver(_) | LinkError::Refused(_));
+        let rejected = matches!(
+            error,
+            LinkError::TakenOver(_) | LinkError::Contested(_) | LinkError::Refused(_)
+        );
         if !rejected && connected.elapsed() > longest {
             pause = shortest;
         } else if rejected {
@@ -144,6 +177,14 @@ pub(super) async fn run(member: Arc<Member>) {
     }
 }
 
+/// Not every broker says that another client has taken the session (Mosquitto 2.0
+/// does not): so many links in a row that it closed soon after they were up look
+/// like it.
+const CONTESTED: u32 = 3;
+
+/// A link that has lived for longer was not contested.
+const SOON: Duration = Duration::from_secs(2);
+
 /// Where the session is.
 #[derive(Default)]
 struct Place {
@@ -151,6 +192,12 @@ struct Place {
     /// gateway's own, and when somebody else has taken it over. Else the broker keeps
     /// our session.
     url: Option<Arc<str>>,
+    /// Whether somebody else may have had it since: the last connection was closed
+    /// without a word.
+    doubtful: bool,
+    /// How often in a row that happened soon after the link was up, the broker being
+    /// there all the time and knowing the session.
+    hang_ups: u32,
 }
 
 /// Goes through the addresses: a pause comes after all of them have failed.
@@ -198,17 +245,17 @@ async fn connect(address: &Address, options: &Options) -> Result<Box<dyn Stream>
         socket.set_tcp_user_timeout(Some(stall))?;
         socket.set_tcp_notsent_lowat(UNSENT)?;
         let Some(tls) = &address.tls else {
-            return Ok::<Box<dyn Stream>, io::Error>(Box::new(tcp));
+            return Ok::<Box<dyn Stream>, LinkError>(Box::new(tcp));
         };
         let name = tokio_rustls::rustls::pki_types::ServerName::try_from(address.host.clone())
             .map_err(io::Error::other)?;
         let connector = tokio_rustls::TlsConnector::from(tls.clone());
-        Ok(Box::new(connector.connect(name, tcp).await?) as Box<dyn Stream>)
+        let encrypted = connector.connect(name, tcp).await;
+        Ok(Box::new(encrypted.map_err(LinkError::Tls)?) as Box<dyn Stream>)
     };
     timeout(limit, dial)
         .await
         .map_err(|_| LinkError::ConnectTimeout(limit))?
-        .map_err(LinkError::Io)
 }
 
 async fn handshake(
@@ -259,13 +306,23 @@ async fn serve(
     place: &mut Place,
 ) -> Result<(), LinkError> {
     let limit = member.options().connect_timeout;
-    let mut stream = connect(address, member.options()).await?;
+    let connected = connect(address, member.options()).await;
+    let mut stream = connected.inspect_err(|_| place.hang_ups = 0)?;
     let mut input = BytesMut::new();
     let shake = handshake(member, &mut stream, place.url.is_none(), &mut input);
     let welcome = timeout(limit, shake)
         .await
-        .map_err(|_| LinkError::HandshakeTimeout(limit))??;
-    let moved = place.url.replace(address.url.clone()).as_ref() != Some(&address.url);
+        .map_err(|_| LinkError::HandshakeTimeout(limit))?
+        .map_err(|error| match error {
+            error if error.is_without_a_word() => LinkError::no_welcome(address),
+            error => error,
+        })?;
+    if !welcome.session_present {
+        place.hang_ups = 0;
+    }
+    // A session that somebody else may have had in between is as one left long ago.
+    let moved = std::mem::take(&mut place.doubtful) || place.url.as_ref() != Some(&address.url);
+    place.url = Some(address.url.clone());
     let keep_alive = welcome
         .keep_alive
         .map_or(member.options().keep_alive, |seconds| {

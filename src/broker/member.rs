@@ -247,7 +247,7 @@ impl Member {
 
     /// A CONNACK came. Where the broker has no session of ours, everything is
     /// subscribed again, before anything that waits. So it is where it has one, but
-    /// under another address than the last: it may be one of earlier.
+    /// perhaps not as we left it (`moved`).
     pub(super) fn welcomed(&self, welcome: &Welcome, session: &Session, moved: bool) {
         let mut shared = self.lock();
         shared.welcome = Some(welcome.clone());

@@ -13,6 +13,7 @@ use super::{free_port, within};
 /// A Mosquitto with a port, a folder and a log of its own.
 pub struct Broker {
     pub port: u16,
+    plain: u16,
     pub dir: TempDir,
     extra: String,
     child: Option<Child>,
@@ -36,6 +37,7 @@ impl Broker {
     pub fn absent(extra: &str) -> Self {
         Self {
             port: free_port(),
+            plain: free_port(),
             dir: TempDir::new().unwrap(),
             extra: extra.to_owned(),
             child: None,
@@ -69,6 +71,11 @@ impl Broker {
         fs::write(broker.dir.path().join("roles.json"), roles).unwrap();
         broker.up().await;
         broker
+    }
+
+    /// A free port for a second listener.
+    pub fn plain(&self) -> u16 {
+        self.plain
     }
 
     /// Other lines for its configuration, from the next start on.

@@ -16,6 +16,7 @@
 
 mod adapter;
 mod broker;
+mod certs;
 mod device;
 mod handler;
 mod http;
@@ -30,6 +31,7 @@ use std::time::Duration;
 
 pub use adapter::{Adapter, Answer, client};
 pub use broker::Broker;
+pub use certs::{Authority, Files};
 pub use device::Device;
 pub use handler::{Call, Event, Gate, Handler, Log};
 pub use http::{Admin, Page};
