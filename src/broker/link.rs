@@ -152,7 +152,7 @@ pub(super) async fn run(member: Arc<Member>) {
             error,
             LinkError::TakenOver(_) | LinkError::Contested(_) | LinkError::Refused(_)
         );
-        if !rejected && connected.elapsed() > longest {
+        if !rejected && connected.elapsed() > STEADY.min(longest) {
             pause = shortest;
         } else if rejected {
             pause = longest;
@@ -184,6 +184,10 @@ const CONTESTED: u32 = 3;
 
 /// A link that has lived for longer was not contested.
 const SOON: Duration = Duration::from_secs(2);
+
+/// After a link that lived for so long the pauses begin anew: a broker that takes us
+/// and hangs up at once is not worth more than an attempt a second.
+const STEADY: Duration = Duration::from_secs(1);
 
 /// Where the session is.
 #[derive(Default)]
