@@ -32,10 +32,6 @@ const READ_CHUNK: usize = 64 * 1024;
 /// `TCP_USER_TIMEOUT`, which finds a silent network.
 const STALL: Duration = Duration::from_secs(10);
 
-/// A broker that so often in a row hangs up soon after a link was up may be serving
-/// two with one client id, and not every broker says so.
-const SUSPICIOUS_HANG_UPS: u32 = 5;
-
 /// See [`STALL`]. Who asks for a short keep-alive wants to know soon.
 fn stall_of(options: &Options) -> Duration {
     STALL.min(options.keep_alive)
@@ -64,6 +60,10 @@ enum LinkError {
     HandshakeTimeout(Duration),
     #[error("{0}")]
     Wire(#[from] wire::WireError),
+    #[error("the TLS handshake failed: {0}")]
+    Tls(io::Error),
+    #[error("the broker hung up before its CONNACK: does it want {0} here?")]
+    NoWelcome(&'static str),
     #[error("the broker refused the connection: {0}")]
     Refused(super::Refusal),
     #[error("the broker closed the connection")]
@@ -75,9 +75,9 @@ enum LinkError {
     )]
     TakenOver(String),
     #[error(
-        "{0}, again soon after it took {1}: does a second gateway run with the same node_name and client_id_prefix?"
+        "the broker took {0} and soon closed the connection, several times in a row: does a second gateway run with the same node_name and client_id_prefix?"
     )]
-    Rivalry(String, String),
+    Contested(String),
     #[error("the broker sent {0} out of place")]
     Unexpected(&'static str),
     #[error("the broker took no bytes for {0:?}")]
@@ -87,19 +87,24 @@ enum LinkError {
 }
 
 impl LinkError {
-    /// Whether trying again soon would change nothing, or make it worse.
-    fn is_a_verdict(&self) -> bool {
-        matches!(
-            self,
-            Self::TakenOver(_) | Self::Rivalry(..) | Self::Refused(_)
-        )
+    /// The likely reason for a broker to hang up upon a CONNECT.
+    fn no_welcome(address: &Address) -> Self {
+        Self::NoWelcome(match address.tls {
+            None => "TLS (mqtts://)",
+            Some(_) => "a client certificate",
+        })
     }
 
     /// Whether the broker hung up of its own accord, as it does upon a packet that
     /// it will not have.
     fn is_the_brokers_will(&self) -> bool {
+        self.is_without_a_word() || matches!(self, Self::Ended(_))
+    }
+
+    /// Whether the connection was closed or reset, for whatever reason.
+    fn is_without_a_word(&self) -> bool {
         match self {
-            Self::Closed | Self::Ended(_) => true,
+            Self::Closed => true,
             Self::Io(error) => error.kind() == io::ErrorKind::ConnectionReset,
             _ => false,
         }
@@ -113,26 +118,18 @@ pub(super) async fn run(member: Arc<Member>) {
     let (shortest, longest) = member.options().reconnect;
     let mut pause = shortest;
     let mut round = Round::default();
-    let mut hang_ups = 0;
     loop {
         let connected = Instant::now();
         let Some(address) = round.address(&member.options().addresses) else {
             return;
         };
-        let Err(mut error) = serve(&member, address, &mut session, &mut place).await else {
-            return;
+        let mut error = match serve(&member, address, &mut session, &mut place).await {
+            Ok(()) => return,
+            Err(error) => error,
         };
         let was_up = member.state().is_up();
-        let lasted = connected.elapsed() > longest;
-        if lasted {
-            hang_ups = 0;
-        }
         if was_up && error.is_the_brokers_will() {
             session.hung_up();
-            hang_ups += u32::from(!lasted);
-            if hang_ups >= SUSPICIOUS_HANG_UPS {
-                error = LinkError::Rivalry(error.to_string(), member.client_id().to_owned());
-            }
         }
         session.disconnected();
         // The session there is another's now: its subscriptions are not ours.
@@ -140,12 +137,22 @@ pub(super) async fn run(member: Arc<Member>) {
             place.url = None;
         }
         if was_up {
+            let soon = connected.elapsed() < SOON.max(2 * longest);
+            let again = soon && error.is_without_a_word();
+            place.hang_ups = if again { place.hang_ups + 1 } else { 0 };
+            if place.hang_ups >= CONTESTED {
+                error = LinkError::Contested(member.client_id().to_owned());
+            }
             member.metrics().links_up.decrement(1.0);
         }
-        if error.is_a_verdict() {
-            pause = longest;
-        } else if lasted {
+        let rejected = matches!(
+            error,
+            LinkError::TakenOver(_) | LinkError::Contested(_) | LinkError::Refused(_)
+        );
+        if !rejected && connected.elapsed() > STEADY.min(longest) {
             pause = shortest;
+        } else if rejected {
+            pause = longest;
         }
         let reason = format!("{}: {error}", address.url);
         let Some(reasons) = round.failed(reason, was_up, member.options().addresses.len()) else {
@@ -167,6 +174,19 @@ pub(super) async fn run(member: Arc<Member>) {
     }
 }
 
+/// Not every broker says that another client has taken the session (Mosquitto 2.0
+/// does not): so many links in a row that it closed soon after they were up look
+/// like it.
+/// More than a packet takes to be found guilty of it.
+const CONTESTED: u32 = 4;
+
+/// A link that has lived for longer was not contested.
+const SOON: Duration = Duration::from_secs(2);
+
+/// After a link that lived for so long the pauses begin anew: a broker that takes us
+/// and hangs up at once is not worth more than an attempt a second.
+const STEADY: Duration = Duration::from_secs(1);
+
 /// Where the session is.
 #[derive(Default)]
 struct Place {
@@ -174,6 +194,9 @@ struct Place {
     /// gateway's own, and when somebody else has taken it over. Else the broker keeps
     /// our session.
     url: Option<Arc<str>>,
+    /// How often in a row that happened soon after the link was up, the broker being
+    /// there all the time and knowing the session.
+    hang_ups: u32,
 }
 
 /// Goes through the addresses: a pause comes after all of them have failed.
@@ -221,17 +244,17 @@ async fn connect(address: &Address, options: &Options) -> Result<Box<dyn Stream>
         socket.set_tcp_user_timeout(Some(stall))?;
         socket.set_tcp_notsent_lowat(UNSENT)?;
         let Some(tls) = &address.tls else {
-            return Ok::<Box<dyn Stream>, io::Error>(Box::new(tcp));
+            return Ok::<Box<dyn Stream>, LinkError>(Box::new(tcp));
         };
         let name = tokio_rustls::rustls::pki_types::ServerName::try_from(address.host.clone())
             .map_err(io::Error::other)?;
         let connector = tokio_rustls::TlsConnector::from(tls.clone());
-        Ok(Box::new(connector.connect(name, tcp).await?) as Box<dyn Stream>)
+        let encrypted = connector.connect(name, tcp).await;
+        Ok(Box::new(encrypted.map_err(LinkError::Tls)?) as Box<dyn Stream>)
     };
     timeout(limit, dial)
         .await
         .map_err(|_| LinkError::ConnectTimeout(limit))?
-        .map_err(LinkError::Io)
 }
 
 async fn handshake(
@@ -282,12 +305,20 @@ async fn serve(
     place: &mut Place,
 ) -> Result<(), LinkError> {
     let limit = member.options().connect_timeout;
-    let mut stream = connect(address, member.options()).await?;
+    let connected = connect(address, member.options()).await;
+    let mut stream = connected.inspect_err(|_| place.hang_ups = 0)?;
     let mut input = BytesMut::new();
     let shake = handshake(member, &mut stream, place.url.is_none(), &mut input);
     let welcome = timeout(limit, shake)
         .await
-        .map_err(|_| LinkError::HandshakeTimeout(limit))??;
+        .map_err(|_| LinkError::HandshakeTimeout(limit))?
+        .map_err(|error| match error {
+            error if error.is_without_a_word() => LinkError::no_welcome(address),
+            error => error,
+        })?;
+    if !welcome.session_present {
+        place.hang_ups = 0;
+    }
     place.url = Some(address.url.clone());
     let keep_alive = welcome
         .keep_alive

@@ -248,7 +248,7 @@ section! {
         reconnect_min: Duration = Within("100ms", TICK..),
 
         /// The longest such wait, not shorter than reconnect_min. A duration.
-        reconnect_max: Duration = Within("5s", TICK..),
+        reconnect_max: Duration = Within("1500ms", TICK..),
 
         /// The user property that carries a publisher's clientid, for Message.from. "" turns it off.
         from_property: Option<PropertyName> = "exproto-from",

@@ -14,8 +14,10 @@ use super::{Peer, free_port, within};
 /// A Mosquitto with a port, a folder and a log of its own.
 pub struct Broker {
     pub port: u16,
+    plain: u16,
     pub dir: TempDir,
     extra: String,
+    quiet: bool,
     child: Option<Child>,
     log: watch::Sender<Vec<String>>,
 }
@@ -37,8 +39,10 @@ impl Broker {
     pub fn absent(extra: &str) -> Self {
         Self {
             port: free_port(),
+            plain: free_port(),
             dir: TempDir::new().unwrap(),
             extra: extra.to_owned(),
+            quiet: false,
             child: None,
             log: watch::Sender::new(Vec::new()),
         }
@@ -84,6 +88,26 @@ impl Broker {
         broker
     }
 
+    /// A free port for a second listener.
+    pub fn plain(&self) -> u16 {
+        self.plain
+    }
+
+    /// Logs no packets: for tests with so many that the log would be the bottleneck.
+    pub fn quiet(mut self) -> Self {
+        self.quiet = true;
+        self
+    }
+
+    /// Sends it a signal, such as `USR1`, upon which it saves what it keeps.
+    pub fn signal(&self, name: &str) {
+        let id = self.child.as_ref().expect("it runs").id().to_string();
+        let status = Command::new("kill")
+            .args([&format!("-{name}"), &id])
+            .status();
+        assert!(status.unwrap().success());
+    }
+
     /// Other lines for its configuration, from the next start on.
     pub fn configure(&mut self, extra: &str) {
         extra.clone_into(&mut self.extra);
@@ -93,8 +117,9 @@ impl Broker {
     pub async fn up(&mut self) {
         let dir = self.dir.path().display().to_string();
         let config = self.dir.path().join("mosquitto.conf");
+        let log = if self.quiet { "information" } else { "all" };
         let text = format!(
-            "user root\nlistener {} 127.0.0.1\nlog_dest stderr\nlog_type all\n\
+            "user root\nlistener {} 127.0.0.1\nlog_dest stderr\nlog_type {log}\n\
              log_timestamp false\nset_tcp_nodelay true\nsys_interval 0\n\
              max_queued_messages 0\n{}",
             self.port,

@@ -17,6 +17,7 @@
 mod adapter;
 mod broker;
 mod certificates;
+mod certs;
 mod device;
 mod handler;
 mod http;
@@ -34,6 +35,7 @@ use std::time::Duration;
 pub use adapter::{Adapter, Answer, client};
 pub use broker::Broker;
 pub use certificates::Certificates;
+pub use certs::{Authority, Files};
 pub use device::Device;
 pub use handler::{Call, Event, Gate, Handler, Log};
 pub use http::{Admin, Page};
