@@ -56,7 +56,7 @@ const TABLE: &[(Kind, &str, Unit, &str, &str)] = &[
     (Kind::Gauge, CONNECTIONS, Unit::Count, "listener", "Device connections that are open."),
     (Kind::Counter, OPENED, Unit::Count, "listener", "Device connections accepted."),
     (Kind::Counter, CLOSED, Unit::Count, "listener, reason", "Device connections ended, by the reason that OnSocketClosed gives."),
-    (Kind::Counter, REFUSED, Unit::Count, "listener, reason", "Device connections refused before any callback, by reason: access_rules, max_connections, max_conn_rate, proxy_protocol, setup, draining."),
+    (Kind::Counter, REFUSED, Unit::Count, "listener, reason", "Device connections refused before any callback, by reason: access_rules, max_connections, max_conn_rate, proxy_protocol, setup."),
     (Kind::Counter, ACCEPT_ERRORS, Unit::Count, "listener", "Failures to accept, such as no free file descriptor."),
     (Kind::Counter, PANICS, Unit::Count, "listener", "Connections ended by a fault of the gateway's own."),
     (Kind::Counter, RECEIVED_BYTES, Unit::Bytes, "listener", "Bytes received from devices."),

@@ -10,26 +10,50 @@
 
 mod common;
 
-use common::{Adapter, Broker, Certificates, Handler, Plan, Stage, within};
+use std::fs;
+
+use common::{Adapter, Authority, Broker, Files, Handler, Plan, Stage, within};
 use exproto_sidecar::gateway::Gateway;
 use exproto_sidecar::proto::ResultCode;
+use tempfile::TempDir;
 use tonic::transport::{Certificate, ClientTlsConfig, Endpoint, Identity, ServerTlsConfig};
 
-fn authority(made: &Certificates) -> Certificate {
-    Certificate::from_pem(made.pem("ca.crt"))
+/// An authority, a certificate of the server at 127.0.0.1 and one of a client.
+struct Certificates {
+    ca: String,
+    server: Files,
+    client: Files,
+    _dir: TempDir,
 }
 
-fn identity(made: &Certificates, name: &str) -> Identity {
-    Identity::from_pem(
-        made.pem(&format!("{name}.crt")),
-        made.pem(&format!("{name}.key")),
-    )
+impl Certificates {
+    fn make() -> Self {
+        // The tests' own ends of TLS need one too.
+        exproto_sidecar::tls::install_provider();
+        let dir = TempDir::new().unwrap();
+        let authority = Authority::new(dir.path(), "authority");
+        Self {
+            ca: authority.file(),
+            server: authority.server("127.0.0.1"),
+            client: authority.client("client"),
+            _dir: dir,
+        }
+    }
+}
+
+fn authority(made: &Certificates) -> Certificate {
+    Certificate::from_pem(fs::read_to_string(&made.ca).unwrap())
+}
+
+fn identity(files: &Files) -> Identity {
+    let read = |path: &String| fs::read_to_string(path).unwrap();
+    Identity::from_pem(read(&files.cert), read(&files.key))
 }
 
 fn trusting(made: &Certificates) -> ClientTlsConfig {
     ClientTlsConfig::new()
         .ca_certificate(authority(made))
-        .domain_name("localhost")
+        .domain_name("127.0.0.1")
 }
 
 /// A gateway with its adapter over TLS.
@@ -37,9 +61,9 @@ async fn encrypted_adapter(made: &Certificates, verify: &str) -> (Gateway, Broke
     let (broker, handler) = tokio::join!(Broker::start(), Handler::start());
     let plan = Plan::new(&broker.url(), &handler.url())
         .set("SERVER__SSL_OPTIONS__ENABLE", "true")
-        .set("SERVER__SSL_OPTIONS__CERTFILE", &made.path("server.crt"))
-        .set("SERVER__SSL_OPTIONS__KEYFILE", &made.path("server.key"))
-        .set("SERVER__SSL_OPTIONS__CACERTFILE", &made.path("ca.crt"))
+        .set("SERVER__SSL_OPTIONS__CERTFILE", &made.server.cert)
+        .set("SERVER__SSL_OPTIONS__KEYFILE", &made.server.key)
+        .set("SERVER__SSL_OPTIONS__CACERTFILE", &made.ca)
         .set("SERVER__SSL_OPTIONS__VERIFY", verify);
     let gateway = Gateway::start(&plan.config()).await.unwrap();
     within("the gateway to be ready", gateway.ready()).await;
@@ -81,11 +105,11 @@ async fn the_adapter_asks_for_certificates() {
     let made = Certificates::make();
     let (gateway, _broker, _handler) = encrypted_adapter(&made, "verify_peer").await;
     let address = gateway.addresses().adapter;
-    let known = trusting(&made).identity(identity(&made, "client"));
+    let known = trusting(&made).identity(identity(&made.client));
     let adapter = Adapter::connect_tls(address, known).await.unwrap();
     adapter.raw_publish("t", 1, "x").await.ok();
     let strange = Certificates::make();
-    let strange = trusting(&made).identity(identity(&strange, "client"));
+    let strange = trusting(&made).identity(identity(&strange.client));
     for refused in [trusting(&made), strange] {
         // With TLS 1.3 the client learns of it with its first call.
         if let Ok(adapter) = Adapter::connect_tls(address, refused).await {
@@ -98,7 +122,7 @@ async fn the_adapter_asks_for_certificates() {
 
 /// The gateway of a handler at `https://`.
 async fn with_handler(made: &Certificates, mutual: bool, keys: &[(&str, &str)]) -> Stage {
-    let mut tls = ServerTlsConfig::new().identity(identity(made, "server"));
+    let mut tls = ServerTlsConfig::new().identity(identity(&made.server));
     if mutual {
         tls = tls.client_ca_root(authority(made));
     }
@@ -122,7 +146,7 @@ async fn serves(stage: Stage) {
 #[tokio::test]
 async fn handlers_are_called_over_tls() {
     let made = Certificates::make();
-    let ca = made.path("ca.crt");
+    let ca = &made.ca;
     let checked = [("HANDLER__SSL_OPTIONS__CACERTFILE", ca.as_str())];
     serves(with_handler(&made, false, &checked).await).await;
     let trusting = [("HANDLER__SSL_OPTIONS__VERIFY", "verify_none")];
@@ -134,7 +158,7 @@ async fn handlers_are_called_over_tls() {
 #[tokio::test]
 async fn a_handler_with_a_strange_certificate_is_told() {
     let (made, strange) = (Certificates::make(), Certificates::make());
-    let ca = strange.path("ca.crt");
+    let ca = &strange.ca;
     let checked = [("HANDLER__SSL_OPTIONS__CACERTFILE", ca.as_str())];
     let stage = with_handler(&made, false, &checked).await;
     let text = stage.admin.ready_until(503, "certificate").await;
@@ -147,11 +171,11 @@ async fn a_handler_with_a_strange_certificate_is_told() {
 #[tokio::test]
 async fn handlers_may_ask_for_a_certificate() {
     let made = Certificates::make();
-    let paths = ["ca.crt", "client.crt", "client.key"].map(|name| made.path(name));
+    let paths = [&made.ca, &made.client.cert, &made.client.key];
     let keys = [
         ("HANDLER__SSL_OPTIONS__CACERTFILE", paths[0].as_str()),
-        ("HANDLER__SSL_OPTIONS__CERTFILE", &paths[1]),
-        ("HANDLER__SSL_OPTIONS__KEYFILE", &paths[2]),
+        ("HANDLER__SSL_OPTIONS__CERTFILE", paths[1]),
+        ("HANDLER__SSL_OPTIONS__KEYFILE", paths[2]),
     ];
     serves(with_handler(&made, true, &keys).await).await;
 }
@@ -160,9 +184,7 @@ async fn handlers_may_ask_for_a_certificate() {
 async fn with_broker(made: &Certificates, mutual: bool, keys: &[(&str, &str)]) -> Stage {
     let broker = Broker::with(&format!(
         "allow_anonymous true\ncafile {}\ncertfile {}\nkeyfile {}\nrequire_certificate {mutual}\n",
-        made.path("ca.crt"),
-        made.path("server.crt"),
-        made.path("server.key")
+        made.ca, made.server.cert, made.server.key
     ))
     .await;
     let url = format!("mqtts://127.0.0.1:{}", broker.port);
@@ -176,11 +198,11 @@ async fn with_broker(made: &Certificates, mutual: bool, keys: &[(&str, &str)]) -
 async fn the_broker_is_reached_over_tls() {
     for mutual in [false, true] {
         let made = Certificates::make();
-        let paths = ["ca.crt", "client.crt", "client.key"].map(|name| made.path(name));
+        let paths = [&made.ca, &made.client.cert, &made.client.key];
         let mut keys = vec![("BROKER__SSL_OPTIONS__CACERTFILE", paths[0].as_str())];
         if mutual {
-            keys.push(("BROKER__SSL_OPTIONS__CERTFILE", &paths[1]));
-            keys.push(("BROKER__SSL_OPTIONS__KEYFILE", &paths[2]));
+            keys.push(("BROKER__SSL_OPTIONS__CERTFILE", paths[1]));
+            keys.push(("BROKER__SSL_OPTIONS__KEYFILE", paths[2]));
         }
         let stage = with_broker(&made, mutual, &keys).await;
         within("the gateway to be ready", stage.gateway.ready()).await;
@@ -200,9 +222,12 @@ async fn the_broker_is_reached_over_tls() {
 #[tokio::test]
 async fn a_broker_with_a_strange_certificate_is_told() {
     let (made, strange) = (Certificates::make(), Certificates::make());
-    let ca = strange.path("ca.crt");
-    let stage = with_broker(&made, false, &[("BROKER__SSL_OPTIONS__CACERTFILE", &ca)]).await;
-    let text = stage.admin.ready_until(503, "invalid peer certificate").await;
+    let ca = &strange.ca;
+    let stage = with_broker(&made, false, &[("BROKER__SSL_OPTIONS__CACERTFILE", ca)]).await;
+    let text = stage
+        .admin
+        .ready_until(503, "invalid peer certificate")
+        .await;
     assert!(text.contains(": no broker: "), "{text}");
     assert_eq!(stage.broker.count("New client connected"), 0);
     stage.finish().await;

@@ -343,7 +343,9 @@ impl Member {
             }
             if let Err(error) = shared.check(&publish) {
                 let _ = waiter.send(Err(error));
-            } else if publish.qos() == QoS::AtMostOnce {
+                continue;
+            }
+            if publish.qos() == QoS::AtMostOnce {
                 publish.encode(0, false, out);
                 written.push_back((position + out.len() as u64, waiter));
             } else {

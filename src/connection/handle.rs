@@ -389,7 +389,7 @@ impl Subscriber for Handle {
             return Err(delivery);
         }
         let pushed = inbox.messages.push(delivery, limits);
-        if matches!(pushed, Pushed::Full) {
+        if matches!(pushed, Pushed::Full(_)) {
             inbox.close = Some(CloseReason::RateLimited);
             inbox.closed = true;
         }
@@ -402,7 +402,7 @@ impl Subscriber for Handle {
         let dropped = match &pushed {
             Pushed::Queued => 0,
             Pushed::Dropped(dropped) => dropped.len(),
-            Pushed::Full => 1,
+            Pushed::Full(_) => 1,
         };
         let metrics = &self.0.context.metrics;
         metrics.dropped_full.increment(dropped as u64);

@@ -32,8 +32,8 @@ pub(super) enum Pushed {
     Queued,
     /// It waits, and these had to go for it.
     Dropped(Vec<Delivery>),
-    /// There was no room: it is dropped, and the connection is to be closed.
-    Full,
+    /// There is no room for it, and the connection is to be closed.
+    Full(Delivery),
 }
 
 #[derive(Debug, Default)]
@@ -54,7 +54,7 @@ impl MessageQueue {
             && (self.messages.len() >= limits.max_messages || self.bytes + size > limits.max_bytes)
         {
             if limits.policy == Policy::Close {
-                return Pushed::Full;
+                return Pushed::Full(delivery);
             }
             dropped.extend(self.pop());
         }
@@ -186,7 +186,10 @@ mod tests {
         for payload in ["1", "2", "3"] {
             queue.push(delivery(payload), &limits);
         }
-        assert!(matches!(queue.push(delivery("4"), &limits), Pushed::Full));
+        assert!(matches!(
+            queue.push(delivery("4"), &limits),
+            Pushed::Full(_)
+        ));
     }
 
     #[test]

@@ -16,7 +16,6 @@
 
 mod adapter;
 mod broker;
-mod certificates;
 mod certs;
 mod device;
 mod handler;
@@ -34,7 +33,6 @@ use std::time::Duration;
 
 pub use adapter::{Adapter, Answer, client};
 pub use broker::Broker;
-pub use certificates::Certificates;
 pub use certs::{Authority, Files};
 pub use device::Device;
 pub use handler::{Call, Event, Gate, Handler, Log};
