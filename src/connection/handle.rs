@@ -398,14 +398,14 @@ impl Subscriber for Handle {
         if let Some(waker) = waker {
             waker.wake();
         }
-        // What is dropped is dropped here, outside the lock: it acknowledges.
-        let dropped = match &pushed {
-            Pushed::Queued => 0,
-            Pushed::Dropped(dropped) => dropped.len(),
-            Pushed::Full(_) => 1,
+        // Dropped here and not under the lock: it acknowledges.
+        let dropped = match pushed {
+            Pushed::Queued => Vec::new(),
+            Pushed::Dropped(dropped) => dropped,
+            Pushed::Full(dropped) => vec![dropped],
         };
         let metrics = &self.0.context.metrics;
-        metrics.dropped_full.increment(dropped as u64);
+        metrics.dropped_full.increment(dropped.len() as u64);
         Ok(())
     }
 }
