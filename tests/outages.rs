@@ -266,6 +266,7 @@ async fn restart_with_session(stage: &mut Stage) {
     stage.admin.ready_until(503, "- broker link").await;
     stage.broker.up().await;
     stage.admin.ready_until(200, "ready").await;
+    stage.broker.caught_up().await;
     let log = stage.broker.lines();
     let present = |line: &String| line.contains("CONNACK to exproto") && line.ends_with("(1, 0)");
     assert!(log.iter().any(present), "no session was kept: {log:#?}");
@@ -453,6 +454,7 @@ async fn a_killed_broker_makes_no_false_success() {
         devices.push(device);
         answers.extend(some);
     }
+    stage.broker.caught_up().await;
     let lives = [first_life, stage.broker.lines()].concat();
     let received: Vec<&String> = lives.iter().filter(|line| line.contains(publish)).collect();
     assert_eq!(answers.len(), 160);
@@ -490,7 +492,10 @@ async fn a_publish_that_waited_too_long_is_unknown_and_withdrawn() {
     stage.broker.up().await;
     stage.admin.ready_until(200, "ready").await;
     stage.publish(&device, "up", 1, "in time").await.ok();
-    assert_eq!(stage.broker.count("Received PUBLISH from exproto"), 1);
+    assert_eq!(
+        stage.broker.counted("Received PUBLISH from exproto").await,
+        1
+    );
     stage.finish().await;
 }
 

@@ -102,7 +102,7 @@ async fn success_waits_for_the_brokers_acknowledgement() {
         within("the answer", publish).await.unwrap().ok();
         if qos == 2 {
             assert_eq!(peer.next_text().await.0, "held");
-            assert_eq!(stage.broker.count("Sending PUBCOMP to exproto"), 1);
+            assert_eq!(stage.broker.counted("Sending PUBCOMP to exproto").await, 1);
         }
     }
     stage.finish().await;
@@ -201,7 +201,7 @@ async fn the_last_to_leave_unsubscribes_at_the_broker() {
     // A publish is written after what came before it.
     stage.publish(&third, "x", 1, "x").await.ok();
     let unsubscribe = "Received UNSUBSCRIBE from exproto";
-    assert_eq!(stage.broker.count(unsubscribe), 0);
+    assert_eq!(stage.broker.counted(unsubscribe).await, 0);
     drop(second);
     stage.broker.logged(unsubscribe).await;
     stage.finish().await;
@@ -744,7 +744,7 @@ async fn the_broker_is_told_when_the_handler_took_it() {
         stage.handler.messages(&quick.conn, 1).await;
         // A publish of the gateway's is read by the broker after any false answer.
         stage.publish(&quick, "y", 1, "y").await.ok();
-        assert_eq!(stage.broker.count(ack), 0, "acknowledged too early");
+        assert_eq!(stage.broker.counted(ack).await, 0, "acknowledged too early");
         gate.open();
         stage.broker.logged(ack).await;
         assert_eq!(stage.handler.messages(&quick.conn, 1).await.len(), 1);
@@ -825,7 +825,7 @@ async fn a_message_too_large_for_the_broker_is_refused() {
         assert!(message.contains("2000"), "{message}");
         stage.publish(&device, "t", qos, "small").await.ok();
     }
-    assert_eq!(stage.broker.count("New client connected"), 1);
+    assert_eq!(stage.broker.counted("New client connected").await, 1);
     stage.finish().await;
 }
 
@@ -842,7 +842,7 @@ async fn a_message_too_large_for_the_gateway_breaks_nothing() {
     peer.publish("t", 1, "x".repeat(20_000)).await;
     peer.publish("t", 1, "small").await;
     assert_eq!(stage.handler.payloads(&device.conn, 1).await, ["small"]);
-    let connects = stage.broker.count("as exproto");
+    let connects = stage.broker.counted("as exproto").await;
     assert_eq!(connects, 1, "the link was lost");
     stage.finish().await;
 }

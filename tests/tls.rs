@@ -229,6 +229,6 @@ async fn a_broker_with_a_strange_certificate_is_told() {
         .ready_until(503, "invalid peer certificate")
         .await;
     assert!(text.contains(": no broker: "), "{text}");
-    assert_eq!(stage.broker.count("New client connected"), 0);
+    assert_eq!(stage.broker.counted("New client connected").await, 0);
     stage.finish().await;
 }

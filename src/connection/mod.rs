@@ -16,10 +16,13 @@
 pub mod command;
 mod context;
 mod handle;
+mod linger;
 pub mod machine;
 mod queue;
+mod rates;
 mod reason;
 mod registry;
+mod scratch;
 mod task;
 
 pub use context::{ListenerContext, Settings};

@@ -8,7 +8,6 @@
 //! 4. bytes from the device and messages for it, in turn, so that neither starves,
 //! 5. the clock, last, so that what has come counts before a time-out.
 
-use std::cell::RefCell;
 use std::collections::VecDeque;
 use std::future::{Future, poll_fn};
 use std::io::IoSlice;
@@ -16,7 +15,7 @@ use std::panic::AssertUnwindSafe;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use bytes::{Buf, Bytes};
 use futures_util::FutureExt;
@@ -26,17 +25,16 @@ use tracing::Instrument;
 
 use super::context::ListenerContext;
 use super::handle::{Client, Handle};
-use super::machine::{Action, Call, Input, MAX_FLUSH, Machine, Outcome};
+use super::linger::linger;
+use super::machine::{Action, Call, Input, Machine, Outcome};
+use super::rates::Rates;
 use super::reason::CloseReason;
+use super::scratch::{READ_CHUNK, with_scratch};
 use crate::broker::Delivery;
 use crate::handler::{CallFailure, Caller, Event, EventSink};
 use crate::id::ConnId;
 use crate::proto;
-use crate::rate::TokenBucket;
 use crate::transport::{PeerInfo, Received, Socket};
-
-/// Bytes read at once, into a buffer that all connections of a thread share.
-const READ_CHUNK: usize = 64 * 1024;
 
 /// Most bytes in one OnReceivedBytes. Well below the 4 MiB that gRPC servers take
 /// by default.
@@ -46,27 +44,8 @@ const MAX_READ: usize = 4 * READ_CHUNK;
 /// reason.
 const MAX_BATCH_BYTES: usize = 1024 * 1024;
 
-/// Longest rest after a read, however low the rate.
-const MAX_REST: Duration = Duration::from_secs(24 * 3600);
-
 /// Chunks given to the socket in one call; the kernel takes 1,024.
 const MAX_SLICES: usize = 64;
-
-/// How long a closed socket is read after the device has acknowledged everything: its
-/// own bytes may still be on their way.
-const LINGER: Duration = Duration::from_secs(2);
-
-/// How often it is looked whether the device acknowledges.
-const LINGER_LOOK: Duration = Duration::from_millis(100);
-
-/// The same when the gateway stops, and how long it waits at most for a device that
-/// acknowledges nothing: one that has vanished must not use up the time to drain.
-const LINGER_AT_SHUTDOWN: Duration = Duration::from_millis(200);
-const MAX_LINGER_AT_SHUTDOWN: Duration = Duration::from_secs(1);
-
-thread_local! {
-    static SCRATCH: RefCell<Box<[u8]>> = RefCell::new(vec![0; READ_CHUNK].into_boxed_slice());
-}
 
 /// Serves a connection from OnSocketCreated to OnSocketClosed.
 ///
@@ -137,47 +116,6 @@ struct Driver<S> {
     rates: Option<Box<Rates>>,
     timer: Option<Pin<Box<Sleep>>>,
     done: bool,
-}
-
-/// Limits on what one device sends.
-struct Rates {
-    bytes: Option<TokenBucket>,
-    messages: Option<TokenBucket>,
-    /// When reading goes on.
-    resume: Option<Instant>,
-}
-
-impl Rates {
-    fn new(context: &ListenerContext, now: Instant) -> Option<Box<Self>> {
-        let settings = &context.settings;
-        let bucket = |rate: Option<f64>| rate.map(|rate| TokenBucket::new(rate, now));
-        let rates = Self {
-            bytes: bucket(settings.max_bytes_rate),
-            messages: bucket(settings.max_messages_rate),
-            resume: None,
-        };
-        (rates.bytes.is_some() || rates.messages.is_some()).then(|| Box::new(rates))
-    }
-
-    /// How long reading must rest after a read.
-    fn debit(&mut self, bytes: usize, now: Instant) -> Duration {
-        let rest = |bucket: &mut Option<TokenBucket>, amount: f64| {
-            bucket
-                .as_mut()
-                .map_or(Duration::ZERO, |bucket| bucket.debit(amount, now))
-        };
-        rest(&mut self.bytes, bytes as f64)
-            .max(rest(&mut self.messages, 1.0))
-            .min(MAX_REST)
-    }
-
-    /// Most bytes of one read from a stream: a second's worth, so that the rest after
-    /// it is about a second and the device is not lost sight of.
-    fn burst(&self) -> usize {
-        let bytes = self.bytes.as_ref().map_or(f64::MAX, TokenBucket::burst);
-        // A cast from floating point saturates.
-        (bytes as usize).max(1)
-    }
 }
 
 impl<S: Socket> Driver<S> {
@@ -442,7 +380,7 @@ impl<S: Socket> Driver<S> {
         if let Some(end) = self.late_end.take() {
             return Poll::Ready(end);
         }
-        let bytes = match SCRATCH.with_borrow_mut(|scratch| self.read(cx, scratch)) {
+        let bytes = match with_scratch(|scratch| self.read(cx, scratch)) {
             Poll::Pending => return Poll::Pending,
             Poll::Ready(Err(end)) => return Poll::Ready(end),
             Poll::Ready(Ok(bytes)) => bytes,
@@ -565,58 +503,14 @@ impl<S: Socket> Driver<S> {
         }
     }
 
-    /// Reads on after the socket was finished, until the device has closed, or for a
-    /// while after it has acknowledged everything. Closing a socket with unread bytes
-    /// resets it, and the device would lose what it has not fetched.
+    /// See [`linger`].
     async fn linger(mut self, reason: &CloseReason) {
         let failed = matches!(reason, CloseReason::SocketError(_));
-        let Some(mut socket) = self.socket.take().filter(|_| S::STREAM) else {
+        let Some(socket) = self.socket.take() else {
             return;
         };
-        if failed || self.peer_ended {
-            return;
-        }
-        let begun = Instant::now();
-        let send_timeout = self.context.settings.timeouts.send;
-        let mut left = socket.unacknowledged();
-        let mut progress = Instant::now();
-        loop {
-            let draining = self.context.draining.is_cancelled();
-            let (patience, most) = match (left > 0, draining) {
-                (true, false) => (send_timeout, send_timeout * MAX_FLUSH),
-                (true, true) => (MAX_LINGER_AT_SHUTDOWN, MAX_LINGER_AT_SHUTDOWN),
-                (false, false) => (LINGER, send_timeout * MAX_FLUSH + LINGER),
-                (false, true) => (LINGER_AT_SHUTDOWN, MAX_LINGER_AT_SHUTDOWN),
-            };
-            let rest = patience.checked_sub(progress.elapsed());
-            let (Some(rest), true) = (rest, begun.elapsed() < most) else {
-                break;
-            };
-            let look = rest.min(LINGER_LOOK);
-            let drain = poll_fn(|cx| poll_discard(&mut socket, cx));
-            if tokio::time::timeout(look, drain).await.is_ok() {
-                return;
-            }
-            let now_left = socket.unacknowledged();
-            if now_left < left {
-                left = now_left;
-                progress = Instant::now();
-            }
-        }
-        if left > 0 {
-            socket.abort();
-        }
-    }
-}
-
-/// Reads and throws away; ready when the device has closed or is gone.
-fn poll_discard(socket: &mut impl Socket, cx: &mut Context<'_>) -> Poll<()> {
-    loop {
-        let read = |scratch: &mut Box<[u8]>| socket.poll_receive(cx, scratch);
-        match SCRATCH.with_borrow_mut(read) {
-            Poll::Ready(Ok(Received::Bytes(_))) => {}
-            Poll::Ready(_) => return Poll::Ready(()),
-            Poll::Pending => return Poll::Pending,
+        if S::STREAM && !failed && !self.peer_ended {
+            linger(socket, &self.context).await;
         }
     }
 }

@@ -2,14 +2,19 @@
 
 use std::fs;
 use std::io::{BufRead, BufReader};
+use std::net::Ipv4Addr;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::thread;
 
 use tempfile::TempDir;
+use tokio::net::TcpStream;
 use tokio::sync::watch;
 
 use super::{Peer, free_port, within};
+
+/// The last line of a log.
+const ENDED: &str = "(the broker has ended)";
 
 /// A Mosquitto with a port, a folder and a log of its own.
 pub struct Broker {
@@ -19,6 +24,7 @@ pub struct Broker {
     extra: String,
     quiet: bool,
     child: Option<Child>,
+    reader: Option<thread::JoinHandle<()>>,
     log: watch::Sender<Vec<String>>,
 }
 
@@ -44,6 +50,7 @@ impl Broker {
             extra: extra.to_owned(),
             quiet: false,
             child: None,
+            reader: None,
             log: watch::Sender::new(Vec::new()),
         }
     }
@@ -55,7 +62,7 @@ impl Broker {
     /// Writes its sessions to disk.
     pub async fn save(&self) {
         let saving = "Saving in-memory database";
-        let before = self.count(saving);
+        let before = self.counted(saving).await;
         let id = self.child.as_ref().unwrap().id().to_string();
         let sent = Command::new("kill").args(["-USR1", &id]).status();
         assert!(sent.unwrap().success());
@@ -113,7 +120,8 @@ impl Broker {
         extra.clone_into(&mut self.extra);
     }
 
-    /// Starts it; returns when it listens.
+    /// Starts it; returns when it listens. Where that fails, as upon a port that
+    /// somebody took meanwhile, its log is the message.
     pub async fn up(&mut self) {
         let dir = self.dir.path().display().to_string();
         let config = self.dir.path().join("mosquitto.conf");
@@ -137,13 +145,18 @@ impl Broker {
             .expect("mosquitto must be installed");
         let lines = BufReader::new(child.stderr.take().unwrap()).lines();
         let log = self.log.clone();
-        thread::spawn(move || {
+        self.reader = Some(thread::spawn(move || {
             for line in lines.map_while(Result::ok) {
                 log.send_modify(|log| log.push(line));
             }
-        });
+            log.send_modify(|log| log.push(ENDED.to_owned()));
+        }));
         self.child = Some(child);
-        self.logged(" running").await;
+        let mut log = self.log.subscribe();
+        let begun = |line: &String| line.ends_with(" running") || line == ENDED;
+        let started = log.wait_for(|log| log.iter().any(begun));
+        let lines = within("Mosquitto to start", started).await.unwrap().clone();
+        assert!(!lines.iter().any(|line| line == ENDED), "{lines:#?}");
     }
 
     /// Kills it as a power failure would.
@@ -152,6 +165,10 @@ impl Broker {
             let _ = child.kill();
             let _ = child.wait();
         }
+        // Its log is complete then.
+        if let Some(reader) = self.reader.take() {
+            let _ = reader.join();
+        }
     }
 
     /// Its log since the last start.
@@ -159,7 +176,24 @@ impl Broker {
         self.log.borrow().clone()
     }
 
-    /// How many lines of its log contain `part`.
+    /// Waits until the log has everything that the broker did so far: its lines come
+    /// through a pipe, later than what it answers.
+    pub async fn caught_up(&self) {
+        let mark = TcpStream::connect((Ipv4Addr::LOCALHOST, self.port))
+            .await
+            .unwrap();
+        let port = mark.local_addr().unwrap().port();
+        self.logged(&format!("New connection from 127.0.0.1:{port} "))
+            .await;
+    }
+
+    /// How many lines of its log contain `part`, with everything it did so far.
+    pub async fn counted(&self, part: &str) -> usize {
+        self.caught_up().await;
+        self.count(part)
+    }
+
+    /// How many lines of its log contain `part`, as far as it was read.
     pub fn count(&self, part: &str) -> usize {
         self.log
             .borrow()
