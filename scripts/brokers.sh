@@ -3,17 +3,28 @@
 # that it installs from their registries, and prints the table of docs/brokers.md.
 #
 #   scripts/brokers.sh                  all of them
-#   scripts/brokers.sh mochi hivemq     some
+#   scripts/brokers.sh mochi hivemq     some (ejabberd, hivemq, mochi, mosquitto)
 #   scripts/brokers.sh 1883             one that runs already, on this port of 127.0.0.1
 #
-# Needs Go for mochi, Java 11 and Maven for HiveMQ CE. Not part of CI.
+# Needs Go for mochi, Java 11 and Maven for HiveMQ CE, Debian and root for ejabberd. Not
+# part of CI.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PATH="$PATH:/usr/sbin"
 work=$PWD/target/brokers
 mkdir -p "$work"
 broker=
-stop() { if [ -n "$broker" ]; then kill "$broker" 2>/dev/null || true; wait "$broker" 2>/dev/null || true; broker=; fi; }
+stop() {
+    if [ -z "$broker" ]; then return; fi
+    if [ -n "${folder:-}" ]; then
+        ejabberd stop >/dev/null 2>&1 || true
+    else
+        kill "$broker" 2>/dev/null || true
+    fi
+    wait "$broker" 2>/dev/null || true
+    if [ -n "${folder:-}" ]; then rm -rf "$folder"; fi
+    broker='' folder=''
+}
 trap stop EXIT
 
 free_port() { python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'; }
@@ -44,15 +55,33 @@ start_hivemq() {
     broker=$!
 }
 
+# Its own user reads and writes all it needs in a folder outside of ours.
+ejabberd() {
+    ejabberdctl --config "$folder/ejabberd.yml" --ctl-config "$folder/ctl.cfg" \
+        --logs "$folder" --spool "$folder" "$@"
+}
+
+start_ejabberd() {
+    if ! command -v ejabberdctl >/dev/null; then
+        DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends ejabberd >&2
+    fi
+    folder=$(mktemp -d)
+    sed "s/PORT/$1/" scripts/brokers/ejabberd/ejabberd.yml >"$folder/ejabberd.yml"
+    echo "ERLANG_NODE=exproto-test@localhost" >"$folder/ctl.cfg"
+    chown -R ejabberd "$folder"
+    ejabberd foreground >"$work/broker.log" 2>&1 &
+    broker=$!
+}
+
 names=("$@")
-if [ "${#names[@]}" -eq 0 ]; then names=(mosquitto mochi hivemq); fi
+if [ "${#names[@]}" -eq 0 ]; then names=(mosquitto hivemq ejabberd mochi); fi
 cargo test --locked --test brokers --no-run
 for name in "${names[@]}"; do
     echo "== $name" >&2
     url=
     case "$name" in
         mosquitto) ;;
-        mochi | hivemq)
+        mochi | hivemq | ejabberd)
             port=$(free_port)
             "start_$name" "$port"
             await "$port"
@@ -63,6 +92,7 @@ for name in "${names[@]}"; do
     esac
     # What fails is what the table is for.
     (if [ -n "$url" ]; then export EXPROTO_TEST_BROKER=$url; fi
+        if [ "$name" = ejabberd ]; then export EXPROTO_TEST_LOGIN=gateway:any; fi
         cargo test --locked --test brokers 2>/dev/null) >"$work/$name.out" || true
     stop
     sed -n '/^failures:$/,/^test result/p' "$work/$name.out" >&2

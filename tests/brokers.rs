@@ -1,8 +1,9 @@
 //! The rules of pub/sub on whatever broker is named, a Mosquitto of its own without a
 //! name: `EXPROTO_TEST_BROKER=mqtt://127.0.0.1:1883 cargo test --test brokers`.
 //!
-//! The broker must be on 127.0.0.1, without TLS, speak MQTT 5, let everybody in, and may
-//! be in use: topics are new ones in every run. `scripts/brokers.sh` starts some.
+//! The broker must be on 127.0.0.1, without TLS, speak MQTT 5, let everybody in (or
+//! `EXPROTO_TEST_LOGIN`, which is `USER:PASSWORD`), and may be in use: topics are new
+//! ones in every run. `scripts/brokers.sh` starts some.
 
 #![allow(
     clippy::unwrap_used,
@@ -24,6 +25,12 @@ struct Scene {
     level: String,
 }
 
+fn login() -> Option<(String, String)> {
+    let login = std::env::var("EXPROTO_TEST_LOGIN").ok()?;
+    let (username, password) = login.split_once(':').expect("USER:PASSWORD");
+    Some((username.to_owned(), password.to_owned()))
+}
+
 impl Scene {
     async fn start() -> Self {
         let named = std::env::var("EXPROTO_TEST_BROKER").ok();
@@ -37,7 +44,14 @@ impl Scene {
         });
         // Breaks the link on any broker.
         let proxy = Proxy::to(port).await;
-        let stage = Stage::around(broker, &[("BROKER__URL", &proxy.url())]).await;
+        let url = proxy.url();
+        let mut keys = vec![("BROKER__URL", url.as_str())];
+        let login = login();
+        if let Some((username, password)) = &login {
+            keys.push(("BROKER__USERNAME", username));
+            keys.push(("BROKER__PASSWORD", password));
+        }
+        let stage = Stage::around(broker, &keys).await;
         Self {
             stage,
             proxy,
@@ -51,7 +65,11 @@ impl Scene {
     }
 
     async fn peer(&self) -> Peer {
-        Peer::connect(self.port).await
+        let login = login();
+        let login = login
+            .as_ref()
+            .map(|(user, word)| (user.as_str(), word.as_str()));
+        Peer::connect_as(self.port, login).await
     }
 
     /// Asserts that a connection got just these: a message published last to a
