@@ -11,6 +11,14 @@ quickstart:
 test:
     scripts/test.sh
 
+# 5,000 confirmed publishes a second while the broker is killed 20 times.
+chaos:
+    scripts/chaos.sh
+
+# The rules of pub/sub on other brokers.
+brokers *names:
+    scripts/brokers.sh {{names}}
+
 # The fast part of the tests.
 unit:
     cargo test --lib --test config --test machine

@@ -12,6 +12,7 @@
 //! nothing of device connections: it delivers into the [`Subscriber`] that was
 //! given at subscription.
 
+mod inbound;
 mod link;
 mod member;
 mod session;

@@ -12,7 +12,7 @@ use rumqttc::v5::mqttbytes::v5::{
 };
 use rumqttc::v5::mqttbytes::{self, QoS as WireQoS};
 
-use super::{QoS, Refusal};
+use super::{QoS, Refusal, inbound};
 
 /// Largest subscription identifier (MQTT 5, 3.8.2.1.2).
 pub(super) const MAX_SUBSCRIPTION_ID: u32 = 268_435_455;
@@ -21,6 +21,12 @@ pub(super) const MAX_SUBSCRIPTION_ID: u32 = 268_435_455;
 #[derive(Debug, thiserror::Error)]
 #[error("the broker sent no valid MQTT 5: {0}")]
 pub(super) struct WireError(String);
+
+impl WireError {
+    pub(super) fn new(problem: &str) -> Self {
+        Self(problem.to_owned())
+    }
+}
 
 /// What a CONNECT says.
 pub(super) struct Hello<'a> {
@@ -159,6 +165,10 @@ pub(super) fn decode(
         buffer.advance(3);
         return decode(whole, max_packet_size);
     }
+    if buffer.first().is_some_and(|first| first >> 4 == 3) {
+        return Ok(inbound::publish(buffer, max_packet_size)?.map(Inbound::Publish));
+    }
+    accept_success(buffer);
     let before = buffer.len();
     let packet = match Packet::read(buffer, Some(max_packet_size)) {
         Ok(packet) => packet,
@@ -174,7 +184,6 @@ pub(super) fn decode(
     };
     Ok(Some(match packet {
         Packet::ConnAck(ack) => Inbound::ConnAck(welcome(ack)),
-        Packet::Publish(publish) => Inbound::Publish(inbound_publish(publish)),
         Packet::PubAck(ack) => Inbound::PubAck(
             ack.pkid,
             match ack.reason {
@@ -215,6 +224,8 @@ pub(super) fn decode(
             reason: words(&disconnect.reason_code),
             taken_over: disconnect.reason_code == DisconnectReasonCode::SessionTakenOver,
         }),
+        // Taken off before the codec sees it.
+        Packet::Publish(_) => return Err(WireError::new("a PUBLISH out of place")),
         Packet::Auth(_)
         | Packet::Connect(..)
         | Packet::PingReq(_)
@@ -223,6 +234,26 @@ pub(super) fn decode(
             return Err(WireError("a packet that only clients send".to_owned()));
         }
     }))
+}
+
+/// Makes any reason code of success in an acknowledgement of a publish the one that
+/// the codec knows. Codes below 0x80 are success (MQTT 5, 2.4); mochi 2.7 answers a
+/// publish of QoS 1 with 0x01, and refusing that would break the link for ever.
+fn accept_success(buffer: &mut BytesMut) {
+    // PUBACK, PUBREC, PUBREL and PUBCOMP; behind the length two bytes of packet id.
+    if !matches!(buffer.first(), Some(0x40 | 0x50 | 0x62 | 0x70)) {
+        return;
+    }
+    let length = inbound::variable(buffer.get(1..).unwrap_or_default());
+    let Ok(Some((3.., header))) = length else {
+        return;
+    };
+    if let Some(reason) = buffer.get_mut(1 + header + 2)
+        && (0x01..0x80).contains(reason)
+        && *reason != 0x10
+    {
+        *reason = 0;
+    }
 }
 
 fn welcome(ack: ConnAck) -> Result<Welcome, Refusal> {
@@ -249,30 +280,6 @@ fn welcome(ack: ConnAck) -> Result<Welcome, Refusal> {
         subscription_ids: properties.and_then(|p| p.subscription_identifiers_available) != Some(0),
         keep_alive: properties.and_then(|p| p.server_keep_alive),
     })
-}
-
-fn inbound_publish(publish: Publish) -> InboundPublish {
-    let (user_properties, subscription_ids) = match publish.properties {
-        Some(properties) => (
-            properties.user_properties,
-            properties
-                .subscription_identifiers
-                .into_iter()
-                .filter_map(|id| u32::try_from(id).ok())
-                .collect(),
-        ),
-        None => Default::default(),
-    };
-    InboundPublish {
-        dup: publish.dup,
-        retain: publish.retain,
-        qos: qos_from_wire(publish.qos),
-        pkid: publish.pkid,
-        topic: publish.topic,
-        payload: publish.payload,
-        user_properties,
-        subscription_ids,
-    }
 }
 
 /// Appends a packet to what is to be written.
@@ -460,6 +467,37 @@ mod tests {
             decode_all(&[0xE0, 0x00]),
             Ok(Some(Inbound::Disconnect(_)))
         ));
+    }
+
+    /// As mochi 2.7 answers: its own reason code, and the publish's user property.
+    #[test]
+    fn any_reason_below_0x80_is_success() {
+        let long = [
+            &b"\x40\x82\x01\x00\x01\x01\x7e\x26\x00\x04from\x00\x75"[..],
+            &[b'x'; 0x75],
+        ];
+        let short = b"\x40\x10\x00\x01\x01\x0c\x26\x00\x04from\x00\x03abc";
+        for bytes in [
+            &short[..],
+            &long.concat(),
+            b"\x40\x03\x00\x01\x10",
+            b"\x40\x02\x00\x01",
+        ] {
+            let decoded = decode_all(bytes);
+            assert!(
+                matches!(decoded, Ok(Some(Inbound::PubAck(1, Ok(()))))),
+                "{decoded:?}"
+            );
+        }
+        let refused = decode_all(b"\x50\x03\x00\x01\x97");
+        assert!(
+            matches!(refused, Ok(Some(Inbound::PubRec(1, Err(_))))),
+            "{refused:?}"
+        );
+        // The next packet's bytes are its own.
+        let mut two = BytesMut::from(&b"\x40\x02\x00\x01\x20"[..]);
+        assert!(decode(&mut two, 1024).is_ok());
+        assert_eq!(&two[..], b"\x20");
     }
 
     #[test]

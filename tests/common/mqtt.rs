@@ -19,7 +19,15 @@ pub struct Peer {
 
 impl Peer {
     pub async fn connect(port: u16) -> Self {
+        Self::connect_as(port, None).await
+    }
+
+    /// With user name and password.
+    pub async fn connect_as(port: u16, login: Option<(&str, &str)>) -> Self {
         let mut options = MqttOptions::new(node_name("peer"), "127.0.0.1", port);
+        if let Some((username, password)) = login {
+            options.set_credentials(username, password);
+        }
         options.set_keep_alive(Duration::from_secs(60));
         options.set_connect_properties(ConnectProperties {
             max_packet_size: Some(4 << 20),
