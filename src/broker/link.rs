@@ -64,6 +64,10 @@ enum LinkError {
     Tls(io::Error),
     #[error("the broker hung up before its CONNACK: does it want {0} here?")]
     NoWelcome(&'static str),
+    #[error(
+        "the broker offers no subscription identifiers (MQTT 5, 3.2.2.3.12), which this version needs"
+    )]
+    NoIdentifiers,
     #[error("the broker refused the connection: {0}")]
     Refused(super::Refusal),
     #[error("the broker closed the connection")]
@@ -147,7 +151,10 @@ pub(super) async fn run(member: Arc<Member>) {
         }
         let rejected = matches!(
             error,
-            LinkError::TakenOver(_) | LinkError::Contested(_) | LinkError::Refused(_)
+            LinkError::TakenOver(_)
+                | LinkError::Contested(_)
+                | LinkError::Refused(_)
+                | LinkError::NoIdentifiers
         );
         if !rejected && connected.elapsed() > STEADY.min(longest) {
             pause = shortest;
@@ -316,6 +323,10 @@ async fn serve(
             error if error.is_without_a_word() => LinkError::no_welcome(address),
             error => error,
         })?;
+    // Without them overlapping filters could not be told apart.
+    if !welcome.subscription_ids {
+        return Err(LinkError::NoIdentifiers);
+    }
     if !welcome.session_present {
         place.hang_ups = 0;
     }

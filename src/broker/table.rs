@@ -223,6 +223,10 @@ impl Table {
             let Some(entry) = self.entries.get_mut(&target.filter) else {
                 continue;
             };
+            // An identifier of somebody else's, in a session that was theirs.
+            if !entry.filter.matches(topic) {
+                continue;
+            }
             if retained {
                 let newcomer = target.newcomer.and_then(|key| entry.members.get(&key));
                 audience.extend(newcomer.map(Recipient::only));
