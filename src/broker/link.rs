@@ -64,10 +64,6 @@ enum LinkError {
     Tls(io::Error),
     #[error("the broker hung up before its CONNACK: does it want {0} here?")]
     NoWelcome(&'static str),
-    #[error(
-        "the broker offers no subscription identifiers (MQTT 5, 3.2.2.3.12), which this version needs"
-    )]
-    NoIdentifiers,
     #[error("the broker refused the connection: {0}")]
     Refused(super::Refusal),
     #[error("the broker closed the connection")]
@@ -152,10 +148,7 @@ pub(super) async fn run(member: Arc<Member>) {
         }
         let rejected = matches!(
             error,
-            LinkError::TakenOver(_)
-                | LinkError::Contested(_)
-                | LinkError::Refused(_)
-                | LinkError::NoIdentifiers
+            LinkError::TakenOver(_) | LinkError::Contested(_) | LinkError::Refused(_)
         );
         if !rejected && connected.elapsed() > STEADY.min(longest) {
             pause = shortest;
@@ -327,9 +320,13 @@ async fn serve(
             error if error.is_without_a_word() => LinkError::no_welcome(address),
             error => error,
         })?;
-    // Without them overlapping filters could not be told apart.
     if !welcome.subscription_ids {
-        return Err(LinkError::NoIdentifiers);
+        // The topic decides then, which is exact where the broker sends one copy.
+        tracing::warn!(
+            address = &*address.url,
+            "the broker offers no subscription identifiers (MQTT 5, 3.2.2.3.12): a message on \
+             filters that overlap may come more than once"
+        );
     }
     if !welcome.session_present {
         place.hang_ups = 0;
