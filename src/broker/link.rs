@@ -177,8 +177,7 @@ pub(super) async fn run(member: Arc<Member>) {
 
 /// Not every broker says that another client has taken the session (Mosquitto 2.0
 /// does not): so many links in a row that it closed soon after they were up look
-/// like it.
-/// More than a packet takes to be found guilty of it.
+/// like it. More than it takes to find a single packet guilty.
 const CONTESTED: u32 = 4;
 
 /// A link that has lived for longer was not contested.
