@@ -71,9 +71,12 @@ async fn echo(program: &Path, arguments: &[&str]) {
 
     // One and a half seconds of silence.
     let mut rest = Vec::new();
-    within("the end of a silent device", device.stream.read_to_end(&mut rest))
-        .await
-        .unwrap();
+    within(
+        "the end of a silent device",
+        device.stream.read_to_end(&mut rest),
+    )
+    .await
+    .unwrap();
     assert!(rest.is_empty());
 }
 

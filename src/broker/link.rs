@@ -6,85 +6,36 @@
 //! last so that a packet that has arrived counts before a time-out.
 
 use std::future::poll_fn;
-use std::io;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use bytes::{Buf, Bytes, BytesMut};
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
-use tokio::net::TcpStream;
-use tokio::time::{Instant, Interval, MissedTickBehavior, interval, timeout};
+use tokio::io::{AsyncWrite, AsyncWriteExt};
+use tokio::time::{Instant, Interval, MissedTickBehavior, interval};
 use tokio_util::io::poll_read_buf;
 
+use super::dial::{self, LinkError, STALL, Stream};
 use super::member::{AckOnDrop, LinkState, Member, WriteWaiters};
 use super::session::{Event, Receipt, Session};
-use super::wire::{self, Hello, Inbound, InboundPublish, Welcome};
-use super::{Delivery, Message, PublishError, now_ms};
-use crate::id::MessageIds;
+use super::wire::{InboundPublish, Protocol};
+use super::{Delivery, Message, Options, PublishError, now_ms};
+use crate::id::{MessageId, MessageIds};
 
 /// Bytes read from the broker at once.
 const READ_CHUNK: usize = 64 * 1024;
 
-/// A broker that takes none of our bytes, or answers no ping, for this long is
-/// gone. Also set as `TCP_USER_TIMEOUT`, which finds a silent network.
-const STALL: Duration = Duration::from_secs(10);
-
 /// How often the clock is looked at.
 const TICK: Duration = Duration::from_secs(1);
 
-/// Anything MQTT can run over.
-trait Stream: AsyncRead + AsyncWrite + Unpin + Send {}
-impl<T: AsyncRead + AsyncWrite + Unpin + Send> Stream for T {}
-
-/// Why a link ended.
-#[derive(Debug, thiserror::Error)]
-enum LinkError {
-    #[error("{0}")]
-    Io(#[from] io::Error),
-    #[error("no connection within {0:?}")]
-    ConnectTimeout(Duration),
-    #[error("no CONNACK within {0:?}")]
-    HandshakeTimeout(Duration),
-    #[error("{0}")]
-    Wire(#[from] wire::WireError),
-    #[error("the broker refused the connection: {0}")]
-    Refused(super::Refusal),
-    #[error("the broker closed the connection")]
-    Closed,
-    #[error("the broker ended the connection: {0}")]
-    Ended(String),
-    #[error(
-        "another client connected as {0}: does a second gateway run with the same node_name and client_id_prefix?"
-    )]
-    TakenOver(String),
-    #[error("the broker sent {0} out of place")]
-    Unexpected(&'static str),
-    #[error("the broker took no bytes for {STALL:?}")]
-    WriteStalled,
-    #[error("the broker answered no ping for {STALL:?}")]
-    PingTimeout,
-}
-
-impl LinkError {
-    /// Whether the broker hung up of its own accord, as it does upon a packet that
-    /// it will not have.
-    fn is_the_brokers_will(&self) -> bool {
-        match self {
-            Self::Closed | Self::Ended(_) => true,
-            Self::Io(error) => error.kind() == io::ErrorKind::ConnectionReset,
-            _ => false,
-        }
-    }
-}
-
 /// Keeps the member connected until it is closed and drained.
 pub(super) async fn run(member: Arc<Member>) {
-    let mut session = Session::new(member.options().receive_maximum);
+    let options = member.options();
+    let mut session = Session::new(options.protocol, options.receive_maximum);
     // A clean start only at the gateway's own: later the broker keeps our session.
     let mut clean_start = true;
-    let (shortest, longest) = member.options().reconnect;
+    let (shortest, longest) = options.reconnect;
     let mut pause = shortest;
     loop {
         let connected = Instant::now();
@@ -102,7 +53,7 @@ pub(super) async fn run(member: Arc<Member>) {
                 if member.set_state(down) {
                     tracing::warn!(client_id = member.client_id(), %error, "broker link is down");
                 }
-                let rejected = matches!(error, LinkError::TakenOver(_) | LinkError::Refused(_));
+                let rejected = error.is_a_rejection();
                 if !rejected && connected.elapsed() > longest {
                     pause = shortest;
                 } else if rejected {
@@ -113,79 +64,9 @@ pub(super) async fn run(member: Arc<Member>) {
         if member.is_closing() && session.is_idle() && member.waiting() == 0 {
             return;
         }
-        tokio::time::sleep(jitter(pause)).await;
+        tokio::time::sleep(dial::jitter(pause)).await;
         member.metrics().reconnects.increment(1);
         pause = (pause * 2).min(longest);
-    }
-}
-
-/// Between half of `pause` and all of it, so that the members, and the gateways
-/// after a broker's restart, do not come back in step.
-fn jitter(pause: Duration) -> Duration {
-    let mut random = [0; 2];
-    // Without randomness the pause is merely the same for all.
-    let _ = getrandom::fill(&mut random);
-    pause.mul_f64(0.5 + f64::from(u16::from_le_bytes(random)) / f64::from(u16::MAX) / 2.0)
-}
-
-async fn connect(member: &Member) -> Result<Box<dyn Stream>, LinkError> {
-    let options = member.options();
-    let limit = options.connect_timeout;
-    let dial = async {
-        let tcp = TcpStream::connect((options.host.as_str(), options.port)).await?;
-        tcp.set_nodelay(true)?;
-        socket2::SockRef::from(&tcp).set_tcp_user_timeout(Some(STALL))?;
-        let Some(tls) = &options.tls else {
-            return Ok::<Box<dyn Stream>, io::Error>(Box::new(tcp));
-        };
-        let name = tokio_rustls::rustls::pki_types::ServerName::try_from(options.host.clone())
-            .map_err(io::Error::other)?;
-        let connector = tokio_rustls::TlsConnector::from(tls.clone());
-        Ok(Box::new(connector.connect(name, tcp).await?) as Box<dyn Stream>)
-    };
-    timeout(limit, dial)
-        .await
-        .map_err(|_| LinkError::ConnectTimeout(limit))?
-        .map_err(LinkError::Io)
-}
-
-async fn handshake(
-    member: &Member,
-    stream: &mut Box<dyn Stream>,
-    clean_start: bool,
-    input: &mut BytesMut,
-) -> Result<Welcome, LinkError> {
-    let options = member.options();
-    let seconds = |duration: Duration| u32::try_from(duration.as_secs()).unwrap_or(u32::MAX);
-    let mut out = BytesMut::new();
-    wire::connect(
-        &Hello {
-            client_id: member.client_id(),
-            login: options
-                .login
-                .as_ref()
-                .map(|login| (login.username.as_str(), login.password.as_str())),
-            keep_alive: u16::try_from(options.keep_alive.as_secs()).unwrap_or(u16::MAX),
-            clean_start,
-            session_expiry: seconds(options.session_expiry),
-            receive_maximum: options.receive_maximum,
-            max_packet_size: options.max_packet_size,
-        },
-        &mut out,
-    );
-    stream.write_all(&out).await?;
-    stream.flush().await?;
-    loop {
-        if let Some(packet) = wire::decode(input, options.max_packet_size)? {
-            return match packet {
-                Inbound::ConnAck(answer) => answer.map_err(LinkError::Refused),
-                Inbound::Disconnect(notice) => Err(LinkError::Ended(notice.reason)),
-                _ => Err(LinkError::Unexpected("a packet before its CONNACK")),
-            };
-        }
-        if stream.read_buf(input).await? == 0 {
-            return Err(LinkError::Closed);
-        }
     }
 }
 
@@ -195,19 +76,24 @@ async fn serve(
     session: &mut Session,
     clean_start: &mut bool,
 ) -> Result<(), LinkError> {
-    let limit = member.options().connect_timeout;
-    let mut stream = connect(member).await?;
+    let options = member.options();
+    let client_id = member.client_id();
+    let mut clean = *clean_start;
+    if options.protocol == Protocol::V4 {
+        // A session that is not to be kept is clean each time; one that is must begin
+        // with one that is not.
+        clean = options.session_expiry.is_zero();
+        if *clean_start && !clean {
+            dial::wipe(options, client_id).await?;
+        }
+    }
+    let mut stream = dial::connect(options).await?;
     let mut input = BytesMut::new();
-    let shake = handshake(member, &mut stream, *clean_start, &mut input);
-    let welcome = timeout(limit, shake)
-        .await
-        .map_err(|_| LinkError::HandshakeTimeout(limit))??;
+    let welcome = dial::handshake(options, client_id, clean, &mut stream, &mut input).await?;
     *clean_start = false;
-    let keep_alive = welcome
-        .keep_alive
-        .map_or(member.options().keep_alive, |seconds| {
-            Duration::from_secs(seconds.into())
-        });
+    let keep_alive = welcome.keep_alive.map_or(options.keep_alive, |seconds| {
+        Duration::from_secs(seconds.into())
+    });
     let mut output = BytesMut::new();
     session.connected(&welcome, &mut output);
     member.welcomed(&welcome, session);
@@ -355,8 +241,9 @@ impl Link<'_> {
         };
         // Any packet shows that the broker lives.
         self.ping_sent = None;
-        let limit = self.member.options().max_packet_size;
-        while let Some(packet) = wire::decode(&mut self.input, limit)? {
+        let options = self.member.options();
+        let (protocol, limit) = (options.protocol, options.max_packet_size);
+        while let Some(packet) = protocol.decode(&mut self.input, limit)? {
             match self.session.receive(packet, &mut self.output) {
                 Event::None => {}
                 Event::Deliver(publish, receipt) => self.hand_out(publish, receipt),
@@ -382,6 +269,11 @@ impl Link<'_> {
         let metrics = self.member.metrics();
         metrics.received.increment(1);
         let ack = receipt.map(|receipt| AckOnDrop::new(self.member, receipt));
+        let protocol = self.member.options().protocol;
+        if protocol == Protocol::V4 && publish.retain {
+            // Upon a SUBSCRIBE of the pool's own; who is to have it gets it fetched.
+            return;
+        }
         let Ok(topic) = String::from_utf8(publish.topic.to_vec()) else {
             tracing::warn!("a message whose topic is not UTF-8 is dropped");
             return;
@@ -391,29 +283,12 @@ impl Link<'_> {
             metrics.unclaimed.increment(1);
             return;
         }
-        let options = self.member.options();
-        let property = |name: &Option<String>| {
-            let name = name.as_ref()?;
-            let mut properties = publish.user_properties.iter();
-            properties
-                .find(|(key, _)| key == name)
-                .map(|(_, value)| value)
-        };
-        let message = Arc::new(Message {
-            id: self.ids.next_id(),
-            from: property(&options.from_property)
-                .cloned()
-                .unwrap_or_default(),
-            timestamp: property(&options.timestamp_property)
-                .and_then(|text| text.parse().ok())
-                .unwrap_or_else(now_ms),
-            topic,
-            payload: unpin(publish.payload),
-        });
+        let (published, options) = (publish.qos, self.member.options());
+        let message = Message::received(publish, topic, self.ids.next_id(), options);
         for (subscriber, qos) in audience {
             let delivery = Delivery {
                 message: message.clone(),
-                qos: publish.qos.min(qos),
+                qos: published.min(qos),
                 _ack: ack.clone(),
             };
             // A subscriber that has just ended lets go of it.
@@ -435,7 +310,7 @@ impl Link<'_> {
             // A tick early, so that the broker never sees it late.
             let quiet = now - self.last_write;
             if !self.keep_alive.is_zero() && quiet + TICK >= self.keep_alive {
-                wire::pingreq(&mut self.output);
+                self.member.options().protocol.pingreq(&mut self.output);
                 self.ping_sent.get_or_insert(now);
                 self.last_write = now;
                 // The write happens in a poll of its own.
@@ -446,10 +321,43 @@ impl Link<'_> {
 
     /// Ends the session at the broker: nothing of it is needed any more.
     async fn goodbye(&mut self) -> Result<(), LinkError> {
-        wire::disconnect(&mut self.output);
+        let options = self.member.options();
+        options.protocol.disconnect(&mut self.output);
         self.stream.write_all(&self.output).await?;
         self.stream.shutdown().await?;
+        if options.protocol == Protocol::V4 && !options.session_expiry.is_zero() {
+            dial::wipe(options, self.member.client_id()).await?;
+        }
         Ok(())
+    }
+}
+
+impl Message {
+    /// What the handlers get to see of a publish.
+    pub(super) fn received(
+        publish: InboundPublish,
+        topic: String,
+        id: MessageId,
+        options: &Options,
+    ) -> Arc<Self> {
+        let property = |name: &Option<String>| {
+            let name = name.as_ref()?;
+            let mut properties = publish.user_properties.iter();
+            properties
+                .find(|(key, _)| key == name)
+                .map(|(_, value)| value)
+        };
+        Arc::new(Self {
+            id,
+            from: property(&options.from_property)
+                .cloned()
+                .unwrap_or_default(),
+            timestamp: property(&options.timestamp_property)
+                .and_then(|text| text.parse().ok())
+                .unwrap_or_else(now_ms),
+            topic,
+            payload: unpin(publish.payload),
+        })
     }
 }
 

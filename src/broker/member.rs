@@ -3,7 +3,7 @@
 //!
 //! Lock rule: a member's lock is never held while a subscriber is called.
 
-use std::collections::VecDeque;
+use std::collections::{HashSet, VecDeque};
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Waker};
@@ -11,10 +11,12 @@ use std::task::{Context, Waker};
 use bytes::BytesMut;
 use tokio::sync::oneshot;
 
+use super::group::{Audience, SubscriptionKey};
 use super::session::{PublishWaiter, Receipt, Session, SubscribeRequest};
-use super::table::{Audience, SubscriptionKey, Table};
+use super::table::Table;
 use super::topic::TopicFilter;
-use super::wire::{InboundPublish, OutboundPublish, Retained, Welcome};
+use super::topics::{Answer, Topics};
+use super::wire::{InboundPublish, OutboundPublish, Protocol, Retained, Welcome};
 use super::{Options, PublishError, QoS, Refusal, Subscriber};
 use crate::metrics::BrokerMetrics;
 
@@ -60,7 +62,10 @@ struct Shared {
     outbox_bytes: usize,
     control: VecDeque<Control>,
     taken: Vec<Receipt>,
+    /// Its subscriptions with MQTT 5.
     table: Table,
+    /// Its subscriptions with MQTT 3.1.1; one of the two stays empty.
+    topics: Topics,
     /// What the broker granted at its last CONNACK.
     welcome: Option<Welcome>,
     /// Publishes that await an acknowledgement; the session's own count.
@@ -98,6 +103,7 @@ impl Member {
                 control: VecDeque::new(),
                 taken: Vec::new(),
                 table: Table::default(),
+                topics: Topics::default(),
                 welcome: None,
                 unacknowledged: 0,
                 waker: None,
@@ -230,6 +236,57 @@ impl Member {
         });
     }
 
+    /// With MQTT 3.1.1: adds a subscriber, whose messages come through `held`.
+    pub(super) fn join(
+        &self,
+        filter: &TopicFilter,
+        held: &TopicFilter,
+        qos: QoS,
+        subscriber: Arc<dyn Subscriber>,
+        replaced: Option<SubscriptionKey>,
+    ) -> (SubscriptionKey, Answer) {
+        self.change(|shared| {
+            let topics = &mut shared.topics;
+            let (key, answer, question) = topics.add(filter, held, qos, subscriber, replaced);
+            if let Some((ask, waiter)) = question {
+                let request = SubscribeRequest {
+                    filter: ask.filter,
+                    qos: ask.qos,
+                    id: ask.id,
+                    retained: Retained::Send,
+                    waiter: Some(waiter),
+                };
+                shared.control.push_back(Control::Subscribe(request));
+            }
+            (key, answer)
+        })
+    }
+
+    /// With MQTT 3.1.1: takes a subscriber away, and `released` at the broker if
+    /// nothing relies on it any more.
+    pub(super) fn leave(
+        &self,
+        filter: &TopicFilter,
+        key: SubscriptionKey,
+        released: Option<&TopicFilter>,
+    ) {
+        self.change(|shared| {
+            shared.topics.remove(filter, key);
+            if let Some(name) = released.and_then(|held| shared.topics.release(held)) {
+                shared.control.push_back(Control::Unsubscribe(name));
+            }
+        });
+    }
+
+    /// With MQTT 3.1.1: one subscriber, if it is still there.
+    pub(super) fn subscriber(
+        &self,
+        filter: &TopicFilter,
+        key: SubscriptionKey,
+    ) -> Option<(Arc<dyn Subscriber>, QoS)> {
+        self.lock().topics.get(filter, key)
+    }
+
     /// Sets the state and says whether it changed.
     pub(super) fn set_state(&self, state: LinkState) -> bool {
         let mut shared = self.lock();
@@ -246,9 +303,10 @@ impl Member {
         if welcome.session_present {
             return;
         }
-        let mut on_its_way: std::collections::HashSet<Arc<str>> =
-            session.subscribing().cloned().collect();
-        // An UNSUBSCRIBE for a session that is gone has nothing left to do.
+        let subscribing: HashSet<Arc<str>> = session.subscribing().cloned().collect();
+        let mut on_its_way = subscribing.clone();
+        // An UNSUBSCRIBE for a session that is gone has nothing left to do but to undo
+        // what is being subscribed in the new one.
         shared.control.retain(|control| match control {
             // Its caller has left and taken the subscription back.
             Control::Subscribe(request) if request.is_abandoned() => false,
@@ -256,9 +314,12 @@ impl Member {
                 on_its_way.insert(request.filter.clone());
                 true
             }
-            Control::Unsubscribe(_) => false,
+            Control::Unsubscribe(filter) => subscribing.contains(filter),
         });
-        for ask in shared.table.restore(|filter| on_its_way.contains(filter)) {
+        let on_its_way = |filter: &str| on_its_way.contains(filter);
+        let mut lost = shared.table.restore(on_its_way);
+        lost.append(&mut shared.topics.restore(on_its_way));
+        for ask in lost {
             shared
                 .control
                 .push_front(Control::Subscribe(SubscribeRequest {
@@ -330,14 +391,20 @@ impl Member {
 
     /// Who gets a message.
     pub(super) fn audience(&self, publish: &InboundPublish, topic: &str) -> Audience {
-        self.lock()
-            .table
-            .audience(topic, publish.retain, &publish.subscription_ids)
+        let mut shared = self.lock();
+        match self.options.protocol {
+            Protocol::V4 => shared.topics.audience(topic),
+            Protocol::V5 => {
+                let ids = &publish.subscription_ids;
+                shared.table.audience(publish.retain, ids)
+            }
+        }
     }
 
     /// Filters subscribed at this member.
     pub(super) fn filters(&self) -> usize {
-        self.lock().table.len()
+        let shared = self.lock();
+        shared.table.len() + shared.topics.len()
     }
 }
 

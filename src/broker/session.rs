@@ -15,7 +15,9 @@ use std::sync::Arc;
 use bytes::BytesMut;
 use tokio::sync::oneshot;
 
-use super::wire::{self, Inbound, InboundPublish, OutboundPublish, Retained, Welcome};
+use super::wire::{
+    DisconnectNotice, Inbound, InboundPublish, OutboundPublish, Protocol, Retained, Welcome,
+};
 use super::{PublishError, QoS, Refusal};
 
 /// Resolves a publish of QoS 1 or 2.
@@ -96,7 +98,7 @@ pub(super) enum Event {
     /// A lost subscription could not be restored.
     NotRestored(Arc<str>, Refusal),
     /// The broker ended the connection.
-    Ended(wire::DisconnectNotice),
+    Ended(DisconnectNotice),
     /// A packet out of place.
     Unexpected(&'static str),
 }
@@ -104,6 +106,7 @@ pub(super) enum Event {
 /// See the module.
 #[derive(Debug)]
 pub(super) struct Session {
+    protocol: Protocol,
     connected: bool,
     subscription_ids: bool,
     window: usize,
@@ -139,8 +142,10 @@ const MAX_HANG_UPS: u32 = 3;
 impl Session {
     /// A session towards which the broker may have `receive_maximum` messages
     /// unacknowledged.
-    pub(super) fn new(receive_maximum: u16) -> Self {
+    pub(super) fn new(protocol: Protocol, receive_maximum: u16) -> Self {
+        let broker_window = protocol.broker_window(receive_maximum);
         Self {
+            protocol,
             connected: false,
             subscription_ids: true,
             window: 0,
@@ -157,7 +162,7 @@ impl Session {
             held: VecDeque::new(),
             waiting: 0,
             // With one message allowed there is no other to be let through.
-            max_waiting: (usize::from(receive_maximum) / 2).max(1),
+            max_waiting: (usize::from(broker_window) / 2).max(1),
             acknowledged_early: 0,
             suspect: None,
         }
@@ -227,7 +232,7 @@ impl Session {
                 Some((_, Pending::Publish { .. })) => self.resend.push_back(pkid),
                 Some((_, Pending::Release { .. })) if welcome.session_present => {
                     self.in_flight += 1;
-                    wire::pubrel(pkid, out);
+                    self.protocol.pubrel(pkid, out);
                 }
                 Some((_, Pending::Release { .. })) => {
                     // The broker took it and lost it: nobody can say what became of it.
@@ -241,7 +246,7 @@ impl Session {
                 }
                 Some((_, Pending::Subscribe(request))) => {
                     let id = self.subscription_ids.then_some(request.id);
-                    wire::subscribe(
+                    self.protocol.subscribe(
                         pkid,
                         &request.filter,
                         request.qos,
@@ -250,12 +255,9 @@ impl Session {
                         out,
                     );
                 }
-                Some((_, Pending::Unsubscribe(filter))) if welcome.session_present => {
-                    wire::unsubscribe(pkid, filter, out);
-                }
-                Some((_, Pending::Unsubscribe(_))) => {
-                    self.pending.remove(&pkid);
-                    self.filters_pending -= 1;
+                // Also in a new session: its SUBSCRIBE may have been sent again above.
+                Some((_, Pending::Unsubscribe(filter))) => {
+                    self.protocol.unsubscribe(pkid, filter, out);
                 }
                 None => {}
             }
@@ -305,7 +307,7 @@ impl Session {
     pub(super) fn subscribe(&mut self, request: SubscribeRequest, out: &mut BytesMut) {
         let pkid = self.next_pkid();
         let id = self.subscription_ids.then_some(request.id);
-        wire::subscribe(
+        self.protocol.subscribe(
             pkid,
             &request.filter,
             request.qos,
@@ -321,7 +323,7 @@ impl Session {
     /// Sends an UNSUBSCRIBE. Only after [`Session::can_subscribe`].
     pub(super) fn unsubscribe(&mut self, filter: Arc<str>, out: &mut BytesMut) {
         let pkid = self.next_pkid();
-        wire::unsubscribe(pkid, &filter, out);
+        self.protocol.unsubscribe(pkid, &filter, out);
         self.filters_pending += 1;
         self.remember(pkid, Pending::Unsubscribe(filter));
     }
@@ -364,10 +366,10 @@ impl Session {
             incoming.state = Held::Taken;
         } else if incoming.qos == QoS::ExactlyOnce {
             incoming.state = Held::Received;
-            wire::pubrec(receipt.pkid, out);
+            self.protocol.pubrec(receipt.pkid, out);
         } else {
             self.incoming.remove(&receipt.pkid);
-            wire::puback(receipt.pkid, out);
+            self.protocol.puback(receipt.pkid, out);
         }
     }
 
@@ -379,7 +381,7 @@ impl Session {
             Inbound::PubRec(pkid, result) => match self.pending.remove(&pkid) {
                 Some((order, Pending::Publish { waiter, .. })) => match result {
                     Ok(()) => {
-                        wire::pubrel(pkid, out);
+                        self.protocol.pubrel(pkid, out);
                         self.pending
                             .insert(pkid, (order, Pending::Release { waiter }));
                         Event::None
@@ -391,7 +393,7 @@ impl Session {
                 },
                 other => {
                     // Also the answer to a PUBREC that came twice.
-                    wire::pubrel(pkid, out);
+                    self.protocol.pubrel(pkid, out);
                     self.put_back(pkid, other);
                     Event::None
                 }
@@ -400,7 +402,7 @@ impl Session {
                 if let Some(released) = self.incoming.remove(&pkid) {
                     self.waiting -= usize::from(released.state == Held::Waiting);
                 }
-                wire::pubcomp(pkid, out);
+                self.protocol.pubcomp(pkid, out);
                 Event::None
             }
             Inbound::PubComp(pkid, result) => self.on_acknowledged(pkid, result, out),
@@ -446,19 +448,19 @@ impl Session {
         match known.map(|incoming| (incoming.state, incoming.qos)) {
             Some((Held::Waiting, _)) => Event::None,
             Some((Held::Received, _)) => {
-                wire::pubrec(pkid, out);
+                self.protocol.pubrec(pkid, out);
                 Event::None
             }
             Some((Held::Taken, QoS::ExactlyOnce)) => {
                 if let Some(incoming) = self.incoming.get_mut(&pkid) {
                     incoming.state = Held::Received;
                 }
-                wire::pubrec(pkid, out);
+                self.protocol.pubrec(pkid, out);
                 Event::None
             }
             Some((Held::Taken, _)) => {
                 self.incoming.remove(&pkid);
-                wire::puback(pkid, out);
+                self.protocol.puback(pkid, out);
                 Event::None
             }
             None => {

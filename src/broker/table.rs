@@ -10,8 +10,7 @@
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 
-use indexmap::IndexMap;
-
+use super::group::{Audience, Group, SubscriptionKey};
 use super::topic::TopicFilter;
 use super::wire::MAX_SUBSCRIPTION_ID;
 use super::{QoS, Subscriber};
@@ -20,24 +19,12 @@ use super::{QoS, Subscriber};
 /// broker may have queued messages under them. 8 bytes and a map entry each.
 const MAX_RETIRED_IDS: usize = 16_384;
 
-/// Names one subscriber of one filter.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub struct SubscriptionKey(u64);
-
-struct Member {
-    subscriber: Arc<dyn Subscriber>,
-    qos: QoS,
-}
-
 struct Entry {
-    filter: TopicFilter,
     /// Identifier of the newest SUBSCRIBE.
     id: u32,
     /// Highest QoS asked for so far.
     qos: QoS,
-    members: IndexMap<SubscriptionKey, Member>,
-    /// Whose turn it is in a shared subscription.
-    turn: usize,
+    group: Group,
 }
 
 struct Target {
@@ -52,9 +39,6 @@ pub(super) struct Ask {
     pub qos: QoS,
     pub id: u32,
 }
-
-/// The subscribers that a message is for, each with its subscription's QoS.
-pub(super) type Audience = Vec<(Arc<dyn Subscriber>, QoS)>;
 
 /// See the module.
 #[derive(Default)]
@@ -87,16 +71,11 @@ impl Table {
         let id = self.free_id();
         let name: Arc<str> = filter.as_str().into();
         let entry = self.entries.entry(name.clone()).or_insert_with(|| Entry {
-            filter: filter.clone(),
             id,
             qos,
-            members: IndexMap::new(),
-            turn: 0,
+            group: Group::new(filter.is_shared()),
         });
-        if let Some(replaced) = replaced {
-            entry.members.swap_remove(&replaced);
-        }
-        entry.members.insert(key, Member { subscriber, qos });
+        entry.group.add(key, subscriber, qos, replaced);
         let previous = std::mem::replace(&mut entry.id, id);
         entry.qos = entry.qos.max(qos);
         let ask = Ask {
@@ -124,8 +103,7 @@ impl Table {
         key: SubscriptionKey,
     ) -> Option<Arc<str>> {
         let entry = self.entries.get_mut(filter.as_str())?;
-        entry.members.swap_remove(&key)?;
-        if !entry.members.is_empty() {
+        if !entry.group.remove(key) || !entry.group.is_empty() {
             return None;
         }
         let (name, entry) = self.entries.remove_entry(filter.as_str())?;
@@ -147,9 +125,8 @@ impl Table {
             .collect()
     }
 
-    /// Who gets a message. `ids` are the subscription identifiers it came with;
-    /// without any, the broker knows none and the topic decides.
-    pub(super) fn audience(&mut self, topic: &str, retained: bool, ids: &[u32]) -> Audience {
+    /// Who gets a message. `ids` are the subscription identifiers it came with.
+    pub(super) fn audience(&mut self, retained: bool, ids: &[u32]) -> Audience {
         let mut audience = Vec::new();
         for id in ids {
             let Some(target) = self.ids.get(id) else {
@@ -159,17 +136,9 @@ impl Table {
                 continue;
             };
             if retained {
-                let newcomer = target.newcomer.and_then(|key| entry.members.get(&key));
-                audience.extend(newcomer.map(|m| (m.subscriber.clone(), m.qos)));
+                audience.extend(target.newcomer.and_then(|key| entry.group.get(key)));
             } else {
-                entry.collect(&mut audience);
-            }
-        }
-        if ids.is_empty() {
-            for entry in self.entries.values_mut() {
-                if entry.filter.matches(topic) {
-                    entry.collect(&mut audience);
-                }
+                entry.group.collect(&mut audience);
             }
         }
         audience
@@ -190,21 +159,6 @@ impl Table {
             if !self.ids.contains_key(&self.next_id) {
                 return self.next_id;
             }
-        }
-    }
-}
-
-impl Entry {
-    fn collect(&mut self, audience: &mut Audience) {
-        if !self.filter.is_shared() {
-            let members = self.members.values();
-            audience.extend(members.map(|m| (m.subscriber.clone(), m.qos)));
-            return;
-        }
-        // The group's members in turn.
-        self.turn = self.turn.wrapping_add(1) % self.members.len().max(1);
-        if let Some((_, member)) = self.members.get_index(self.turn) {
-            audience.push((member.subscriber.clone(), member.qos));
         }
     }
 }
@@ -251,10 +205,10 @@ mod tests {
         let mut table = Table::default();
         let a = add(&mut table, "a/#", QoS::AtLeastOnce).1.id;
         let b = add(&mut table, "a/b", QoS::AtLeastOnce).1.id;
-        assert_eq!(table.audience("a/b", false, &[a, b]).len(), 2);
-        assert_eq!(table.audience("a/b", false, &[a]).len(), 1);
-        assert_eq!(table.audience("a/b", false, &[b]).len(), 1);
-        assert_eq!(table.audience("a/b", false, &[]).len(), 2);
+        assert_eq!(table.audience(false, &[a, b]).len(), 2);
+        assert_eq!(table.audience(false, &[a]).len(), 1);
+        assert_eq!(table.audience(false, &[b]).len(), 1);
+        assert!(table.audience(false, &[]).is_empty());
     }
 
     #[test]
@@ -262,11 +216,11 @@ mod tests {
         let mut table = Table::default();
         let first = add(&mut table, "r", QoS::AtMostOnce).1.id;
         let second = add(&mut table, "r", QoS::AtMostOnce).1.id;
-        assert_eq!(table.audience("r", true, &[second]).len(), 1);
-        assert_eq!(table.audience("r", true, &[first]).len(), 1);
+        assert_eq!(table.audience(true, &[second]).len(), 1);
+        assert_eq!(table.audience(true, &[first]).len(), 1);
         // A message queued under the replaced identifier is still for both.
-        assert_eq!(table.audience("r", false, &[first]).len(), 2);
-        assert_eq!(table.audience("r", false, &[second]).len(), 2);
+        assert_eq!(table.audience(false, &[first]).len(), 2);
+        assert_eq!(table.audience(false, &[second]).len(), 2);
     }
 
     #[test]
@@ -277,7 +231,7 @@ mod tests {
         add(&mut table, "$share/g/t", QoS::AtMostOnce);
         let qos: Vec<_> = (0..6)
             .map(|_| {
-                let audience = table.audience("t", false, &[id]);
+                let audience = table.audience(false, &[id]);
                 assert_eq!(audience.len(), 1);
                 audience[0].1
             })
@@ -297,7 +251,7 @@ mod tests {
             Some(first),
         );
         let id = ask.id;
-        assert_eq!(table.audience("a", false, &[id]).len(), 1);
+        assert_eq!(table.audience(false, &[id]).len(), 1);
         assert!(table.remove(&filter("a"), first).is_none());
         assert!(table.remove(&filter("a"), second).is_some());
     }
@@ -307,7 +261,7 @@ mod tests {
         let mut table = Table::default();
         let (key, ask) = add(&mut table, "a", QoS::AtMostOnce);
         table.remove(&filter("a"), key);
-        assert!(table.audience("a", false, &[ask.id]).is_empty());
+        assert!(table.audience(false, &[ask.id]).is_empty());
     }
 
     #[test]

@@ -1,0 +1,183 @@
+//! Connecting to the broker, and what can go wrong with a connection.
+
+use std::io;
+use std::time::Duration;
+
+use bytes::BytesMut;
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::net::TcpStream;
+use tokio::time::timeout;
+
+use super::wire::{Hello, Inbound, Protocol, Welcome, WireError};
+use super::{Options, Refusal};
+
+/// A broker that takes none of our bytes, or answers no ping, for this long is
+/// gone. Also set as `TCP_USER_TIMEOUT`, which finds a silent network.
+pub(super) const STALL: Duration = Duration::from_secs(10);
+
+/// Anything MQTT can run over.
+pub(super) trait Stream: AsyncRead + AsyncWrite + Unpin + Send {}
+impl<T: AsyncRead + AsyncWrite + Unpin + Send> Stream for T {}
+
+/// Why a link ended.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum LinkError {
+    #[error("{0}")]
+    Io(#[from] io::Error),
+    #[error("no connection within {0:?}")]
+    ConnectTimeout(Duration),
+    #[error("no CONNACK within {0:?}")]
+    HandshakeTimeout(Duration),
+    #[error("{0}")]
+    Wire(#[from] WireError),
+    #[error("the broker refused the connection: {0}")]
+    Refused(Refusal),
+    #[error("the broker closed the connection")]
+    Closed,
+    #[error("the broker closed the connection before it answered: does it speak MQTT {0}?")]
+    NotAnswered(&'static str),
+    #[error(
+        "the broker offers no subscription identifiers, which messages cannot be told apart without: set broker.protocol = 4"
+    )]
+    NoSubscriptionIds,
+    #[error("the broker ended the connection: {0}")]
+    Ended(String),
+    #[error(
+        "another client connected as {0}: does a second gateway run with the same node_name and client_id_prefix?"
+    )]
+    TakenOver(String),
+    #[error("the broker sent {0} out of place")]
+    Unexpected(&'static str),
+    #[error("the broker took no bytes for {STALL:?}")]
+    WriteStalled,
+    #[error("the broker answered no ping for {STALL:?}")]
+    PingTimeout,
+}
+
+impl LinkError {
+    /// Whether the broker hung up of its own accord, as it does upon a packet that
+    /// it will not have.
+    pub(super) fn is_the_brokers_will(&self) -> bool {
+        match self {
+            Self::Closed | Self::Ended(_) => true,
+            Self::Io(error) => error.kind() == io::ErrorKind::ConnectionReset,
+            _ => false,
+        }
+    }
+
+    /// Whether it is likely to end the same way next time.
+    pub(super) fn is_a_rejection(&self) -> bool {
+        matches!(
+            self,
+            Self::TakenOver(_)
+                | Self::Refused(_)
+                | Self::NoSubscriptionIds
+                | Self::NotAnswered(_)
+                | Self::Wire(WireError::Only311)
+        )
+    }
+}
+
+/// Between half of `pause` and all of it, so that the members, and the gateways
+/// after a broker's restart, do not come back in step.
+pub(super) fn jitter(pause: Duration) -> Duration {
+    let mut random = [0; 2];
+    // Without randomness the pause is merely the same for all.
+    let _ = getrandom::fill(&mut random);
+    pause.mul_f64(0.5 + f64::from(u16::from_le_bytes(random)) / f64::from(u16::MAX) / 2.0)
+}
+
+/// Opens a connection, encrypted where that is configured.
+pub(super) async fn connect(options: &Options) -> Result<Box<dyn Stream>, LinkError> {
+    let limit = options.connect_timeout;
+    let dial = async {
+        let tcp = TcpStream::connect((options.host.as_str(), options.port)).await?;
+        tcp.set_nodelay(true)?;
+        socket2::SockRef::from(&tcp).set_tcp_user_timeout(Some(STALL))?;
+        let Some(tls) = &options.tls else {
+            return Ok::<Box<dyn Stream>, io::Error>(Box::new(tcp));
+        };
+        let name = tokio_rustls::rustls::pki_types::ServerName::try_from(options.host.clone())
+            .map_err(io::Error::other)?;
+        let connector = tokio_rustls::TlsConnector::from(tls.clone());
+        Ok(Box::new(connector.connect(name, tcp).await?) as Box<dyn Stream>)
+    };
+    timeout(limit, dial)
+        .await
+        .map_err(|_| LinkError::ConnectTimeout(limit))?
+        .map_err(LinkError::Io)
+}
+
+/// CONNECT and CONNACK, within the time for them. What comes behind the CONNACK
+/// stays in `input`.
+pub(super) async fn handshake(
+    options: &Options,
+    client_id: &str,
+    clean_start: bool,
+    stream: &mut Box<dyn Stream>,
+    input: &mut BytesMut,
+) -> Result<Welcome, LinkError> {
+    let limit = options.connect_timeout;
+    timeout(limit, shake(options, client_id, clean_start, stream, input))
+        .await
+        .map_err(|_| LinkError::HandshakeTimeout(limit))?
+}
+
+async fn shake(
+    options: &Options,
+    client_id: &str,
+    clean_start: bool,
+    stream: &mut Box<dyn Stream>,
+    input: &mut BytesMut,
+) -> Result<Welcome, LinkError> {
+    let protocol = options.protocol;
+    let seconds = |duration: Duration| u32::try_from(duration.as_secs()).unwrap_or(u32::MAX);
+    let mut out = BytesMut::new();
+    protocol.connect(
+        &Hello {
+            client_id: client_id,
+            login: options
+                .login
+                .as_ref()
+                .map(|login| (login.username.as_str(), login.password.as_str())),
+            keep_alive: u16::try_from(options.keep_alive.as_secs()).unwrap_or(u16::MAX),
+            clean_start,
+            session_expiry: seconds(options.session_expiry),
+            receive_maximum: options.receive_maximum,
+            max_packet_size: options.max_packet_size,
+        },
+        &mut out,
+    );
+    stream.write_all(&out).await?;
+    stream.flush().await?;
+    loop {
+        if let Some(packet) = protocol.decode(input, options.max_packet_size)? {
+            return match packet {
+                Inbound::ConnAck(Err(refusal)) => Err(LinkError::Refused(refusal)),
+                Inbound::ConnAck(Ok(welcome)) => {
+                    let knows_ids = welcome.subscription_ids || protocol == Protocol::V4;
+                    let refused = LinkError::NoSubscriptionIds;
+                    knows_ids.then_some(welcome).ok_or(refused)
+                }
+                Inbound::Disconnect(notice) => Err(LinkError::Ended(notice.reason)),
+                _ => Err(LinkError::Unexpected("a packet before its CONNACK")),
+            };
+        }
+        if stream.read_buf(input).await? == 0 {
+            return Err(LinkError::NotAnswered(protocol.name()));
+        }
+    }
+}
+
+/// Ends the session that the broker may keep under this client id. MQTT 3.1.1 has no
+/// other way: a DISCONNECT leaves it, and `clean_session` in the CONNECT both ends
+/// the old one and lets none begin.
+pub(super) async fn wipe(options: &Options, client_id: &str) -> Result<(), LinkError> {
+    let mut stream = connect(options).await?;
+    handshake(options, client_id, true, &mut stream, &mut BytesMut::new()).await?;
+    let mut out = BytesMut::new();
+    options.protocol.disconnect(&mut out);
+    stream.write_all(&out).await?;
+    stream.shutdown().await?;
+    Ok(())
+}
