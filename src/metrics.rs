@@ -50,6 +50,7 @@ const OUTBOX_FULL: &str = "exproto_broker_outbox_full_total";
 const OUTBOX_MESSAGES: &str = "exproto_broker_outbox_messages";
 const NOT_RESTORED: &str = "exproto_broker_subscriptions_not_restored_total";
 const OVERLAPS_REFUSED: &str = "exproto_broker_overlaps_refused_total";
+const TOO_LARGE: &str = "exproto_broker_too_large_total";
 const RETAINED_NOT_FETCHED: &str = "exproto_broker_retained_not_fetched_total";
 
 /// The table that `docs/metrics.md` repeats: kind, name, unit, labels, help.
@@ -85,6 +86,7 @@ const TABLE: &[(Kind, &str, Unit, &str, &str)] = &[
     (Kind::Gauge, OUTBOX_MESSAGES, Unit::Count, "", "Publishes that wait to be sent to the broker."),
     (Kind::Counter, NOT_RESTORED, Unit::Count, "", "Subscriptions that the broker refused when they were restored."),
     (Kind::Counter, OVERLAPS_REFUSED, Unit::Count, "", "With MQTT 3.1.1: subscriptions refused because they overlap with others on every connection that may be opened."),
+    (Kind::Counter, TOO_LARGE, Unit::Count, "", "With MQTT 3.1.1: messages dropped because they were larger than broker.max_packet_size; with MQTT 5 the broker drops them."),
     (Kind::Counter, RETAINED_NOT_FETCHED, Unit::Count, "", "With MQTT 3.1.1: filters whose retained messages could not be fetched, because too many waited or the broker refused."),
 ];
 
@@ -373,6 +375,8 @@ pub struct BrokerMetrics {
     pub not_restored: Counter,
     /// Subscriptions refused because they overlap.
     pub overlaps_refused: Counter,
+    /// Messages dropped because they were too large.
+    pub too_large: Counter,
     /// Filters whose retained messages were not fetched.
     pub retained_not_fetched: Counter,
 }
@@ -394,6 +398,7 @@ impl BrokerMetrics {
             outbox_messages: gauge(OUTBOX_MESSAGES),
             not_restored: counter(NOT_RESTORED),
             overlaps_refused: counter(OVERLAPS_REFUSED),
+            too_large: counter(TOO_LARGE),
             retained_not_fetched: counter(RETAINED_NOT_FETCHED),
         }
     }

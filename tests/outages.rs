@@ -600,6 +600,9 @@ async fn a_silent_broker_is_told() {
 /// `/readyz` says what that means. (Mosquitto 2.0.11 only hangs up, EMQX says it.)
 #[tokio::test]
 async fn a_session_that_was_taken_over_is_told() {
+    if common::V4 {
+        return; // a 3.1.1 broker just hangs up
+    }
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
     let port = listener.local_addr().unwrap().port();
     let server = tokio::spawn(async move {

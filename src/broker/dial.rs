@@ -8,7 +8,7 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 
-use super::wire::{Hello, Inbound, Protocol, Welcome, WireError};
+use super::wire::{Decoder, Hello, Inbound, Protocol, Welcome, WireError};
 use super::{Options, Refusal};
 
 /// A broker that takes none of our bytes, or answers no ping, for this long is
@@ -72,7 +72,6 @@ impl LinkError {
             Self::TakenOver(_)
                 | Self::Refused(_)
                 | Self::NoSubscriptionIds
-                | Self::NotAnswered(_)
                 | Self::Wire(WireError::Only311)
         )
     }
@@ -135,7 +134,7 @@ async fn shake(
     let mut out = BytesMut::new();
     protocol.connect(
         &Hello {
-            client_id: client_id,
+            client_id,
             login: options
                 .login
                 .as_ref()
@@ -150,8 +149,9 @@ async fn shake(
     );
     stream.write_all(&out).await?;
     stream.flush().await?;
+    let mut decoder = Decoder::new(protocol, options.max_packet_size);
     loop {
-        if let Some(packet) = protocol.decode(input, options.max_packet_size)? {
+        if let Some(packet) = decoder.next(input)? {
             return match packet {
                 Inbound::ConnAck(Err(refusal)) => Err(LinkError::Refused(refusal)),
                 Inbound::ConnAck(Ok(welcome)) => {

@@ -20,7 +20,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::dial::{self, LinkError, STALL, Stream};
 use super::member::LinkState;
-use super::wire::{Inbound, InboundPublish, Retained};
+use super::wire::{Decoder, Inbound, InboundPublish, Retained};
 use super::{Delivery, Message, Options, QoS};
 use crate::id::MessageIds;
 use crate::metrics::BrokerMetrics;
@@ -105,6 +105,7 @@ struct Connection {
     reader: ReadHalf<Box<dyn Stream>>,
     writer: WriteHalf<Box<dyn Stream>>,
     input: BytesMut,
+    decoder: Decoder,
     output: BytesMut,
     /// Whether bytes may be held back by an encrypting stream.
     flush: bool,
@@ -165,6 +166,7 @@ impl Task {
             reader,
             writer,
             input,
+            decoder: Decoder::new(options.protocol, options.max_packet_size),
             output: BytesMut::new(),
             flush: false,
             ticks,
@@ -245,18 +247,31 @@ impl Task {
 
     fn receive(&mut self, connection: &mut Connection) -> Result<(), LinkError> {
         connection.ping_sent = None;
-        let (protocol, limit) = (self.options.protocol, self.options.max_packet_size);
-        let Connection { input, output, .. } = connection;
-        while let Some(packet) = protocol.decode(input, limit)? {
+        let protocol = self.options.protocol;
+        let Connection {
+            input,
+            decoder,
+            output,
+            ..
+        } = connection;
+        // Nothing is lost by an early acknowledgement: the message stays retained.
+        let acknowledge = |publish: &InboundPublish, output: &mut BytesMut| match publish.qos {
+            QoS::AtMostOnce => {}
+            QoS::AtLeastOnce => protocol.puback(publish.pkid, output),
+            QoS::ExactlyOnce => protocol.pubrec(publish.pkid, output),
+        };
+        while let Some(packet) = decoder.next(input)? {
             let now = Instant::now();
             match packet {
-                Inbound::Publish(publish) => {
-                    // Nothing is lost by an early acknowledgement: it stays retained.
-                    match publish.qos {
-                        QoS::AtMostOnce => {}
-                        QoS::AtLeastOnce => protocol.puback(publish.pkid, output),
-                        QoS::ExactlyOnce => protocol.pubrec(publish.pkid, output),
+                Inbound::TooLarge(publish) => {
+                    acknowledge(&publish, output);
+                    if publish.retain {
+                        self.metrics.too_large.increment(1);
+                        tracing::warn!(topic = ?publish.topic, "a retained message is too large");
                     }
+                }
+                Inbound::Publish(publish) => {
+                    acknowledge(&publish, output);
                     // What is published now comes through the pool.
                     if publish.retain {
                         self.hand_out(publish, now);

@@ -19,7 +19,7 @@ use tokio_util::io::poll_read_buf;
 use super::dial::{self, LinkError, STALL, Stream};
 use super::member::{AckOnDrop, LinkState, Member, WriteWaiters};
 use super::session::{Event, Receipt, Session};
-use super::wire::{InboundPublish, Protocol};
+use super::wire::{Decoder, InboundPublish, Protocol};
 use super::{Delivery, Message, Options, PublishError, now_ms};
 use crate::id::{MessageId, MessageIds};
 
@@ -105,6 +105,7 @@ async fn serve(
         session,
         stream,
         input,
+        decoder: Decoder::new(options.protocol, options.max_packet_size),
         output,
         position: 0,
         flush: true,
@@ -134,6 +135,7 @@ struct Link<'a> {
     session: &'a mut Session,
     stream: Box<dyn Stream>,
     input: BytesMut,
+    decoder: Decoder,
     output: BytesMut,
     /// How many bytes of this connection were written before `output`.
     position: u64,
@@ -241,12 +243,17 @@ impl Link<'_> {
         };
         // Any packet shows that the broker lives.
         self.ping_sent = None;
-        let options = self.member.options();
-        let (protocol, limit) = (options.protocol, options.max_packet_size);
-        while let Some(packet) = protocol.decode(&mut self.input, limit)? {
+        while let Some(packet) = self.decoder.next(&mut self.input)? {
             match self.session.receive(packet, &mut self.output) {
                 Event::None => {}
                 Event::Deliver(publish, receipt) => self.hand_out(publish, receipt),
+                Event::TooLarge(topic) => {
+                    self.member.metrics().too_large.increment(1);
+                    tracing::warn!(
+                        ?topic,
+                        "a message larger than broker.max_packet_size is dropped"
+                    );
+                }
                 Event::NotRestored(filter, refusal) => {
                     self.member.metrics().not_restored.increment(1);
                     tracing::error!(%filter, %refusal, "a subscription could not be restored");

@@ -12,7 +12,7 @@
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::Arc;
 
-use bytes::BytesMut;
+use bytes::{Bytes, BytesMut};
 use tokio::sync::oneshot;
 
 use super::wire::{
@@ -95,6 +95,8 @@ pub(super) enum Event {
     None,
     /// A message; to be acknowledged by [`Session::taken`] where a receipt is given.
     Deliver(InboundPublish, Option<Receipt>),
+    /// A message on this topic was larger than we take; it is acknowledged.
+    TooLarge(Bytes),
     /// A lost subscription could not be restored.
     NotRestored(Arc<str>, Refusal),
     /// The broker ended the connection.
@@ -377,6 +379,15 @@ impl Session {
     pub(super) fn receive(&mut self, packet: Inbound, out: &mut BytesMut) -> Event {
         match packet {
             Inbound::Publish(publish) => self.on_publish(publish, out),
+            Inbound::TooLarge(publish) => match self.on_publish(publish, out) {
+                Event::Deliver(publish, receipt) => {
+                    if let Some(receipt) = receipt {
+                        self.taken(receipt, out);
+                    }
+                    Event::TooLarge(publish.topic)
+                }
+                event => event,
+            },
             Inbound::PubAck(pkid, result) => self.on_acknowledged(pkid, result, out),
             Inbound::PubRec(pkid, result) => match self.pending.remove(&pkid) {
                 Some((order, Pending::Publish { waiter, .. })) => match result {

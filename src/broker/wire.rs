@@ -7,7 +7,7 @@
 mod v4;
 mod v5;
 
-use bytes::{Bytes, BytesMut};
+use bytes::{Buf, Bytes, BytesMut};
 
 use super::{QoS, Refusal};
 
@@ -84,6 +84,9 @@ pub(super) struct InboundPublish {
 pub(super) enum Inbound {
     ConnAck(Result<Welcome, Refusal>),
     Publish(InboundPublish),
+    /// A publish larger than we take, without its payload. With MQTT 5 the broker keeps
+    /// it to itself.
+    TooLarge(InboundPublish),
     PubAck(u16, Result<(), Refusal>),
     PubRec(u16, Result<(), Refusal>),
     PubRel(u16),
@@ -160,7 +163,48 @@ pub(super) enum Retained {
     Never,
 }
 
-/// Appends a packet to what is to be written, or takes one off what was read.
+/// Takes packets off what was read from one connection.
+pub(super) struct Decoder {
+    protocol: Protocol,
+    /// Bytes.
+    max_packet_size: u32,
+    /// Bytes of a packet too large that are still to come.
+    skip: usize,
+}
+
+impl Decoder {
+    pub(super) fn new(protocol: Protocol, max_packet_size: u32) -> Self {
+        Self {
+            protocol,
+            max_packet_size,
+            skip: 0,
+        }
+    }
+
+    /// The next whole packet; `None` until one is there.
+    pub(super) fn next(&mut self, buffer: &mut BytesMut) -> Result<Option<Inbound>, WireError> {
+        let skipped = self.skip.min(buffer.len());
+        buffer.advance(skipped);
+        self.skip -= skipped;
+        if self.skip > 0 {
+            return Ok(None);
+        }
+        match self.protocol {
+            Protocol::V5 => v5::decode(buffer, self.max_packet_size),
+            Protocol::V4 => match v4::fit(buffer, self.max_packet_size) {
+                v4::Fit::Fits => v4::decode(buffer, self.max_packet_size),
+                v4::Fit::Unread => Ok(None),
+                v4::Fit::TooLarge(publish, size) => {
+                    self.skip = size.saturating_sub(buffer.len());
+                    buffer.advance(size.min(buffer.len()));
+                    Ok(Some(Inbound::TooLarge(publish)))
+                }
+            },
+        }
+    }
+}
+
+/// Appends a packet to what is to be written.
 ///
 /// The packets of this file always encode: their texts were checked to fit into
 /// MQTT strings and their size against the broker's limit before they came here.
@@ -170,18 +214,6 @@ impl Protocol {
         match self {
             Self::V4 => "3.1.1",
             Self::V5 => "5",
-        }
-    }
-
-    /// Takes the next whole packet off `buffer`; `None` until one is there.
-    pub(super) fn decode(
-        self,
-        buffer: &mut BytesMut,
-        max_packet_size: u32,
-    ) -> Result<Option<Inbound>, WireError> {
-        match self {
-            Self::V4 => v4::decode(buffer, max_packet_size),
-            Self::V5 => v5::decode(buffer, max_packet_size),
         }
     }
 

@@ -1,6 +1,5 @@
 //! The session against a broker in the test: what it writes is decoded again.
 
-use bytes::Bytes;
 use proptest::prelude::*;
 use rumqttc::v5::mqttbytes::v5::Packet;
 

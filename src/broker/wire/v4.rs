@@ -54,7 +54,70 @@ impl OutboundPublish {
     }
 }
 
-/// See [`super::Protocol::decode`].
+/// Whether the next packet is a publish larger than we take.
+#[derive(Debug)]
+pub(super) enum Fit {
+    /// It is not, or nobody knows yet.
+    Fits,
+    /// It is, and more of its head has to come.
+    Unread,
+    /// The publish without its payload, and its size on the wire.
+    TooLarge(InboundPublish, usize),
+}
+
+/// Looks at what comes next. In 3.1.1 the broker cannot be told what we take, and a
+/// link that broke upon a message would break upon it for ever: it is sent again.
+pub(super) fn fit(buffer: &[u8], max_packet_size: u32) -> Fit {
+    let limit = usize::try_from(max_packet_size).unwrap_or(usize::MAX);
+    let size = match mqttbytes::check(buffer.iter(), usize::MAX) {
+        Ok(header) => header.frame_length(),
+        Err(mqttbytes::Error::InsufficientBytes(missing)) => buffer.len() + missing,
+        // For `decode` to tell.
+        Err(_) => return Fit::Fits,
+    };
+    match buffer.first() {
+        Some(first) if first >> 4 == 3 && size > limit => match head(*first, buffer) {
+            Some(publish) => Fit::TooLarge(publish, size),
+            None => Fit::Unread,
+        },
+        _ => Fit::Fits,
+    }
+}
+
+/// A publish without its payload, when its head is there.
+fn head(first: u8, buffer: &[u8]) -> Option<InboundPublish> {
+    let length_bytes = buffer.iter().skip(1).take_while(|byte| **byte >= 0x80);
+    let mut rest = buffer.get(length_bytes.count() + 2..)?;
+    let mut take = |count: usize| rest.split_off(..count);
+    let number = |bytes: &[u8]| {
+        bytes
+            .iter()
+            .fold(0, |all, byte| all << 8 | u16::from(*byte))
+    };
+    let length = take(2).map(number)?;
+    let topic = Bytes::copy_from_slice(take(usize::from(length))?);
+    let qos = match first >> 1 & 3 {
+        0 => QoS::AtMostOnce,
+        1 => QoS::AtLeastOnce,
+        _ => QoS::ExactlyOnce,
+    };
+    let pkid = match qos {
+        QoS::AtMostOnce => 0,
+        _ => take(2).map(number)?,
+    };
+    Some(InboundPublish {
+        dup: first & 8 != 0,
+        retain: first & 1 != 0,
+        qos,
+        pkid,
+        topic,
+        payload: Bytes::new(),
+        user_properties: Vec::new(),
+        subscription_ids: Vec::new(),
+    })
+}
+
+/// The next whole packet off `buffer`; `None` until one is there.
 pub(super) fn decode(
     buffer: &mut BytesMut,
     max_packet_size: u32,
@@ -295,16 +358,49 @@ mod tests {
         assert!(matches!(answer(1), Ok(Some(Inbound::SubAck(7, g))) if g == granted));
     }
 
+    /// However the bytes come: the publish is named, its payload is skipped, and what
+    /// comes behind it is read.
     #[test]
-    fn an_oversized_packet_is_refused_by_its_header() {
-        assert!(decode(&mut BytesMut::from(&[0x30, 0xff, 0x7f][..]), 1024).is_err());
+    fn a_publish_too_large_is_skipped() {
+        let payload = Bytes::from(vec![7; 5000]);
+        for chunk in [1, 3, 100, 10_000] {
+            let mut sent = OutboundPublish::new("a/b".into(), QoS::AtLeastOnce, payload.clone());
+            let mut bytes = BytesMut::new();
+            sent.encode(9, true, &mut bytes);
+            pingreq(&mut bytes);
+            let end = bytes.len() - 2;
+            bytes[end] = 0xD0;
+            let mut decoder = super::super::Decoder::new(super::super::Protocol::V4, 1024);
+            let (mut buffer, mut got) = (BytesMut::new(), Vec::new());
+            for part in bytes.chunks(chunk) {
+                buffer.extend_from_slice(part);
+                while let Some(packet) = decoder.next(&mut buffer).unwrap() {
+                    got.push(packet);
+                }
+                assert!(buffer.len() < 1024, "the payload is kept");
+            }
+            let [Inbound::TooLarge(publish), Inbound::PingResp] = &got[..] else {
+                panic!("{got:?}");
+            };
+            assert_eq!((publish.pkid, publish.dup), (9, true));
+            assert_eq!(
+                (publish.qos, &publish.topic[..]),
+                (QoS::AtLeastOnce, &b"a/b"[..])
+            );
+        }
+    }
+
+    #[test]
+    fn another_packet_too_large_is_refused_by_its_header() {
+        assert!(decode(&mut BytesMut::from(&[0x90, 0xff, 0x7f][..]), 1024).is_err());
     }
 
     proptest! {
         #[test]
         fn nonsense_never_panics(bytes in prop::collection::vec(any::<u8>(), 0..64)) {
             let mut buffer = BytesMut::from(&bytes[..]);
-            while let Ok(Some(_)) = decode(&mut buffer, 1024) {}
+            let mut decoder = super::super::Decoder::new(super::super::Protocol::V4, 16);
+            while let Ok(Some(_)) = decoder.next(&mut buffer) {}
         }
     }
 }
