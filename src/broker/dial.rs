@@ -50,6 +50,8 @@ pub(super) enum LinkError {
     Unexpected(&'static str),
     #[error("the broker took no bytes for {STALL:?}")]
     WriteStalled,
+    #[error("the broker answered no SUBSCRIBE for {STALL:?}")]
+    Unanswered,
     #[error("the broker answered no ping for {STALL:?}")]
     PingTimeout,
 }

@@ -328,6 +328,12 @@ impl Task {
         if stalled(connection.ping_sent) {
             return Err(LinkError::PingTimeout);
         }
+        if now
+            .checked_sub(STALL)
+            .is_some_and(|limit| self.queue.is_unanswered(limit))
+        {
+            return Err(LinkError::Unanswered);
+        }
         let keep_alive = self.options.keep_alive;
         let quiet = now - connection.last_write;
         // A second early, so that the broker never sees it late.

@@ -68,11 +68,12 @@ struct Fetch {
 }
 
 enum Stage {
-    Asked,
+    /// When.
+    Asked(Instant),
     /// When the last message or answer came.
     Listening(Instant),
-    /// Whether a message came since the UNSUBSCRIBE.
-    Leaving(bool),
+    /// When, and whether a message came since.
+    Leaving(Instant, bool),
 }
 
 struct Active {
@@ -164,7 +165,7 @@ impl Queue {
             let active = Active {
                 order,
                 fetch,
-                stage: Stage::Asked,
+                stage: Stage::Asked(now),
             };
             self.active.insert(pkid, active);
             return Some(Step::Subscribe(pkid, filter, qos));
@@ -180,7 +181,7 @@ impl Queue {
             if now < since + QUIET {
                 return None;
             }
-            active.stage = Stage::Leaving(false);
+            active.stage = Stage::Leaving(now, false);
             Some(Step::Unsubscribe(*pkid, active.fetch.filter.clone()))
         })
     }
@@ -188,7 +189,7 @@ impl Queue {
     /// A SUBACK came. False if it was not asked for.
     pub(super) fn subscribed(&mut self, pkid: u16, now: Instant) -> bool {
         match self.active.get_mut(&pkid) {
-            Some(active) if matches!(active.stage, Stage::Asked) => {
+            Some(active) if matches!(active.stage, Stage::Asked(_)) => {
                 active.stage = Stage::Listening(now);
                 true
             }
@@ -207,13 +208,22 @@ impl Queue {
             return false;
         };
         match active.stage {
-            Stage::Leaving(true) => active.stage = Stage::Listening(now),
-            Stage::Leaving(false) => {
+            Stage::Leaving(_, true) => active.stage = Stage::Listening(now),
+            Stage::Leaving(_, false) => {
                 self.finish(pkid);
             }
-            Stage::Asked | Stage::Listening(_) => return false,
+            Stage::Asked(_) | Stage::Listening(_) => return false,
         }
         true
+    }
+
+    /// Whether the broker owes an answer since before `limit`.
+    pub(super) fn is_unanswered(&self, limit: Instant) -> bool {
+        let mut stages = self.active.values().map(|active| &active.stage);
+        stages.any(|stage| match stage {
+            Stage::Asked(since) | Stage::Leaving(since, _) => *since < limit,
+            Stage::Listening(_) => false,
+        })
     }
 
     /// Those whom a retained message is for.
@@ -224,9 +234,9 @@ impl Queue {
             return &[];
         };
         match &mut active.stage {
-            Stage::Asked => {}
+            Stage::Asked(_) => {}
             Stage::Listening(since) => *since = now,
-            Stage::Leaving(heard) => *heard = true,
+            Stage::Leaving(_, heard) => *heard = true,
         }
         let fetch = &mut active.fetch;
         let is_new = fetch.seen.insert(self.hasher.hash_one(topic));

@@ -187,6 +187,22 @@ fn a_broken_link_begins_again_and_hands_nothing_out_twice() {
 }
 
 #[test]
+fn an_answer_that_does_not_come_is_noticed() {
+    let mut scene = Scene::new();
+    scene.come("a", QoS::AtMostOnce);
+    assert_eq!(scene.subscribes().len(), 1);
+    let start = scene.now;
+    assert!(!scene.queue.is_unanswered(start));
+    scene.now += QUIET;
+    assert!(scene.queue.is_unanswered(scene.now));
+    assert!(scene.queue.subscribed(1, scene.now));
+    assert!(!scene.queue.is_unanswered(scene.now + QUIET));
+    scene.now += QUIET;
+    assert_eq!(scene.steps().len(), 1);
+    assert!(scene.queue.is_unanswered(scene.now + QUIET));
+}
+
+#[test]
 fn who_has_left_is_not_fetched_for() {
     let mut scene = Scene::new();
     let key = scene.come("a", QoS::AtMostOnce);
