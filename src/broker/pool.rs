@@ -41,7 +41,15 @@ struct Pool {
     /// With MQTT 3.1.1.
     overlaps: Option<Overlaps>,
     runtimes: Vec<Handle>,
-    tasks: Mutex<Vec<JoinHandle<()>>>,
+    tasks: Mutex<Tasks>,
+}
+
+#[derive(Default)]
+struct Tasks {
+    /// Members whose tasks were started, from the first on.
+    started: usize,
+    /// Their tasks, until the drain takes them.
+    handles: Vec<JoinHandle<()>>,
 }
 
 /// What it takes where messages bear no identifiers.
@@ -102,7 +110,7 @@ impl Broker {
             hasher: RandomState::new(),
             overlaps,
             runtimes: runtimes.to_vec(),
-            tasks: Mutex::new(Vec::new()),
+            tasks: Mutex::default(),
         });
         pool.open(spread);
         let broker = Self { pool };
@@ -275,23 +283,27 @@ impl Pool {
 
     /// Those whose tasks were started.
     fn open_members(&self) -> &[Arc<Member>] {
-        let open = lock(&self.tasks).len();
+        let open = lock(&self.tasks).started;
         self.members.get(..open).unwrap_or_default()
     }
 
-    /// Starts members' tasks until so many run.
+    /// Starts members' tasks until so many were started; none while stopping.
     fn open(&self, number: usize) {
         let mut tasks = lock(&self.tasks);
         let runtimes = self.runtimes.iter().cycle();
         let all = self.members.iter().zip(runtimes).take(number);
-        for (member, runtime) in all.skip(tasks.len()) {
-            if tasks.len() >= self.spread {
+        for (member, runtime) in all.skip(tasks.started) {
+            if member.is_closing() {
+                return;
+            }
+            if tasks.started >= self.spread {
                 tracing::info!(
                     client_id = member.client_id(),
                     "one more connection to the broker, for filters that overlap"
                 );
             }
-            tasks.push(runtime.spawn(link::run(member.clone())));
+            tasks.started += 1;
+            tasks.handles.push(runtime.spawn(link::run(member.clone())));
         }
     }
 }
@@ -305,7 +317,7 @@ impl BrokerTasks {
         for member in &pool.members {
             member.close();
         }
-        let tasks = std::mem::take(&mut *lock(&pool.tasks));
+        let tasks = std::mem::take(&mut lock(&pool.tasks).handles);
         let mut left = 0;
         for (mut task, member) in tasks.into_iter().zip(&pool.members) {
             // A link that is down and owes nothing is not worth waiting for.
