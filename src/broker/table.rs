@@ -10,8 +10,7 @@
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 
-use indexmap::IndexMap;
-
+use super::group::{Audience, Group, SubscriptionKey};
 use super::topic::TopicFilter;
 use super::wire::MAX_SUBSCRIPTION_ID;
 use super::{QoS, Subscriber};
@@ -20,30 +19,13 @@ use super::{QoS, Subscriber};
 /// broker may have queued messages under them. 8 bytes and a map entry each.
 const MAX_RETIRED_IDS: usize = 16_384;
 
-/// Names one subscriber of one filter.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub struct SubscriptionKey(u64);
-
-struct Member {
-    subscriber: Arc<dyn Subscriber>,
-    qos: QoS,
-    /// Whose place it takes. As long as that one is there, because the broker has not
-    /// answered yet, only retained messages are for this one.
-    replaces: Option<SubscriptionKey>,
-}
-
 struct Entry {
-    filter: TopicFilter,
     /// Identifier of the newest SUBSCRIBE that the broker accepted.
     confirmed: Option<u32>,
     /// Identifiers of those after it, oldest first. Any of them may be the one that
     /// the broker uses.
     asked: VecDeque<u32>,
-    members: IndexMap<SubscriptionKey, Member>,
-    /// Whose turn it is in a shared subscription.
-    turn: usize,
-    /// How many members asked for each QoS.
-    by_qos: [usize; 3],
+    group: Group,
 }
 
 struct Target {
@@ -58,20 +40,6 @@ pub(super) struct Ask {
     pub qos: QoS,
     pub id: u32,
 }
-
-/// Whom a message is for, with the QoS of the subscription.
-pub(super) struct Recipient {
-    pub subscriber: Arc<dyn Subscriber>,
-    pub qos: QoS,
-    /// In a shared subscription, whose turn it is if this one has just ended.
-    pub others: Vec<(Arc<dyn Subscriber>, QoS)>,
-}
-
-/// Everyone whom a message is for.
-pub(super) type Audience = Vec<Recipient>;
-
-/// Members of a shared subscription that are tried in place of one that has ended.
-const MAX_OTHERS: usize = 3;
 
 /// Unanswered SUBSCRIBEs for one filter whose identifiers are kept apart. While the
 /// broker is away callers try again and again, and it will see but a few of them.
@@ -120,27 +88,18 @@ impl Table {
         let id = self.free_id();
         let name: Arc<str> = filter.as_str().into();
         let entry = self.entries.entry(name.clone()).or_insert_with(|| Entry {
-            filter: filter.clone(),
             confirmed: None,
             asked: VecDeque::new(),
-            members: IndexMap::new(),
-            turn: 0,
-            by_qos: [0; 3],
+            group: Group::new(filter.is_shared()),
         });
-        let member = Member {
-            subscriber,
-            qos,
-            replaces: replaced,
-        };
-        entry.members.insert(key, member);
-        entry.count(qos, 1);
+        entry.group.add(key, subscriber, qos, replaced);
         entry.asked.push_back(id);
         let surplus = (entry.asked.len() > MAX_ASKED)
             .then(|| entry.asked.pop_front())
             .flatten();
         let ask = Ask {
             filter: name.clone(),
-            qos: entry.qos(),
+            qos: entry.group.qos(),
             id,
         };
         if let Some(surplus) = surplus {
@@ -163,9 +122,8 @@ impl Table {
         key: SubscriptionKey,
     ) -> Option<Arc<str>> {
         let entry = self.entries.get_mut(filter.as_str())?;
-        let member = entry.members.swap_remove(&key)?;
-        entry.count(member.qos, -1);
-        if !entry.members.is_empty() {
+        entry.group.remove(key)?;
+        if !entry.group.is_empty() {
             return None;
         }
         let (name, entry) = self.entries.remove_entry(filter.as_str())?;
@@ -205,16 +163,15 @@ impl Table {
             .filter_map(|(name, entry)| {
                 Some(Ask {
                     filter: name.clone(),
-                    qos: entry.qos(),
+                    qos: entry.group.qos(),
                     id: newest(entry)?,
                 })
             })
             .collect()
     }
 
-    /// Who gets a message. `ids` are the subscription identifiers it came with;
-    /// without any, the broker knows none and the topic decides.
-    pub(super) fn audience(&mut self, topic: &str, retained: bool, ids: &[u32]) -> Audience {
+    /// Who gets a message. `ids` are the subscription identifiers it came with.
+    pub(super) fn audience(&mut self, retained: bool, ids: &[u32]) -> Audience {
         let mut audience = Vec::new();
         for id in ids {
             let Some(target) = self.ids.get(id) else {
@@ -224,17 +181,9 @@ impl Table {
                 continue;
             };
             if retained {
-                let newcomer = target.newcomer.and_then(|key| entry.members.get(&key));
-                audience.extend(newcomer.map(Recipient::only));
+                audience.extend(target.newcomer.and_then(|key| entry.group.get(key)));
             } else {
-                entry.collect(&mut audience);
-            }
-        }
-        if ids.is_empty() {
-            for entry in self.entries.values_mut() {
-                if entry.filter.matches(topic) {
-                    entry.collect(&mut audience);
-                }
+                entry.group.collect(&mut audience);
             }
         }
         audience
@@ -255,59 +204,6 @@ impl Table {
             if !self.ids.contains_key(&self.next_id) {
                 return self.next_id;
             }
-        }
-    }
-}
-
-impl Recipient {
-    fn only(member: &Member) -> Self {
-        Self {
-            subscriber: member.subscriber.clone(),
-            qos: member.qos,
-            others: Vec::new(),
-        }
-    }
-}
-
-impl Entry {
-    /// The highest QoS that a member asked for.
-    fn qos(&self) -> QoS {
-        match self.by_qos {
-            [_, 0, 0] => QoS::AtMostOnce,
-            [_, _, 0] => QoS::AtLeastOnce,
-            _ => QoS::ExactlyOnce,
-        }
-    }
-
-    fn count(&mut self, qos: QoS, change: isize) {
-        if let Some(count) = self.by_qos.get_mut(qos as usize) {
-            *count = count.saturating_add_signed(change);
-        }
-    }
-
-    fn collect(&mut self, audience: &mut Audience) {
-        let counts = |member: &Member| {
-            let replaced = member.replaces.as_ref();
-            !replaced.is_some_and(|key| self.members.contains_key(key))
-        };
-        if !self.filter.is_shared() {
-            let members = self.members.values().filter(|member| counts(member));
-            audience.extend(members.map(Recipient::only));
-            return;
-        }
-        // The group's members in turn.
-        let count = self.members.len();
-        let mut in_turn = (1..=count)
-            .map(|step| (self.turn + step) % count)
-            .filter_map(|index| Some((index, self.members.get_index(index)?.1)))
-            .filter(|(_, member)| counts(member));
-        if let Some((index, member)) = in_turn.next() {
-            let others = in_turn.take(MAX_OTHERS);
-            audience.push(Recipient {
-                others: others.map(|(_, m)| (m.subscriber.clone(), m.qos)).collect(),
-                ..Recipient::only(member)
-            });
-            self.turn = index;
         }
     }
 }
@@ -354,10 +250,10 @@ mod tests {
         let mut table = Table::new(0);
         let a = add(&mut table, "a/#", QoS::AtLeastOnce).1.id;
         let b = add(&mut table, "a/b", QoS::AtLeastOnce).1.id;
-        assert_eq!(table.audience("a/b", false, &[a, b]).len(), 2);
-        assert_eq!(table.audience("a/b", false, &[a]).len(), 1);
-        assert_eq!(table.audience("a/b", false, &[b]).len(), 1);
-        assert_eq!(table.audience("a/b", false, &[]).len(), 2);
+        assert_eq!(table.audience(false, &[a, b]).len(), 2);
+        assert_eq!(table.audience(false, &[a]).len(), 1);
+        assert_eq!(table.audience(false, &[b]).len(), 1);
+        assert!(table.audience(false, &[]).is_empty());
     }
 
     #[test]
@@ -365,11 +261,11 @@ mod tests {
         let mut table = Table::new(0);
         let first = add(&mut table, "r", QoS::AtMostOnce).1.id;
         let second = add(&mut table, "r", QoS::AtMostOnce).1.id;
-        assert_eq!(table.audience("r", true, &[second]).len(), 1);
-        assert_eq!(table.audience("r", true, &[first]).len(), 1);
+        assert_eq!(table.audience(true, &[second]).len(), 1);
+        assert_eq!(table.audience(true, &[first]).len(), 1);
         // A message queued under the replaced identifier is still for both.
-        assert_eq!(table.audience("r", false, &[first]).len(), 2);
-        assert_eq!(table.audience("r", false, &[second]).len(), 2);
+        assert_eq!(table.audience(false, &[first]).len(), 2);
+        assert_eq!(table.audience(false, &[second]).len(), 2);
     }
 
     #[test]
@@ -380,7 +276,7 @@ mod tests {
         add(&mut table, "$share/g/t", QoS::AtMostOnce);
         let qos: Vec<_> = (0..6)
             .map(|_| {
-                let audience = table.audience("t", false, &[id]);
+                let audience = table.audience(false, &[id]);
                 assert_eq!(audience.len(), 1);
                 audience[0].qos
             })
@@ -398,7 +294,7 @@ mod tests {
             let (key, _) = table.add(&filter("a"), QoS::AtMostOnce, Arc::new(Nobody), Some(first));
             table.remove(&filter("a"), key);
         }
-        assert_eq!(table.audience("a", false, &[ask.id]).len(), 1);
+        assert_eq!(table.audience(false, &[ask.id]).len(), 1);
     }
 
     #[test]
@@ -406,7 +302,7 @@ mod tests {
         let mut table = Table::new(0);
         let id = add(&mut table, "$share/g/t", QoS::AtMostOnce).1.id;
         add(&mut table, "$share/g/t", QoS::AtLeastOnce);
-        let audience = table.audience("t", false, &[id]);
+        let audience = table.audience(false, &[id]);
         assert_eq!(audience.len(), 1);
         assert_eq!(audience[0].others.len(), 1);
         assert_ne!(audience[0].others[0].1, audience[0].qos);
@@ -424,7 +320,7 @@ mod tests {
         );
         let id = ask.id;
         let qos = |table: &mut Table| {
-            let audience = table.audience("a", false, &[id]);
+            let audience = table.audience(false, &[id]);
             audience.iter().map(|r| r.qos).collect::<Vec<_>>()
         };
         assert_eq!(
@@ -448,12 +344,12 @@ mod tests {
             Some(first),
         );
         for _ in 0..3 {
-            let audience = table.audience("a", false, &[ask.id]);
+            let audience = table.audience(false, &[ask.id]);
             assert_eq!(audience.len(), 1);
             assert_eq!(audience[0].qos, QoS::AtMostOnce);
         }
         assert!(table.remove(&filter("$share/g/a"), second).is_none());
-        assert_eq!(table.audience("a", false, &[ask.id]).len(), 1);
+        assert_eq!(table.audience(false, &[ask.id]).len(), 1);
     }
 
     #[test]
@@ -461,7 +357,7 @@ mod tests {
         let mut table = Table::new(0);
         let (key, ask) = add(&mut table, "a", QoS::AtMostOnce);
         table.remove(&filter("a"), key);
-        assert!(table.audience("a", false, &[ask.id]).is_empty());
+        assert!(table.audience(false, &[ask.id]).is_empty());
     }
 
     #[test]
