@@ -137,7 +137,7 @@ fn bad_values() {
         ),
         (
             "[broker]\nreconnect_min = '6s'",
-            "broker.reconnect_min: found 6s; allowed: not more than broker.reconnect_max, which is 5s",
+            "broker.reconnect_min: found 6s; allowed: not more than broker.reconnect_max, which is 1500ms",
         ),
         (
             "[admin]\nbind = 'localhost:1'",
