@@ -352,6 +352,24 @@ async fn a_broker_that_forgot_gets_all_of_it_again() {
     stage.finish().await;
 }
 
+/// A publish upon which the broker hangs up fails after a few times, also where the
+/// link has subscriptions to restore each time; the link is there for the others.
+#[tokio::test]
+async fn a_packet_that_the_broker_hangs_up_upon_fails() {
+    let broker = Broker::with("allow_anonymous true\nmax_packet_size 2000\n").await;
+    let keys = [
+        ("BROKER__POOL_SIZE", "1"),
+        ("BROKER__PUBLISH_TIMEOUT", "20s"),
+    ];
+    let stage = Stage::around(broker, &keys).await;
+    let device = stage.subscriber("c", "t", 1).await;
+    let answer = stage.publish(&device, "t", 1, &"x".repeat(3000)).await;
+    answer.refused(ResultCode::Unknown);
+    stage.publish(&device, "t", 1, "small").await.ok();
+    assert_eq!(stage.handler.payloads(&device.conn, 1).await, ["small"]);
+    stage.finish().await;
+}
+
 /// Counts what it gets.
 struct Counting(std::sync::atomic::AtomicUsize);
 

@@ -47,7 +47,8 @@ pub(super) async fn run(member: Arc<Member>) {
             Err(error) => error,
         };
         let was_up = member.state().is_up();
-        if was_up && error.is_the_brokers_will() {
+        // Also before everything was restored: what is unacknowledged is sent again first.
+        if place.welcomed && error.is_the_brokers_will() {
             session.hung_up();
         }
         session.disconnected();
@@ -106,6 +107,8 @@ struct Place {
     /// gateway's own, and when somebody else has taken it over. Else the broker keeps
     /// our session.
     url: Option<Arc<str>>,
+    /// Whether the broker took the last connection.
+    welcomed: bool,
     /// How often in a row that happened soon after the link was up, the broker being
     /// there all the time and knowing the session.
     hang_ups: u32,
@@ -118,6 +121,7 @@ async fn serve(
     session: &mut Session,
     place: &mut Place,
 ) -> Result<(), LinkError> {
+    place.welcomed = false;
     let (options, client_id) = (member.options(), member.client_id());
     let mut clean = place.url.is_none();
     if options.protocol == Protocol::V4 {
@@ -138,6 +142,7 @@ async fn serve(
         place.hang_ups = 0;
     }
     place.url = Some(address.url.clone());
+    place.welcomed = true;
     let keep_alive = welcome.keep_alive.map_or(options.keep_alive, |seconds| {
         Duration::from_secs(seconds.into())
     });
