@@ -4,11 +4,12 @@
 //! levels and at each looks into at most three children: the level itself, `+` and
 //! `#`. What does not match is never touched, however much of it there is.
 //!
-//! Children are found in one hash map for the whole tree, by parent and level, and
-//! a level's text is kept once, however many filters use it: what a million device
-//! topics have in common costs nothing, and a step costs two look-ups whether a
-//! node has two children or a million. Nodes live in one vector and are linked by
-//! index; those that become empty are used again.
+//! The children of one node are linked to each other; where they are more than a
+//! few, they are found in one hash map for the whole tree, by parent and level. A
+//! level's text is kept once, however many filters use it. So what a million device
+//! topics have in common costs nothing, and a step costs as much whether a node has
+//! ten children or a million. Nodes live in one vector and are linked by index,
+//! which keeps those of one filter close together; empty ones are used again.
 
 mod relate;
 
@@ -24,6 +25,12 @@ const ROOT: u32 = 0;
 const PLUS: u32 = 0;
 const HASH: u32 = 1;
 
+/// So many children are looked through one by one: it saves the map, and its misses
+/// of the cache, for nearly all nodes.
+const FEW: usize = 4;
+
+type Children = HashMap<(u32, u32), u32, Mixer>;
+
 #[derive(Debug)]
 struct Node<V> {
     parent: u32,
@@ -37,6 +44,8 @@ struct Node<V> {
     hash: u32,
     /// The level begins with `$`; only looked at below the root.
     dollar: bool,
+    /// The children that are no wildcards are in the map too.
+    mapped: bool,
     value: Option<V>,
 }
 
@@ -53,7 +62,7 @@ pub struct Trie<V> {
     nodes: Vec<Node<V>>,
     /// Indices of nodes that are not in use.
     free_nodes: Vec<u32>,
-    children: HashMap<(u32, u32), u32, Mixer>,
+    children: Children,
     levels: HashMap<Box<str>, Level>,
     free_levels: Vec<u32>,
     next_level: u32,
@@ -94,6 +103,7 @@ impl<V> Node<V> {
             plus: ROOT,
             hash: ROOT,
             dollar,
+            mapped: false,
             value: None,
         }
     }
@@ -182,24 +192,22 @@ impl<V> Trie<V> {
             let Some(node) = nodes.get(at as usize) else {
                 continue;
             };
-            let (plus, hash, is_leaf) = (node.plus, node.hash, node.first_child == ROOT);
+            let (plus, hash) = (node.plus, node.hash);
+            let level = scratch.levels.get(depth).copied();
+            let child = level
+                .flatten()
+                .map(|level| child_of(nodes, children, at, level));
             let is_wild = depth >= wild_from;
             if is_wild && hash != ROOT {
                 found_at(nodes, hash);
             }
-            let Some(level) = scratch.levels.get(depth) else {
+            if level.is_none() {
                 found_at(nodes, at);
                 continue;
-            };
-            if is_wild && plus != ROOT {
-                scratch.stack.push((plus, depth + 1));
             }
-            if let Some(level) = level
-                && !is_leaf
-                && let Some(child) = children.get(&(at, *level))
-            {
-                scratch.stack.push((*child, depth + 1));
-            }
+            let next = [plus * u32::from(is_wild), child.unwrap_or(ROOT)];
+            let next = next.into_iter().filter(|at| *at != ROOT);
+            scratch.stack.extend(next.map(|at| (at, depth + 1)));
         }
     }
 
@@ -218,7 +226,7 @@ impl<V> Trie<V> {
         let child = match level {
             "+" => self.node(at)?.plus,
             "#" => self.node(at)?.hash,
-            text => *self.children.get(&(at, self.levels.get(text)?.id))?,
+            text => child_of(&self.nodes, &self.children, at, self.levels.get(text)?.id),
         };
         (child != ROOT).then_some(child)
     }
@@ -239,6 +247,10 @@ impl<V> Trie<V> {
         let at = match self.free_nodes.pop() {
             Some(free) => free,
             None => {
+                if self.nodes.len() == self.nodes.capacity() {
+                    // A vector doubles by itself: at a million filters that is too much.
+                    self.nodes.reserve_exact(self.nodes.len() / 4 + 16);
+                }
                 self.nodes.push(Node::new(ROOT, HASH, false));
                 // Four thousand million nodes are more than any memory holds.
                 u32::try_from(self.nodes.len() - 1).unwrap_or(ROOT)
@@ -249,16 +261,41 @@ impl<V> Trie<V> {
             PLUS => self.change(parent, |node| node.plus = at),
             HASH => self.change(parent, |node| node.hash = at),
             level => {
-                self.children.insert((parent, level), at);
                 let first = self.node(parent).map_or(ROOT, |node| node.first_child);
                 self.change(parent, |node| node.first_child = at);
                 self.change(at, |node| node.next = first);
                 if first != ROOT {
                     self.change(first, |node| node.previous = at);
                 }
+                self.map_children(parent, (level, at));
             }
         }
         at
+    }
+
+    /// Puts a new child into the map, if the parent's are there or have become many.
+    fn map_children(&mut self, parent: u32, (level, at): (u32, u32)) {
+        let Some(node) = self.node(parent) else {
+            return;
+        };
+        if node.mapped {
+            self.children.insert((parent, level), at);
+            return;
+        }
+        let first = self.node(node.first_child);
+        let siblings = std::iter::successors(first, |child| {
+            self.node(child.next).filter(|_| child.next != ROOT)
+        });
+        if siblings.count() <= FEW {
+            return;
+        }
+        let mut at = node.first_child;
+        while let Some(child) = self.node(at).filter(|_| at != ROOT) {
+            let (level, next) = (child.level, child.next);
+            self.children.insert((parent, level), at);
+            at = next;
+        }
+        self.change(parent, |node| node.mapped = true);
     }
 
     /// Takes an empty node out.
@@ -269,9 +306,15 @@ impl<V> Trie<V> {
             PLUS => self.change(parent, |node| node.plus = ROOT),
             HASH => self.change(parent, |node| node.hash = ROOT),
             level => {
-                self.children.remove(&(parent, level));
+                if self.node(parent).is_some_and(|node| node.mapped) {
+                    self.children.remove(&(parent, level));
+                }
                 if previous == ROOT {
-                    self.change(parent, |node| node.first_child = next);
+                    self.change(parent, |node| {
+                        node.first_child = next;
+                        // The last one: they may be few again.
+                        node.mapped &= next != ROOT;
+                    });
                 } else {
                     self.change(previous, |node| node.next = next);
                 }
@@ -306,6 +349,26 @@ impl<V> Trie<V> {
             }
         }
     }
+}
+
+/// The child with this level, or [`ROOT`] if there is none.
+fn child_of<V>(nodes: &[Node<V>], children: &Children, at: u32, level: u32) -> u32 {
+    let Some(node) = nodes.get(at as usize) else {
+        return ROOT;
+    };
+    if node.mapped {
+        return children.get(&(at, level)).copied().unwrap_or(ROOT);
+    }
+    let mut at = node.first_child;
+    while at != ROOT
+        && let Some(child) = nodes.get(at as usize)
+    {
+        if child.level == level {
+            return at;
+        }
+        at = child.next;
+    }
+    ROOT
 }
 
 /// Hashes the two indices that name a child. They are ours and not a peer's, so one

@@ -4,7 +4,7 @@
 //! They cost as much, except that `+` in a filter asked for overlaps looks at all
 //! children of a node until one overlaps.
 
-use super::{ROOT, Trie};
+use super::{ROOT, Trie, child_of};
 use crate::broker::topic::TopicFilter;
 
 #[derive(Clone, Copy)]
@@ -28,7 +28,8 @@ impl<V> Trie<V> {
     }
 
     fn child(&self, at: u32, level: Option<u32>) -> Option<u32> {
-        self.children.get(&(at, level?)).copied()
+        let child = child_of(&self.nodes, &self.children, at, level?);
+        (child != ROOT).then_some(child)
     }
 
     /// The value of a filter that matches all topics that `filter` matches and is

@@ -37,7 +37,8 @@ fn some_filter() -> impl Strategy<Value = TopicFilter> {
 }
 
 /// All topics of up to five of the levels; longer ones show nothing new for filters
-/// of up to five.
+/// of up to five. Also the empty one, which is none: that `+` and `/#` have no other in
+/// common is not noticed.
 fn every_topic() -> Vec<String> {
     let levels = ["a", "b", "", "$x", "a$", "z"];
     let mut all = Vec::new();
@@ -48,7 +49,6 @@ fn every_topic() -> Vec<String> {
         longest = longest.iter().flat_map(longer).collect();
     }
     all.extend(longest.into_iter().step_by(7));
-    all.retain(|topic| !topic.is_empty());
     all
 }
 
@@ -76,6 +76,34 @@ fn a_shared_subscription_is_found_by_its_filter() {
     trie.insert(&filter("$share/g/a/+"), 1);
     assert_eq!(matched(&mut trie, "a/b"), [1]);
     assert!(trie.overlaps(&filter("a/#")));
+}
+
+/// Children are found by list while they are few and by map when they are many, and
+/// when they are few again.
+#[test]
+fn many_children_are_found_like_few() {
+    let mut trie = Trie::default();
+    for round in 0..2 {
+        for number in 0..50 {
+            trie.insert(&filter(&format!("a/{number}")), number);
+            for found in 0..50 {
+                let expected = if found <= number { vec![found] } else { vec![] };
+                assert_eq!(matched(&mut trie, &format!("a/{found}")), expected);
+            }
+        }
+        for number in (0..50).rev() {
+            let filter = filter(&format!("a/{number}"));
+            // From both ends, so that the map and the links shrink differently.
+            let filter = if round == 0 {
+                filter
+            } else {
+                self::filter(&format!("a/{}", 49 - number))
+            };
+            assert!(trie.remove(&filter).is_some());
+            assert!(!trie.overlaps(&filter));
+        }
+        assert!(trie.is_empty() && trie.children.is_empty() && trie.levels.is_empty());
+    }
 }
 
 /// As deep as a topic can be: 65,535 bytes, all slashes.
