@@ -156,7 +156,10 @@ impl Calls {
         result: Result<(), Refusal>,
     ) -> Response<CodeResponse> {
         let (code, message) = match result {
-            Ok(()) => (ResultCode::Success, String::new()),
+            Ok(()) => {
+                tracing::debug!(conn, method, "a handler's call is done");
+                (ResultCode::Success, String::new())
+            }
             Err(refusal) => {
                 let code = refusal.code.as_str_name();
                 let reason = &refusal.message;

@@ -57,22 +57,27 @@ pub enum Error {
     /// The configuration names something that cannot be used.
     #[error(transparent)]
     Options(#[from] options::Error),
-    /// An address cannot be bound.
-    #[error("cannot listen on {address} ({key}): {error}")]
-    Bind {
-        /// The configuration's key.
-        key: String,
-        /// The address.
-        address: SocketAddr,
-        /// The system's word.
-        error: io::Error,
-    },
+    /// Addresses cannot be bound.
+    #[error("{}", .0.iter().map(ToString::to_string).collect::<Vec<_>>().join("; "))]
+    Bind(Vec<BindError>),
     /// The system refuses a thread, a runtime or randomness.
     #[error("the system refuses what the gateway needs: {0}")]
     System(#[from] io::Error),
     /// The metrics contradict each other.
     #[error("metrics cannot be set up: {0}")]
     Metrics(String),
+}
+
+/// An address that cannot be bound.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot listen on {address} ({key}): {error}")]
+pub struct BindError {
+    /// The configuration's key.
+    pub key: String,
+    /// The address.
+    pub address: SocketAddr,
+    /// The system's word.
+    pub error: io::Error,
 }
 
 /// Where a running gateway can be reached, with real ports where 0 was asked for.
@@ -203,12 +208,11 @@ impl Gateway {
         let broker_options = options::broker(config)?;
         // Every address is bound before anything else: a gateway that cannot start must
         // not have answered a device or taken over another one's sessions.
-        let acceptors = bind_acceptors(config)?;
-        let adapter_listener = bind("server.bind", config.server.bind).await?;
-        let admin_listener = match config.admin.bind {
-            Some(address) => Some(bind("admin.bind", address).await?),
-            None => None,
-        };
+        let Sockets {
+            acceptors,
+            adapter: adapter_listener,
+            admin: admin_listener,
+        } = Sockets::bind(config).await?;
         let addresses = Addresses {
             listeners: acceptors
                 .iter()
@@ -429,21 +433,55 @@ fn used_handlers(config: &Config) -> BTreeMap<&str, &Handler> {
         .collect()
 }
 
-/// The sockets of the listeners that are enabled, by name.
-fn bind_acceptors(config: &Config) -> Result<Vec<(&str, Acceptor)>, Error> {
-    let listeners = config.listeners.tcp.iter();
-    listeners
-        .filter(|(_, listener)| listener.enable)
-        .map(|(name, listener)| {
-            let acceptor = Acceptor::bind(listener.bind, &options::tcp(listener));
-            let acceptor = acceptor.map_err(|error| Error::Bind {
-                key: format!("listeners.tcp.{name}.bind"),
-                address: listener.bind,
+/// Every socket that listens.
+struct Sockets<'a> {
+    /// Of the listeners that are enabled, by name.
+    acceptors: Vec<(&'a str, Acceptor)>,
+    adapter: TcpListener,
+    admin: Option<TcpListener>,
+}
+
+impl<'a> Sockets<'a> {
+    /// Binds them all, and names all that cannot be bound, not only the first.
+    async fn bind(config: &'a Config) -> Result<Self, Error> {
+        let mut errors = Vec::new();
+        let mut note = |key: String, address, error| {
+            errors.push(BindError {
+                key,
+                address,
                 error,
-            })?;
-            Ok((name.as_str(), acceptor))
-        })
-        .collect()
+            });
+        };
+        let mut acceptors = Vec::new();
+        for (name, listener) in &config.listeners.tcp {
+            if !listener.enable {
+                continue;
+            }
+            match Acceptor::bind(listener.bind, &options::tcp(listener)) {
+                Ok(acceptor) => acceptors.push((name.as_str(), acceptor)),
+                Err(error) => note(format!("listeners.tcp.{name}.bind"), listener.bind, error),
+            }
+        }
+        let adapter = TcpListener::bind(config.server.bind).await;
+        let adapter = adapter
+            .map_err(|error| note("server.bind".to_owned(), config.server.bind, error))
+            .ok();
+        let mut admin = None;
+        if let Some(address) = config.admin.bind {
+            match TcpListener::bind(address).await {
+                Ok(listener) => admin = Some(listener),
+                Err(error) => note("admin.bind".to_owned(), address, error),
+            }
+        }
+        match adapter {
+            Some(adapter) if errors.is_empty() => Ok(Self {
+                acceptors,
+                adapter,
+                admin,
+            }),
+            _ => Err(Error::Bind(errors)),
+        }
+    }
 }
 
 /// What listeners are made of.
@@ -488,16 +526,6 @@ impl Build<'_> {
             metrics,
         ))
     }
-}
-
-async fn bind(key: &str, address: SocketAddr) -> Result<TcpListener, Error> {
-    TcpListener::bind(address)
-        .await
-        .map_err(|error| Error::Bind {
-            key: key.to_owned(),
-            address,
-            error,
-        })
 }
 
 /// Accepts handlers and spreads their connections over the shards.

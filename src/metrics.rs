@@ -80,7 +80,7 @@ const TABLE: &[(Kind, &str, Unit, &str, &str)] = &[
     (Kind::Counter, RECEIVED, Unit::Count, "", "Messages received from the broker."),
     (Kind::Counter, UNCLAIMED, Unit::Count, "", "Messages received that no connection was subscribed to any more."),
     (Kind::Counter, ACKNOWLEDGED_EARLY, Unit::Count, "", "Messages acknowledged to the broker before a slow handler took them, so that others are not held up."),
-    (Kind::Counter, RECONNECTS, Unit::Count, "", "Attempts to connect to the broker again."),
+    (Kind::Counter, RECONNECTS, Unit::Count, "", "Attempts to connect to the broker after a failed or lost connection."),
     (Kind::Counter, PUBLISH_TIMEOUTS, Unit::Count, "", "Publishes without a confirmation in time."),
     (Kind::Counter, OUTBOX_FULL, Unit::Count, "", "Publishes refused because the outbox was full."),
     (Kind::Gauge, OUTBOX_MESSAGES, Unit::Count, "", "Publishes that wait to be sent to the broker."),

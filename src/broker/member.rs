@@ -436,7 +436,7 @@ impl Member {
             Protocol::V4 => shared.topics.audience(topic),
             Protocol::V5 => {
                 let ids = &publish.subscription_ids;
-                shared.table.audience(publish.retain, ids)
+                shared.table.audience(topic, publish.retain, ids)
             }
         }
     }

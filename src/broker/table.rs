@@ -20,6 +20,7 @@ use super::{QoS, Subscriber};
 const MAX_RETIRED_IDS: usize = 16_384;
 
 struct Entry {
+    filter: TopicFilter,
     /// Identifier of the newest SUBSCRIBE that the broker accepted.
     confirmed: Option<u32>,
     /// Identifiers of those after it, oldest first. Any of them may be the one that
@@ -88,6 +89,7 @@ impl Table {
         let id = self.free_id();
         let name: Arc<str> = filter.as_str().into();
         let entry = self.entries.entry(name.clone()).or_insert_with(|| Entry {
+            filter: filter.clone(),
             confirmed: None,
             asked: VecDeque::new(),
             group: Group::new(filter.is_shared()),
@@ -171,7 +173,7 @@ impl Table {
     }
 
     /// Who gets a message. `ids` are the subscription identifiers it came with.
-    pub(super) fn audience(&mut self, retained: bool, ids: &[u32]) -> Audience {
+    pub(super) fn audience(&mut self, topic: &str, retained: bool, ids: &[u32]) -> Audience {
         let mut audience = Vec::new();
         for id in ids {
             let Some(target) = self.ids.get(id) else {
@@ -180,6 +182,10 @@ impl Table {
             let Some(entry) = self.entries.get_mut(&target.filter) else {
                 continue;
             };
+            // An identifier of somebody else's, in a session that was theirs.
+            if !entry.filter.matches(topic) {
+                continue;
+            }
             if retained {
                 audience.extend(target.newcomer.and_then(|key| entry.group.get(key)));
             } else {
@@ -250,10 +256,12 @@ mod tests {
         let mut table = Table::new(0);
         let a = add(&mut table, "a/#", QoS::AtLeastOnce).1.id;
         let b = add(&mut table, "a/b", QoS::AtLeastOnce).1.id;
-        assert_eq!(table.audience(false, &[a, b]).len(), 2);
-        assert_eq!(table.audience(false, &[a]).len(), 1);
-        assert_eq!(table.audience(false, &[b]).len(), 1);
-        assert!(table.audience(false, &[]).is_empty());
+        assert_eq!(table.audience("a/b", false, &[a, b]).len(), 2);
+        assert_eq!(table.audience("a/b", false, &[a]).len(), 1);
+        assert_eq!(table.audience("a/b", false, &[b]).len(), 1);
+        assert!(table.audience("a/b", false, &[]).is_empty());
+        // One that somebody else used in the same session.
+        assert!(table.audience("b", false, &[a]).is_empty());
     }
 
     #[test]
@@ -261,11 +269,11 @@ mod tests {
         let mut table = Table::new(0);
         let first = add(&mut table, "r", QoS::AtMostOnce).1.id;
         let second = add(&mut table, "r", QoS::AtMostOnce).1.id;
-        assert_eq!(table.audience(true, &[second]).len(), 1);
-        assert_eq!(table.audience(true, &[first]).len(), 1);
+        assert_eq!(table.audience("r", true, &[second]).len(), 1);
+        assert_eq!(table.audience("r", true, &[first]).len(), 1);
         // A message queued under the replaced identifier is still for both.
-        assert_eq!(table.audience(false, &[first]).len(), 2);
-        assert_eq!(table.audience(false, &[second]).len(), 2);
+        assert_eq!(table.audience("r", false, &[first]).len(), 2);
+        assert_eq!(table.audience("r", false, &[second]).len(), 2);
     }
 
     #[test]
@@ -276,7 +284,7 @@ mod tests {
         add(&mut table, "$share/g/t", QoS::AtMostOnce);
         let qos: Vec<_> = (0..6)
             .map(|_| {
-                let audience = table.audience(false, &[id]);
+                let audience = table.audience("t", false, &[id]);
                 assert_eq!(audience.len(), 1);
                 audience[0].qos
             })
@@ -294,7 +302,7 @@ mod tests {
             let (key, _) = table.add(&filter("a"), QoS::AtMostOnce, Arc::new(Nobody), Some(first));
             table.remove(&filter("a"), key);
         }
-        assert_eq!(table.audience(false, &[ask.id]).len(), 1);
+        assert_eq!(table.audience("a", false, &[ask.id]).len(), 1);
     }
 
     #[test]
@@ -302,7 +310,7 @@ mod tests {
         let mut table = Table::new(0);
         let id = add(&mut table, "$share/g/t", QoS::AtMostOnce).1.id;
         add(&mut table, "$share/g/t", QoS::AtLeastOnce);
-        let audience = table.audience(false, &[id]);
+        let audience = table.audience("t", false, &[id]);
         assert_eq!(audience.len(), 1);
         assert_eq!(audience[0].others.len(), 1);
         assert_ne!(audience[0].others[0].1, audience[0].qos);
@@ -320,7 +328,7 @@ mod tests {
         );
         let id = ask.id;
         let qos = |table: &mut Table| {
-            let audience = table.audience(false, &[id]);
+            let audience = table.audience("a", false, &[id]);
             audience.iter().map(|r| r.qos).collect::<Vec<_>>()
         };
         assert_eq!(
@@ -344,12 +352,12 @@ mod tests {
             Some(first),
         );
         for _ in 0..3 {
-            let audience = table.audience(false, &[ask.id]);
+            let audience = table.audience("a", false, &[ask.id]);
             assert_eq!(audience.len(), 1);
             assert_eq!(audience[0].qos, QoS::AtMostOnce);
         }
         assert!(table.remove(&filter("$share/g/a"), second).is_none());
-        assert_eq!(table.audience(false, &[ask.id]).len(), 1);
+        assert_eq!(table.audience("a", false, &[ask.id]).len(), 1);
     }
 
     #[test]
@@ -357,7 +365,7 @@ mod tests {
         let mut table = Table::new(0);
         let (key, ask) = add(&mut table, "a", QoS::AtMostOnce);
         table.remove(&filter("a"), key);
-        assert!(table.audience(false, &[ask.id]).is_empty());
+        assert!(table.audience("a", false, &[ask.id]).is_empty());
     }
 
     #[test]

@@ -315,6 +315,7 @@ impl Commands {
             // by itself.
             let _ = older.close(CloseReason::Discarded);
         }
+        tracing::debug!(conn = %handle.id(), clientid = %client.clientid, "authenticated");
         handle.authenticated(client.clone()).map_err(|refused| {
             // It ended meanwhile and nobody else will take the name back.
             self.registry.release(&client.clientid, handle.id());

@@ -31,3 +31,6 @@ pub use queue::{Limits, Policy};
 pub use reason::CloseReason;
 pub use registry::{NotFound, Registry};
 pub use task::serve;
+
+#[cfg(test)]
+mod tests;

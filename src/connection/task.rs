@@ -213,6 +213,7 @@ impl<S: Socket> Driver<S> {
             Call::Timer => Event::TimerTimeout,
             Call::Closed(reason) => Event::SocketClosed(reason.to_string()),
         };
+        tracing::debug!(callback = event.method(), "calling the handler");
         self.call = Some(self.sink.deliver(self.caller.clone(), event));
     }
 

@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use futures_util::future::BoxFuture;
 
+use crate::metrics::METHODS;
 use crate::proto;
 
 /// Something that happened to a connection, as its handler is told.
@@ -32,6 +33,14 @@ pub enum Event {
 }
 
 impl Event {
+    /// The name of its callback.
+    pub fn method(&self) -> &'static str {
+        METHODS
+            .get(self.method_index())
+            .copied()
+            .unwrap_or_default()
+    }
+
     /// Its callback's place in [`crate::metrics::METHODS`].
     pub fn method_index(&self) -> usize {
         match self {

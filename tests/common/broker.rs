@@ -6,6 +6,7 @@ use std::net::Ipv4Addr;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::thread;
+use std::time::Duration;
 
 use tempfile::TempDir;
 use tokio::net::TcpStream;
@@ -120,9 +121,25 @@ impl Broker {
         extra.clone_into(&mut self.extra);
     }
 
-    /// Starts it; returns when it listens. Where that fails, as upon a port that
-    /// somebody took meanwhile, its log is the message.
+    /// Starts it; returns when it listens.
     pub async fn up(&mut self) {
+        for _ in 0..20 {
+            let Err(lines) = self.try_up().await else {
+                return;
+            };
+            let taken = lines
+                .iter()
+                .any(|line| line.contains("Address already in use"));
+            assert!(taken, "{lines:#?}");
+            // Somebody looks whether it is free, or has just left it.
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        panic!("port {} is taken", self.port);
+    }
+
+    /// Starts it; its log, if it ends at once.
+    async fn try_up(&mut self) -> Result<(), Vec<String>> {
+        self.kill();
         let dir = self.dir.path().display().to_string();
         let config = self.dir.path().join("mosquitto.conf");
         let log = if self.quiet { "information" } else { "all" };
@@ -156,7 +173,8 @@ impl Broker {
         let begun = |line: &String| line.ends_with(" running") || line == ENDED;
         let started = log.wait_for(|log| log.iter().any(begun));
         let lines = within("Mosquitto to start", started).await.unwrap().clone();
-        assert!(!lines.iter().any(|line| line == ENDED), "{lines:#?}");
+        let ended = lines.iter().any(|line| line == ENDED);
+        if ended { Err(lines) } else { Ok(()) }
     }
 
     /// Kills it as a power failure would.
