@@ -11,8 +11,8 @@ use tokio_rustls::rustls::{ClientConfig, ServerConfig};
 
 use crate::broker;
 use crate::config::{
-    ClientTls, Config, Handler, Limit, OnUnavailable, QueuePolicy, Rate, ServiceName, TcpListener,
-    Verify,
+    ClientTls, Config, Handler, Limit, OnUnavailable, Protocol, QueuePolicy, Rate, ServiceName,
+    TcpListener, Verify,
 };
 use crate::connection::machine::Timeouts;
 use crate::connection::{Limits, Policy, Settings};
@@ -132,10 +132,7 @@ pub fn broker(config: &Config) -> Result<broker::Options, Error> {
     } else {
         None
     };
-    let client_id = |member| {
-        let (prefix, node) = (&*broker.client_id_prefix, &*config.node_name);
-        format!("{prefix}-{node}-{member}")
-    };
+    let (prefix, node) = (&*broker.client_id_prefix, &*config.node_name);
     let name = |property: &Option<crate::config::PropertyName>| {
         property.as_ref().map(|name| name.to_string())
     };
@@ -147,7 +144,12 @@ pub fn broker(config: &Config) -> Result<broker::Options, Error> {
     };
     Ok(broker::Options {
         addresses: broker.url.iter().map(address).collect(),
-        client_ids: (0..broker.pool_size).map(client_id).collect(),
+        protocol: match broker.protocol {
+            Protocol::V4 => broker::Protocol::V4,
+            Protocol::V5 => broker::Protocol::V5,
+        },
+        client_id: format!("{prefix}-{node}"),
+        pool_size: broker.pool_size,
         login: (broker.username.is_some() || broker.password.is_some()).then(|| broker::Login {
             username: broker.username.clone().unwrap_or_default(),
             password: broker

@@ -313,6 +313,10 @@ async fn subscriptions_survive_a_broker_that_kept_an_old_session() {
 async fn retained_messages_do_not_come_again_after_an_outage() {
     let mut stage = Stage::with(&[("BROKER__POOL_SIZE", "1")]).await;
     let device = stage.subscriber("c", "state", 1).await;
+    if common::V4 {
+        // What is retained has been fetched; else it would be, and rightly, later.
+        stage.broker.logged("Sending UNSUBACK to exproto").await;
+    }
     stage.broker.kill();
     stage.admin.ready_until(503, "- broker link").await;
     // The new broker has a retained message before the gateway is back: it comes to
@@ -668,6 +672,9 @@ async fn a_silent_broker_is_told() {
 /// `/readyz` says what that means. (Mosquitto 2.0.11 only hangs up, EMQX says it.)
 #[tokio::test]
 async fn a_session_that_was_taken_over_is_told() {
+    if common::V4 {
+        return; // a 3.1.1 broker just hangs up
+    }
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
     let port = listener.local_addr().unwrap().port();
     let server = tokio::spawn(async move {

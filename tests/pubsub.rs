@@ -438,6 +438,9 @@ async fn a_group_over_two_gateways_gets_each_message_once() {
 /// message came through a gateway, else empty; `node` is the receiver's.
 #[tokio::test]
 async fn a_message_says_who_sent_it_and_when() {
+    if common::V4 {
+        return; // 3.1.1 has no user properties
+    }
     let stage = Stage::with(&[("MOUNTPOINT", "m/")]).await;
     let mut peer = Peer::connect(stage.broker.port).await;
     let plan = Plan::new(&stage.broker.url(), &stage.handler.url());
@@ -490,6 +493,9 @@ async fn a_message_says_who_sent_it_and_when() {
 /// The property's name can be changed, and turned off.
 #[tokio::test]
 async fn the_from_property_can_be_renamed_and_turned_off() {
+    if common::V4 {
+        return; // 3.1.1 has no user properties
+    }
     for (name, from) in [("who", "c"), ("", "")] {
         let stage = Stage::with(&[("BROKER__FROM_PROPERTY", name)]).await;
         let mut peer = Peer::connect(stage.broker.port).await;
@@ -719,11 +725,11 @@ async fn a_full_queue_closes_where_that_is_configured() {
 /// took it, and so is one of QoS 2.
 #[tokio::test]
 async fn the_broker_is_told_when_the_handler_took_it() {
-    for (qos, ack) in [
-        (1, "Received PUBACK from exproto"),
-        (2, "Received PUBREC from exproto"),
-    ] {
+    for (qos, ack) in [(1, "PUBACK"), (2, "PUBREC")] {
         let stage = Stage::with(&[("BROKER__POOL_SIZE", "1")]).await;
+        // Of the pool's member, not of the link that fetches retained messages.
+        let node = stage.plan.config().node_name.to_string();
+        let ack = &format!("Received {ack} from exproto-{node}-0");
         let mut peer = Peer::connect(stage.broker.port).await;
         let slow = stage.subscriber("slow", "t", 2).await;
         let quick = stage.subscriber("quick", "t", 2).await;
@@ -815,6 +821,9 @@ async fn one_slow_connection_does_not_stall_the_pool() {
 /// Rule 10: more than the broker takes is an error to the caller and not a lost link.
 #[tokio::test]
 async fn a_message_too_large_for_the_broker_is_refused() {
+    if common::V4 {
+        return; // a 3.1.1 broker does not say what it takes
+    }
     let broker = Broker::with("allow_anonymous true\nmax_packet_size 2000\n").await;
     let stage = Stage::around(broker, &[("BROKER__POOL_SIZE", "1")]).await;
     let device = stage.client("c").await;
@@ -843,7 +852,9 @@ async fn a_message_too_large_for_the_gateway_breaks_nothing() {
     peer.publish("t", 1, "small").await;
     assert_eq!(stage.handler.payloads(&device.conn, 1).await, ["small"]);
     let connects = stage.broker.counted("as exproto").await;
-    assert_eq!(connects, 1, "the link was lost");
+    // With 3.1.1 a session is wiped first, and one more link fetches what is retained.
+    let expected = if common::V4 { 3 } else { 1 };
+    assert_eq!(connects, expected, "the link was lost");
     stage.finish().await;
 }
 

@@ -6,121 +6,40 @@
 //! last so that a packet that has arrived counts before a time-out.
 
 use std::future::poll_fn;
-use std::io;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use bytes::{Buf, Bytes, BytesMut};
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
-use tokio::net::TcpStream;
-use tokio::time::{Instant, Interval, MissedTickBehavior, interval, timeout};
+use tokio::io::{AsyncWrite, AsyncWriteExt};
+use tokio::time::{Instant, Interval, MissedTickBehavior, interval};
 use tokio_util::io::poll_read_buf;
 
+use super::dial::{self, LinkError, Round, STEADY, Stream, stall_of};
 use super::member::{AckOnDrop, LinkState, Member, WriteWaiters};
 use super::session::{Event, Receipt, Session};
-use super::wire::{self, Hello, Inbound, InboundPublish, Welcome};
+use super::wire::{Decoder, InboundPublish, Protocol};
 use super::{Address, Delivery, Message, Options, PublishError, now_ms};
-use crate::id::MessageIds;
+use crate::id::{MessageId, MessageIds};
 
 /// Bytes read from the broker at once.
 const READ_CHUNK: usize = 64 * 1024;
 
-/// A broker that takes none of our bytes, or answers no ping, for this long is
-/// gone; with a shorter keep-alive, for as long as that. Also set as
-/// `TCP_USER_TIMEOUT`, which finds a silent network.
-const STALL: Duration = Duration::from_secs(10);
-
-/// See [`STALL`]. Who asks for a short keep-alive wants to know soon.
-fn stall_of(options: &Options) -> Duration {
-    STALL.min(options.keep_alive)
-}
-
-/// Bytes the kernel takes ahead of the network (`TCP_NOTSENT_LOWAT`). On a slow link
-/// it would take megabytes, behind which a ping waits until the broker seems dead.
-/// What it does not take waits in the outbox, where it can be withdrawn.
-const UNSENT: u32 = 256 * 1024;
-
 /// How often the clock is looked at.
 const TICK: Duration = Duration::from_secs(1);
 
-/// Anything MQTT can run over.
-trait Stream: AsyncRead + AsyncWrite + Unpin + Send {}
-impl<T: AsyncRead + AsyncWrite + Unpin + Send> Stream for T {}
-
-/// Why a link ended.
-#[derive(Debug, thiserror::Error)]
-enum LinkError {
-    #[error("{0}")]
-    Io(#[from] io::Error),
-    #[error("no connection within {0:?}")]
-    ConnectTimeout(Duration),
-    #[error("no CONNACK within {0:?}")]
-    HandshakeTimeout(Duration),
-    #[error("{0}")]
-    Wire(#[from] wire::WireError),
-    #[error("the TLS handshake failed: {0}")]
-    Tls(io::Error),
-    #[error("the broker hung up before its CONNACK: does it want {0} here?")]
-    NoWelcome(&'static str),
-    #[error("the broker refused the connection: {0}")]
-    Refused(super::Refusal),
-    #[error("the broker closed the connection")]
-    Closed,
-    #[error("the broker ended the connection: {0}")]
-    Ended(String),
-    #[error(
-        "another client connected as {0}: does a second gateway run with the same node_name and client_id_prefix?"
-    )]
-    TakenOver(String),
-    #[error(
-        "the broker took {0} and soon closed the connection, several times in a row: does a second gateway run with the same node_name and client_id_prefix?"
-    )]
-    Contested(String),
-    #[error("the broker sent {0} out of place")]
-    Unexpected(&'static str),
-    #[error("the broker took no bytes for {0:?}")]
-    WriteStalled(Duration),
-    #[error("the broker answered no ping for {0:?}")]
-    PingTimeout(Duration),
-}
-
-impl LinkError {
-    /// The likely reason for a broker to hang up upon a CONNECT.
-    fn no_welcome(address: &Address) -> Self {
-        Self::NoWelcome(match address.tls {
-            None => "TLS (mqtts://)",
-            Some(_) => "a client certificate",
-        })
-    }
-
-    /// Whether the broker hung up of its own accord, as it does upon a packet that
-    /// it will not have.
-    fn is_the_brokers_will(&self) -> bool {
-        self.is_without_a_word() || matches!(self, Self::Ended(_))
-    }
-
-    /// Whether the connection was closed or reset, for whatever reason.
-    fn is_without_a_word(&self) -> bool {
-        match self {
-            Self::Closed => true,
-            Self::Io(error) => error.kind() == io::ErrorKind::ConnectionReset,
-            _ => false,
-        }
-    }
-}
-
 /// Keeps the member connected until it is closed and drained.
 pub(super) async fn run(member: Arc<Member>) {
-    let mut session = Session::new(member.options().receive_maximum);
+    let options = member.options();
+    let mut session = Session::new(options.protocol, options.receive_maximum);
     let mut place = Place::default();
-    let (shortest, longest) = member.options().reconnect;
+    let (shortest, longest) = options.reconnect;
     let mut pause = shortest;
     let mut round = Round::default();
     loop {
         let connected = Instant::now();
-        let Some(address) = round.address(&member.options().addresses) else {
+        let Some(address) = round.address(&options.addresses) else {
             return;
         };
         let mut error = match serve(&member, address, &mut session, &mut place).await {
@@ -146,17 +65,14 @@ pub(super) async fn run(member: Arc<Member>) {
             }
             member.metrics().links_up.decrement(1.0);
         }
-        let rejected = matches!(
-            error,
-            LinkError::TakenOver(_) | LinkError::Contested(_) | LinkError::Refused(_)
-        );
+        let rejected = error.is_a_rejection();
         if !rejected && connected.elapsed() > STEADY.min(longest) {
             pause = shortest;
         } else if rejected {
             pause = longest;
         }
         let reason = format!("{}: {error}", address.url);
-        let Some(reasons) = round.failed(reason, was_up, member.options().addresses.len()) else {
+        let Some(reasons) = round.failed(reason, was_up, options.addresses.len()) else {
             if !matches!(member.state(), LinkState::Down(_)) {
                 let (client_id, address) = (member.client_id(), &*address.url);
                 tracing::warn!(client_id, address, %error, "no broker here; trying the next address");
@@ -169,7 +85,7 @@ pub(super) async fn run(member: Arc<Member>) {
         if member.is_closing() && session.is_idle() && member.waiting() == 0 {
             return;
         }
-        tokio::time::sleep(jitter(pause)).await;
+        tokio::time::sleep(dial::jitter(pause)).await;
         member.metrics().reconnects.increment(1);
         pause = (pause * 2).min(longest);
     }
@@ -182,10 +98,6 @@ const CONTESTED: u32 = 4;
 
 /// A link that has lived for longer was not contested.
 const SOON: Duration = Duration::from_secs(2);
-
-/// After a link that lived for so long the pauses begin anew: a broker that takes us
-/// and hangs up at once is not worth more than an attempt a second.
-const STEADY: Duration = Duration::from_secs(1);
 
 /// Where the session is.
 #[derive(Default)]
@@ -201,104 +113,6 @@ struct Place {
     hang_ups: u32,
 }
 
-/// Goes through the addresses: a pause comes after all of them have failed.
-#[derive(Default)]
-struct Round {
-    next: usize,
-    /// One for each address that failed in this round.
-    reasons: Vec<String>,
-}
-
-impl Round {
-    fn address<'a>(&self, addresses: &'a [Address]) -> Option<&'a Address> {
-        addresses.get(self.next)
-    }
-
-    /// The address failed; what is wrong with all when that was the last. A link
-    /// that was up ends the round too, and the next one begins with its address.
-    fn failed(&mut self, reason: String, was_up: bool, addresses: usize) -> Option<String> {
-        if was_up {
-            self.reasons.clear();
-            return Some(reason);
-        }
-        self.next = (self.next + 1) % addresses.max(1);
-        self.reasons.push(reason);
-        (self.reasons.len() >= addresses).then(|| std::mem::take(&mut self.reasons).join("; "))
-    }
-}
-
-/// Between half of `pause` and all of it, so that the members, and the gateways
-/// after a broker's restart, do not come back in step.
-fn jitter(pause: Duration) -> Duration {
-    let mut random = [0; 2];
-    // Without randomness the pause is merely the same for all.
-    let _ = getrandom::fill(&mut random);
-    pause.mul_f64(0.5 + f64::from(u16::from_le_bytes(random)) / f64::from(u16::MAX) / 2.0)
-}
-
-async fn connect(address: &Address, options: &Options) -> Result<Box<dyn Stream>, LinkError> {
-    let limit = options.connect_timeout;
-    let stall = stall_of(options);
-    let dial = async {
-        let tcp = TcpStream::connect((address.host.as_str(), address.port)).await?;
-        tcp.set_nodelay(true)?;
-        let socket = socket2::SockRef::from(&tcp);
-        socket.set_tcp_user_timeout(Some(stall))?;
-        socket.set_tcp_notsent_lowat(UNSENT)?;
-        let Some(tls) = &address.tls else {
-            return Ok::<Box<dyn Stream>, LinkError>(Box::new(tcp));
-        };
-        let name = tokio_rustls::rustls::pki_types::ServerName::try_from(address.host.clone())
-            .map_err(io::Error::other)?;
-        let connector = tokio_rustls::TlsConnector::from(tls.clone());
-        let encrypted = connector.connect(name, tcp).await;
-        Ok(Box::new(encrypted.map_err(LinkError::Tls)?) as Box<dyn Stream>)
-    };
-    timeout(limit, dial)
-        .await
-        .map_err(|_| LinkError::ConnectTimeout(limit))?
-}
-
-async fn handshake(
-    member: &Member,
-    stream: &mut Box<dyn Stream>,
-    clean_start: bool,
-    input: &mut BytesMut,
-) -> Result<Welcome, LinkError> {
-    let options = member.options();
-    let seconds = |duration: Duration| u32::try_from(duration.as_secs()).unwrap_or(u32::MAX);
-    let mut out = BytesMut::new();
-    wire::connect(
-        &Hello {
-            client_id: member.client_id(),
-            login: options
-                .login
-                .as_ref()
-                .map(|login| (login.username.as_str(), login.password.as_str())),
-            keep_alive: u16::try_from(options.keep_alive.as_secs()).unwrap_or(u16::MAX),
-            clean_start,
-            session_expiry: seconds(options.session_expiry),
-            receive_maximum: options.receive_maximum,
-            max_packet_size: options.max_packet_size,
-        },
-        &mut out,
-    );
-    stream.write_all(&out).await?;
-    stream.flush().await?;
-    loop {
-        if let Some(packet) = wire::decode(input, options.max_packet_size)? {
-            return match packet {
-                Inbound::ConnAck(answer) => answer.map_err(LinkError::Refused),
-                Inbound::Disconnect(notice) => Err(LinkError::Ended(notice.reason)),
-                _ => Err(LinkError::Unexpected("a packet before its CONNACK")),
-            };
-        }
-        if stream.read_buf(input).await? == 0 {
-            return Err(LinkError::Closed);
-        }
-    }
-}
-
 /// One connection, from dialling to its end. `Ok` when the member is drained.
 async fn serve(
     member: &Arc<Member>,
@@ -307,24 +121,28 @@ async fn serve(
     place: &mut Place,
 ) -> Result<(), LinkError> {
     place.welcomed = false;
-    let limit = member.options().connect_timeout;
-    let connected = connect(address, member.options()).await;
+    let (options, client_id) = (member.options(), member.client_id());
+    let mut clean = place.url.is_none();
+    if options.protocol == Protocol::V4 {
+        // A session that is not to be kept is clean each time; one that is must begin
+        // with one that is not.
+        let kept = !options.session_expiry.is_zero();
+        if kept && clean {
+            dial::wipe(options, address, client_id).await?;
+        }
+        clean = !kept;
+    }
+    let connected = dial::connect(options, address).await;
     let mut stream = connected.inspect_err(|_| place.hang_ups = 0)?;
     let mut input = BytesMut::new();
-    let shake = handshake(member, &mut stream, place.url.is_none(), &mut input);
-    let welcome = timeout(limit, shake)
-        .await
-        .map_err(|_| LinkError::HandshakeTimeout(limit))?
-        .map_err(|error| match error {
-            error if error.is_without_a_word() => LinkError::no_welcome(address),
-            error => error,
-        })?;
-    if !welcome.subscription_ids {
+    let shake = dial::handshake(options, address, client_id, clean, &mut stream, &mut input);
+    let welcome = shake.await?;
+    if options.protocol == Protocol::V5 && !welcome.subscription_ids {
         // The topic decides then, which is exact where the broker sends one copy.
         tracing::warn!(
             address = &*address.url,
             "the broker offers no subscription identifiers (MQTT 5, 3.2.2.3.12): a message on \
-             filters that overlap may come more than once"
+             filters that overlap may come more than once; broker.protocol = 4 is exact"
         );
     }
     if !welcome.session_present {
@@ -332,11 +150,9 @@ async fn serve(
     }
     place.url = Some(address.url.clone());
     place.welcomed = true;
-    let keep_alive = welcome
-        .keep_alive
-        .map_or(member.options().keep_alive, |seconds| {
-            Duration::from_secs(seconds.into())
-        });
+    let keep_alive = welcome.keep_alive.map_or(options.keep_alive, |seconds| {
+        Duration::from_secs(seconds.into())
+    });
     let mut output = BytesMut::new();
     session.connected(&welcome, &mut output);
     member.welcomed(&welcome);
@@ -345,10 +161,11 @@ async fn serve(
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut link = Link {
         member,
-        address: &address.url,
+        address,
         session,
         stream,
         input,
+        decoder: Decoder::new(options.protocol, options.max_packet_size),
         output,
         position: 0,
         flush: true,
@@ -376,10 +193,11 @@ async fn serve(
 
 struct Link<'a> {
     member: &'a Arc<Member>,
-    address: &'a Arc<str>,
+    address: &'a Address,
     session: &'a mut Session,
     stream: Box<dyn Stream>,
     input: BytesMut,
+    decoder: Decoder,
     output: BytesMut,
     /// How many bytes of this connection were written before `output`.
     position: u64,
@@ -423,11 +241,14 @@ impl Link<'_> {
 
     fn announce(&mut self) {
         self.announced = true;
-        if self.member.set_state(LinkState::Up(self.address.clone())) {
+        if self
+            .member
+            .set_state(LinkState::Up(self.address.url.clone()))
+        {
             self.member.metrics().links_up.increment(1.0);
             tracing::info!(
                 client_id = self.member.client_id(),
-                address = %self.address,
+                address = %self.address.url,
                 filters = self.member.filters(),
                 "broker link is up"
             );
@@ -490,14 +311,20 @@ impl Link<'_> {
         // Any packet shows that the broker lives.
         self.ping_sent = None;
         self.last_read = Instant::now();
-        let limit = self.member.options().max_packet_size;
-        while let Some(packet) = wire::decode(&mut self.input, limit)? {
+        while let Some(packet) = self.decoder.next(&mut self.input)? {
             match self.session.receive(packet, &mut self.output) {
                 Event::None => {}
                 Event::Deliver(publish, receipt) => self.hand_out(publish, receipt),
                 Event::Subscribed(filter, id) => self.member.subscribed(&filter, id),
+                Event::TooLarge(topic) => {
+                    self.member.metrics().too_large.increment(1);
+                    tracing::warn!(
+                        ?topic,
+                        "a message larger than broker.max_packet_size is dropped"
+                    );
+                }
                 Event::NotRestored(filter, refusal) => {
-                    self.member.metrics().not_restored.increment(1);
+                    self.member.not_restored(&filter);
                     tracing::error!(%filter, %refusal, "a subscription could not be restored");
                 }
                 Event::Ended(notice) if notice.taken_over => {
@@ -518,6 +345,11 @@ impl Link<'_> {
         let metrics = self.member.metrics();
         metrics.received.increment(1);
         let ack = receipt.map(|receipt| AckOnDrop::new(self.member, receipt));
+        let options = self.member.options();
+        if options.protocol == Protocol::V4 && publish.retain {
+            // Upon a SUBSCRIBE of the pool's own; who is to have it gets it fetched.
+            return;
+        }
         let Ok(topic) = String::from_utf8(publish.topic.to_vec()) else {
             tracing::warn!("a message whose topic is not UTF-8 is dropped");
             return;
@@ -527,29 +359,12 @@ impl Link<'_> {
             metrics.unclaimed.increment(1);
             return;
         }
-        let options = self.member.options();
-        let property = |name: &Option<String>| {
-            let name = name.as_ref()?;
-            let mut properties = publish.user_properties.iter();
-            properties
-                .find(|(key, _)| key == name)
-                .map(|(_, value)| value)
-        };
-        let message = Arc::new(Message {
-            id: self.ids.next_id(),
-            from: property(&options.from_property)
-                .cloned()
-                .unwrap_or_default(),
-            timestamp: property(&options.timestamp_property)
-                .and_then(|text| text.parse().ok())
-                .unwrap_or_else(now_ms),
-            topic,
-            payload: unpin(publish.payload),
-        });
+        let published = publish.qos;
+        let message = Message::received(publish, topic, self.ids.next_id(), options);
         for recipient in audience {
             let delivery = |qos| Delivery {
                 message: message.clone(),
-                qos: publish.qos.min(qos),
+                qos: published.min(qos),
                 _ack: ack.clone(),
             };
             // Given back by one that has just ended: in a shared subscription it is the
@@ -586,7 +401,7 @@ impl Link<'_> {
             // way: one that says nothing is asked, whatever we wrote meanwhile.
             let silent = now - self.last_read + TICK >= self.member.options().keep_alive;
             if due || (silent && self.ping_sent.is_none()) {
-                wire::pingreq(&mut self.output);
+                self.member.options().protocol.pingreq(&mut self.output);
                 self.ping_sent.get_or_insert(now);
                 self.last_write = now;
                 // The write happens in a poll of its own.
@@ -597,10 +412,43 @@ impl Link<'_> {
 
     /// Ends the session at the broker: nothing of it is needed any more.
     async fn goodbye(&mut self) -> Result<(), LinkError> {
-        wire::disconnect(&mut self.output);
+        let options = self.member.options();
+        options.protocol.disconnect(&mut self.output);
         self.stream.write_all(&self.output).await?;
         self.stream.shutdown().await?;
+        if options.protocol == Protocol::V4 && !options.session_expiry.is_zero() {
+            dial::wipe(options, self.address, self.member.client_id()).await?;
+        }
         Ok(())
+    }
+}
+
+impl Message {
+    /// What the handlers get to see of a publish.
+    pub(super) fn received(
+        publish: InboundPublish,
+        topic: String,
+        id: MessageId,
+        options: &Options,
+    ) -> Arc<Self> {
+        let property = |name: &Option<String>| {
+            let name = name.as_ref()?;
+            let mut properties = publish.user_properties.iter();
+            properties
+                .find(|(key, _)| key == name)
+                .map(|(_, value)| value)
+        };
+        Arc::new(Self {
+            id,
+            from: property(&options.from_property)
+                .cloned()
+                .unwrap_or_default(),
+            timestamp: property(&options.timestamp_property)
+                .and_then(|text| text.parse().ok())
+                .unwrap_or_else(now_ms),
+            topic,
+            payload: unpin(publish.payload),
+        })
     }
 }
 

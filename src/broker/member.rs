@@ -11,10 +11,12 @@ use std::task::{Context, Waker};
 use bytes::BytesMut;
 use tokio::sync::oneshot;
 
+use super::group::{Audience, Recipient, SubscriptionKey};
 use super::session::{PublishWaiter, Receipt, Session, SubscribeRequest};
-use super::table::{Audience, SubscriptionKey, Table};
+use super::table::Table;
 use super::topic::TopicFilter;
-use super::wire::{InboundPublish, OutboundPublish, Retained, Welcome};
+use super::topics::{Answer, Topics};
+use super::wire::{InboundPublish, OutboundPublish, Protocol, Retained, Welcome};
 use super::{Options, PublishError, QoS, Refusal, Subscriber};
 use crate::metrics::BrokerMetrics;
 
@@ -77,7 +79,10 @@ struct Shared {
     /// Filters that the broker was asked for and not yet told to forget.
     at_broker: HashSet<Arc<str>>,
     taken: Vec<Receipt>,
+    /// Its subscriptions with MQTT 5.
     table: Table,
+    /// Its subscriptions with MQTT 3.1.1; one of the two stays empty.
+    topics: Topics,
     /// What the broker granted at its last CONNACK.
     welcome: Option<Welcome>,
     /// Publishes that await an acknowledgement; the session's own count.
@@ -120,6 +125,7 @@ impl Member {
                 at_broker: HashSet::new(),
                 taken: Vec::new(),
                 table: Table::new(u32::from_be_bytes(seed)),
+                topics: Topics::default(),
                 welcome: None,
                 unacknowledged: 0,
                 waker: None,
@@ -255,6 +261,60 @@ impl Member {
         });
     }
 
+    /// With MQTT 3.1.1: adds a subscriber, whose messages come through `held`.
+    pub(super) fn join(
+        &self,
+        filter: &TopicFilter,
+        held: &TopicFilter,
+        qos: QoS,
+        subscriber: Arc<dyn Subscriber>,
+        replaced: Option<SubscriptionKey>,
+    ) -> (SubscriptionKey, Answer) {
+        self.change(|shared| {
+            let topics = &mut shared.topics;
+            let (key, answer, question) = topics.add(filter, held, qos, subscriber, replaced);
+            if let Some((ask, waiter)) = question {
+                let request = SubscribeRequest {
+                    filter: ask.filter,
+                    qos: ask.qos,
+                    id: ask.id,
+                    retained: Retained::Send,
+                    waiter: Some(waiter),
+                };
+                shared.ask(Control::Subscribe(request));
+            }
+            (key, answer)
+        })
+    }
+
+    /// With MQTT 3.1.1: takes a subscriber away, and `released` at the broker if
+    /// nothing relies on it any more.
+    pub(super) fn leave(
+        &self,
+        filter: &TopicFilter,
+        key: SubscriptionKey,
+        released: Option<&TopicFilter>,
+    ) {
+        self.change(|shared| {
+            shared.topics.remove(filter, key);
+            // Where the broker was never asked there is nothing to take back.
+            if let Some(name) = released.and_then(|held| shared.topics.release(held))
+                && shared.at_broker.remove(&name)
+            {
+                shared.ask(Control::Unsubscribe(name));
+            }
+        });
+    }
+
+    /// With MQTT 3.1.1: one subscriber, if it is still there.
+    pub(super) fn subscriber(
+        &self,
+        filter: &TopicFilter,
+        key: SubscriptionKey,
+    ) -> Option<Recipient> {
+        self.lock().topics.get(filter, key)
+    }
+
     /// Sets the state and says whether it changed.
     pub(super) fn set_state(&self, state: LinkState) -> bool {
         let mut shared = self.lock();
@@ -277,7 +337,8 @@ impl Member {
             // In a new session there is nothing to end.
             Control::Unsubscribe(_) => welcome.session_present,
         });
-        let restore = shared.table.restore();
+        let mut restore = shared.table.restore();
+        restore.append(&mut shared.topics.restore());
         shared.restores = restore.len();
         for ask in restore {
             shared
@@ -295,6 +356,12 @@ impl Member {
     /// The broker accepted a SUBSCRIBE: identifiers before it are of the past.
     pub(super) fn subscribed(&self, filter: &str, id: u32) {
         self.lock().table.confirm(filter, id);
+    }
+
+    /// The broker refused to restore a subscription.
+    pub(super) fn not_restored(&self, filter: &str) {
+        self.metrics.not_restored.increment(1);
+        self.lock().topics.not_restored(filter);
     }
 
     /// Moves work into the session, as far as it takes any, and remembers whom to
@@ -364,9 +431,14 @@ impl Member {
 
     /// Who gets a message.
     pub(super) fn audience(&self, publish: &InboundPublish, topic: &str) -> Audience {
-        self.lock()
-            .table
-            .audience(topic, publish.retain, &publish.subscription_ids)
+        let mut shared = self.lock();
+        match self.options.protocol {
+            Protocol::V4 => shared.topics.audience(topic),
+            Protocol::V5 => {
+                let ids = &publish.subscription_ids;
+                shared.table.audience(topic, publish.retain, ids)
+            }
+        }
     }
 
     /// Whether subscriptions wait to be restored.
@@ -376,7 +448,8 @@ impl Member {
 
     /// Filters subscribed at this member.
     pub(super) fn filters(&self) -> usize {
-        self.lock().table.len()
+        let shared = self.lock();
+        shared.table.len() + shared.topics.len()
     }
 }
 
@@ -404,7 +477,7 @@ impl Shared {
     fn wants(&self, request: &SubscribeRequest) -> bool {
         match request.waiter {
             Some(_) => !request.is_abandoned(),
-            None => self.table.contains(&request.filter),
+            None => self.table.contains(&request.filter) || self.topics.holds(&request.filter),
         }
     }
 

@@ -2,8 +2,10 @@
 //!
 //! ```text
 //! Broker -- publish(route) --> member = route mod n --> outbox --> session --> broker
-//!        -- subscribe -------> member = hash(filter) mod n --> table, SUBSCRIBE
-//! broker --> session --> table: who subscribed --> Subscriber::deliver
+//!        -- subscribe, MQTT 5: member = hash(filter) mod n --> table, SUBSCRIBE
+//!                      3.1.1:  planner: a member where it overlaps nothing --> topics,
+//!                              SUBSCRIBE unless covered; fetcher: what is retained
+//! broker --> session --> table | topics: who subscribed --> Subscriber::deliver
 //! ```
 //!
 //! A pool of `Member`s, each one MQTT connection with a persistent session. A
@@ -12,31 +14,31 @@
 //! nothing of device connections: it delivers into the [`Subscriber`] that was
 //! given at subscription.
 
-mod inbound;
+mod dial;
+mod fetch;
+mod group;
 mod link;
 mod member;
+pub mod plan;
+mod pool;
 mod session;
 mod table;
 pub mod topic;
+mod topics;
+pub mod trie;
 mod wire;
 
-use std::hash::{BuildHasher, RandomState};
 use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use tokio::runtime::Handle;
-use tokio::sync::oneshot;
-use tokio::task::JoinHandle;
-use tokio::time::Instant;
 
 use crate::id::MessageId;
-use crate::metrics::BrokerMetrics;
-use member::Member;
+pub use group::SubscriptionKey;
 pub use member::{AckOnDrop, LinkState};
-pub use table::SubscriptionKey;
-use topic::{TopicFilter, TopicName};
-use wire::OutboundPublish;
+pub use pool::{Broker, BrokerTasks, Subscription};
+use topic::TopicName;
+pub use wire::Protocol;
 
 /// Quality of service (MQTT 5, 4.3).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -119,6 +121,14 @@ pub enum SubscribeError {
     /// No SUBACK in time.
     #[error("no answer from the broker within {0:?} ({1})")]
     TimedOut(Duration, String),
+    /// With MQTT 3.1.1: every connection to the broker has a filter that overlaps.
+    #[error(
+        "the filter overlaps with others on each of the {0} connections that MQTT 3.1.1 allows; fewer overlapping filters, or MQTT 5, are needed"
+    )]
+    Overlaps(usize),
+    /// With MQTT 3.1.1: too many subscribers wait for retained messages.
+    #[error("no room to fetch retained messages within {0:?} ({1})")]
+    NotFetched(Duration, String),
     /// The gateway is stopping.
     #[error("the gateway is stopping")]
     Stopped,
@@ -189,8 +199,12 @@ pub struct Address {
 pub struct Options {
     /// Tried in turn, at least one; a link that was lost begins with its last one.
     pub addresses: Vec<Address>,
-    /// One for each connection to the broker, at least one.
-    pub client_ids: Vec<String>,
+    /// The version of MQTT.
+    pub protocol: Protocol,
+    /// What the client ids of the connections begin with.
+    pub client_id: String,
+    /// Connections, at least one; with MQTT 3.1.1 more may be opened.
+    pub pool_size: usize,
     /// User name and password.
     pub login: Option<Login>,
     /// Ping interval; whole seconds.
@@ -231,170 +245,6 @@ impl std::fmt::Debug for Login {
         f.debug_struct("Login")
             .field("username", &self.username)
             .finish_non_exhaustive()
-    }
-}
-
-/// The pool. Cheap to clone.
-#[derive(Clone)]
-pub struct Broker {
-    members: Arc<[Arc<Member>]>,
-    options: Arc<Options>,
-    hasher: RandomState,
-}
-
-/// The tasks behind a [`Broker`].
-pub struct BrokerTasks {
-    broker: Broker,
-    tasks: Vec<JoinHandle<()>>,
-}
-
-impl Broker {
-    /// Starts the pool; member `i` runs on runtime `i mod runtimes`.
-    ///
-    /// A broker that is down is waited for: [`Broker::states`] tells.
-    ///
-    /// # Errors
-    /// Fails only where the system has no randomness for message ids.
-    pub fn start(
-        options: Options,
-        runtimes: &[Handle],
-        metrics: &BrokerMetrics,
-    ) -> std::io::Result<(Self, BrokerTasks)> {
-        let options = Arc::new(options);
-        let mut members = Vec::new();
-        let mut tasks = Vec::new();
-        for (client_id, runtime) in options.client_ids.iter().zip(runtimes.iter().cycle()) {
-            let member = Member::new(client_id.clone(), options.clone(), metrics.clone())?;
-            tasks.push(runtime.spawn(link::run(member.clone())));
-            members.push(member);
-        }
-        let broker = Self {
-            members: members.into(),
-            options,
-            hasher: RandomState::new(),
-        };
-        let tasks = BrokerTasks {
-            broker: broker.clone(),
-            tasks,
-        };
-        Ok((broker, tasks))
-    }
-
-    fn member(&self, number: u64) -> &Arc<Member> {
-        // The pool is never empty; the remainder is below its length.
-        let index = usize::try_from(number % self.members.len() as u64).unwrap_or(0);
-        #[allow(clippy::indexing_slicing)]
-        &self.members[index]
-    }
-
-    /// Publishes a message and waits for its confirmation: QoS 0 until it is
-    /// written towards the broker, QoS 1 until PUBACK, QoS 2 until PUBCOMP.
-    /// Publishes of one `route` keep their order.
-    ///
-    /// Cancel safe: a message that was not sent yet is withdrawn, one that was
-    /// sent goes its way.
-    pub async fn publish(&self, route: u64, message: Publication) -> Result<(), PublishError> {
-        let member = self.member(route);
-        let mut properties = Vec::new();
-        if let (Some(from), Some(name)) = (&message.from, &self.options.from_property) {
-            properties.push((name.clone(), from.to_string()));
-        }
-        if let Some(name) = &self.options.timestamp_property {
-            properties.push((name.clone(), now_ms().to_string()));
-        }
-        let publish = OutboundPublish::new(
-            message.topic.as_str().to_owned(),
-            message.qos,
-            message.payload,
-            properties,
-        );
-        let confirmed = member.publish(publish)?;
-        let limit = self.options.publish_timeout;
-        match tokio::time::timeout(limit, confirmed).await {
-            Ok(Ok(result)) => result,
-            Ok(Err(_)) => Err(PublishError::Stopped),
-            Err(_) => {
-                member.count_timeout();
-                Err(PublishError::TimedOut(limit, member.state().to_string()))
-            }
-        }
-    }
-
-    /// Subscribes and waits for the SUBACK. The subscription ends when what is
-    /// returned is dropped. It takes the place of `replaced`, one to the same filter,
-    /// so that no message is missed or comes twice.
-    ///
-    /// Messages may be delivered before this returns (MQTT 5, 3.8.4). Cancel safe:
-    /// nothing stays subscribed.
-    pub async fn subscribe(
-        &self,
-        filter: &TopicFilter,
-        qos: QoS,
-        subscriber: Arc<dyn Subscriber>,
-        replaced: Option<SubscriptionKey>,
-    ) -> Result<Subscription, SubscribeError> {
-        let member = self.member(self.hasher.hash_one(filter.as_str()));
-        let (answered, answer) = oneshot::channel();
-        let key = member.subscribe(filter, qos, subscriber, replaced, answered);
-        // From here on, leaving in any way takes the subscription back.
-        let subscription = Subscription {
-            member: member.clone(),
-            filter: filter.clone(),
-            key,
-        };
-        let limit = self.options.publish_timeout;
-        match tokio::time::timeout(limit, answer).await {
-            Ok(Ok(Ok(_granted))) => Ok(subscription),
-            Ok(Ok(Err(refusal))) => Err(SubscribeError::Refused(refusal)),
-            Ok(Err(_)) => Err(SubscribeError::Stopped),
-            Err(_) => Err(SubscribeError::TimedOut(limit, member.state().to_string())),
-        }
-    }
-
-    /// The state of each member's link, in order.
-    pub fn states(&self) -> Vec<LinkState> {
-        self.members.iter().map(|member| member.state()).collect()
-    }
-}
-
-impl BrokerTasks {
-    /// Sends and confirms what was accepted, ends the sessions, and stops; at
-    /// `deadline` what is left fails. Says how many publishes were left.
-    pub async fn drain(self, deadline: Instant) -> usize {
-        for member in self.broker.members.iter() {
-            member.close();
-        }
-        let mut left = 0;
-        for (mut task, member) in self.tasks.into_iter().zip(self.broker.members.iter()) {
-            // A link that is down and owes nothing is not worth waiting for.
-            let owes = member.state().is_up() || member.waiting() > 0;
-            let limit = if owes { deadline } else { Instant::now() };
-            if tokio::time::timeout_at(limit, &mut task).await.is_err() {
-                task.abort();
-                left += member.waiting();
-            }
-        }
-        left
-    }
-}
-
-/// A subscription; dropping it ends it.
-pub struct Subscription {
-    member: Arc<Member>,
-    filter: TopicFilter,
-    key: SubscriptionKey,
-}
-
-impl Subscription {
-    /// Its name at its filter.
-    pub fn key(&self) -> SubscriptionKey {
-        self.key
-    }
-}
-
-impl Drop for Subscription {
-    fn drop(&mut self) {
-        self.member.unsubscribe(&self.filter, self.key);
     }
 }
 

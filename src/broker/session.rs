@@ -12,10 +12,12 @@
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::Arc;
 
-use bytes::BytesMut;
+use bytes::{Bytes, BytesMut};
 use tokio::sync::oneshot;
 
-use super::wire::{self, Inbound, InboundPublish, OutboundPublish, Retained, Welcome};
+use super::wire::{
+    DisconnectNotice, Inbound, InboundPublish, OutboundPublish, Protocol, Retained, Welcome,
+};
 use super::{PublishError, QoS, Refusal};
 
 /// Resolves a publish of QoS 1 or 2.
@@ -95,10 +97,12 @@ pub(super) enum Event {
     Deliver(InboundPublish, Option<Receipt>),
     /// The broker accepted the SUBSCRIBE with this identifier.
     Subscribed(Arc<str>, u32),
+    /// A message on this topic was larger than we take; it is acknowledged.
+    TooLarge(Bytes),
     /// A lost subscription could not be restored.
     NotRestored(Arc<str>, Refusal),
     /// The broker ended the connection.
-    Ended(wire::DisconnectNotice),
+    Ended(DisconnectNotice),
     /// A packet out of place.
     Unexpected(&'static str),
 }
@@ -106,6 +110,7 @@ pub(super) enum Event {
 /// See the module.
 #[derive(Debug)]
 pub(super) struct Session {
+    protocol: Protocol,
     connected: bool,
     subscription_ids: bool,
     window: usize,
@@ -141,8 +146,10 @@ const MAX_HANG_UPS: u32 = 3;
 impl Session {
     /// A session towards which the broker may have `receive_maximum` messages
     /// unacknowledged.
-    pub(super) fn new(receive_maximum: u16) -> Self {
+    pub(super) fn new(protocol: Protocol, receive_maximum: u16) -> Self {
+        let broker_window = protocol.broker_window(receive_maximum);
         Self {
+            protocol,
             connected: false,
             subscription_ids: true,
             window: 0,
@@ -159,7 +166,7 @@ impl Session {
             held: VecDeque::new(),
             waiting: 0,
             // With one message allowed there is no other to be let through.
-            max_waiting: (usize::from(receive_maximum) / 2).max(1),
+            max_waiting: (usize::from(broker_window) / 2).max(1),
             acknowledged_early: 0,
             suspect: None,
         }
@@ -229,7 +236,7 @@ impl Session {
                 Some((_, Pending::Publish { .. })) => self.resend.push_back(pkid),
                 Some((_, Pending::Release { .. })) if welcome.session_present => {
                     self.in_flight += 1;
-                    wire::pubrel(pkid, out);
+                    self.protocol.pubrel(pkid, out);
                 }
                 Some((_, Pending::Release { .. })) => {
                     // The broker took it and lost it: nobody can say what became of it.
@@ -248,7 +255,7 @@ impl Session {
                 }
                 Some((_, Pending::Subscribe(request))) => {
                     let id = self.subscription_ids.then_some(request.id);
-                    wire::subscribe(
+                    self.protocol.subscribe(
                         pkid,
                         &request.filter,
                         request.qos,
@@ -258,7 +265,7 @@ impl Session {
                     );
                 }
                 Some((_, Pending::Unsubscribe(filter))) if welcome.session_present => {
-                    wire::unsubscribe(pkid, filter, out);
+                    self.protocol.unsubscribe(pkid, filter, out);
                 }
                 Some((_, Pending::Unsubscribe(_))) => {
                     self.pending.remove(&pkid);
@@ -312,7 +319,7 @@ impl Session {
     pub(super) fn subscribe(&mut self, request: SubscribeRequest, out: &mut BytesMut) {
         let pkid = self.next_pkid();
         let id = self.subscription_ids.then_some(request.id);
-        wire::subscribe(
+        self.protocol.subscribe(
             pkid,
             &request.filter,
             request.qos,
@@ -328,7 +335,7 @@ impl Session {
     /// Sends an UNSUBSCRIBE. Only after [`Session::can_subscribe`].
     pub(super) fn unsubscribe(&mut self, filter: Arc<str>, out: &mut BytesMut) {
         let pkid = self.next_pkid();
-        wire::unsubscribe(pkid, &filter, out);
+        self.protocol.unsubscribe(pkid, &filter, out);
         self.filters_pending += 1;
         self.remember(pkid, Pending::Unsubscribe(filter));
     }
@@ -361,10 +368,10 @@ impl Session {
             incoming.state = Held::Taken;
         } else if incoming.qos == QoS::ExactlyOnce {
             incoming.state = Held::Received;
-            wire::pubrec(receipt.pkid, out);
+            self.protocol.pubrec(receipt.pkid, out);
         } else {
             self.incoming.remove(&receipt.pkid);
-            wire::puback(receipt.pkid, out);
+            self.protocol.puback(receipt.pkid, out);
         }
     }
 
@@ -372,11 +379,20 @@ impl Session {
     pub(super) fn receive(&mut self, packet: Inbound, out: &mut BytesMut) -> Event {
         match packet {
             Inbound::Publish(publish) => self.on_publish(publish, out),
+            Inbound::TooLarge(publish) => match self.on_publish(publish, out) {
+                Event::Deliver(publish, receipt) => {
+                    if let Some(receipt) = receipt {
+                        self.taken(receipt, out);
+                    }
+                    Event::TooLarge(publish.topic)
+                }
+                event => event,
+            },
             Inbound::PubAck(pkid, result) => self.on_acknowledged(pkid, result, out),
             Inbound::PubRec(pkid, result) => match self.pending.remove(&pkid) {
                 Some((order, Pending::Publish { waiter, .. })) => match result {
                     Ok(()) => {
-                        wire::pubrel(pkid, out);
+                        self.protocol.pubrel(pkid, out);
                         self.pending
                             .insert(pkid, (order, Pending::Release { waiter }));
                         Event::None
@@ -388,7 +404,7 @@ impl Session {
                 },
                 other => {
                     // Also the answer to a PUBREC that came twice.
-                    wire::pubrel(pkid, out);
+                    self.protocol.pubrel(pkid, out);
                     self.put_back(pkid, other);
                     Event::None
                 }
@@ -397,7 +413,7 @@ impl Session {
                 if let Some(released) = self.incoming.remove(&pkid) {
                     self.waiting -= usize::from(released.state == Held::Waiting);
                 }
-                wire::pubcomp(pkid, out);
+                self.protocol.pubcomp(pkid, out);
                 Event::None
             }
             Inbound::PubComp(pkid, result) => self.on_acknowledged(pkid, result, out),
@@ -447,19 +463,19 @@ impl Session {
         match known.map(|incoming| (incoming.state, incoming.qos)) {
             Some((Held::Waiting, _)) => Event::None,
             Some((Held::Received, _)) => {
-                wire::pubrec(pkid, out);
+                self.protocol.pubrec(pkid, out);
                 Event::None
             }
             Some((Held::Taken, QoS::ExactlyOnce)) => {
                 if let Some(incoming) = self.incoming.get_mut(&pkid) {
                     incoming.state = Held::Received;
                 }
-                wire::pubrec(pkid, out);
+                self.protocol.pubrec(pkid, out);
                 Event::None
             }
             Some((Held::Taken, _)) => {
                 self.incoming.remove(&pkid);
-                wire::puback(pkid, out);
+                self.protocol.puback(pkid, out);
                 Event::None
             }
             None => {

@@ -10,8 +10,7 @@
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 
-use indexmap::IndexMap;
-
+use super::group::{Audience, Group, SubscriptionKey};
 use super::topic::TopicFilter;
 use super::wire::MAX_SUBSCRIPTION_ID;
 use super::{QoS, Subscriber};
@@ -20,18 +19,6 @@ use super::{QoS, Subscriber};
 /// broker may have queued messages under them. 8 bytes and a map entry each.
 const MAX_RETIRED_IDS: usize = 16_384;
 
-/// Names one subscriber of one filter.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub struct SubscriptionKey(u64);
-
-struct Member {
-    subscriber: Arc<dyn Subscriber>,
-    qos: QoS,
-    /// Whose place it takes. As long as that one is there, because the broker has not
-    /// answered yet, only retained messages are for this one.
-    replaces: Option<SubscriptionKey>,
-}
-
 struct Entry {
     filter: TopicFilter,
     /// Identifier of the newest SUBSCRIBE that the broker accepted.
@@ -39,11 +26,7 @@ struct Entry {
     /// Identifiers of those after it, oldest first. Any of them may be the one that
     /// the broker uses.
     asked: VecDeque<u32>,
-    members: IndexMap<SubscriptionKey, Member>,
-    /// Whose turn it is in a shared subscription.
-    turn: usize,
-    /// How many members asked for each QoS.
-    by_qos: [usize; 3],
+    group: Group,
 }
 
 struct Target {
@@ -58,20 +41,6 @@ pub(super) struct Ask {
     pub qos: QoS,
     pub id: u32,
 }
-
-/// Whom a message is for, with the QoS of the subscription.
-pub(super) struct Recipient {
-    pub subscriber: Arc<dyn Subscriber>,
-    pub qos: QoS,
-    /// In a shared subscription, whose turn it is if this one has just ended.
-    pub others: Vec<(Arc<dyn Subscriber>, QoS)>,
-}
-
-/// Everyone whom a message is for.
-pub(super) type Audience = Vec<Recipient>;
-
-/// Members of a shared subscription that are tried in place of one that has ended.
-const MAX_OTHERS: usize = 3;
 
 /// Unanswered SUBSCRIBEs for one filter whose identifiers are kept apart. While the
 /// broker is away callers try again and again, and it will see but a few of them.
@@ -123,24 +92,16 @@ impl Table {
             filter: filter.clone(),
             confirmed: None,
             asked: VecDeque::new(),
-            members: IndexMap::new(),
-            turn: 0,
-            by_qos: [0; 3],
+            group: Group::new(filter.is_shared()),
         });
-        let member = Member {
-            subscriber,
-            qos,
-            replaces: replaced,
-        };
-        entry.members.insert(key, member);
-        entry.count(qos, 1);
+        entry.group.add(key, subscriber, qos, replaced);
         entry.asked.push_back(id);
         let surplus = (entry.asked.len() > MAX_ASKED)
             .then(|| entry.asked.pop_front())
             .flatten();
         let ask = Ask {
             filter: name.clone(),
-            qos: entry.qos(),
+            qos: entry.group.qos(),
             id,
         };
         if let Some(surplus) = surplus {
@@ -163,9 +124,8 @@ impl Table {
         key: SubscriptionKey,
     ) -> Option<Arc<str>> {
         let entry = self.entries.get_mut(filter.as_str())?;
-        let member = entry.members.swap_remove(&key)?;
-        entry.count(member.qos, -1);
-        if !entry.members.is_empty() {
+        entry.group.remove(key)?;
+        if !entry.group.is_empty() {
             return None;
         }
         let (name, entry) = self.entries.remove_entry(filter.as_str())?;
@@ -205,7 +165,7 @@ impl Table {
             .filter_map(|(name, entry)| {
                 Some(Ask {
                     filter: name.clone(),
-                    qos: entry.qos(),
+                    qos: entry.group.qos(),
                     id: newest(entry)?,
                 })
             })
@@ -228,17 +188,15 @@ impl Table {
                 continue;
             }
             if retained {
-                let newcomer = target.newcomer.and_then(|key| entry.members.get(&key));
-                audience.extend(newcomer.map(Recipient::only));
+                audience.extend(target.newcomer.and_then(|key| entry.group.get(key)));
             } else {
-                entry.collect(&mut audience);
+                entry.group.collect(&mut audience);
             }
         }
         if ids.is_empty() {
-            for entry in self.entries.values_mut() {
-                if entry.filter.matches(topic) {
-                    entry.collect(&mut audience);
-                }
+            let entries = self.entries.values_mut();
+            for entry in entries.filter(|entry| entry.filter.matches(topic)) {
+                entry.group.collect(&mut audience);
             }
         }
         audience
@@ -259,59 +217,6 @@ impl Table {
             if !self.ids.contains_key(&self.next_id) {
                 return self.next_id;
             }
-        }
-    }
-}
-
-impl Recipient {
-    fn only(member: &Member) -> Self {
-        Self {
-            subscriber: member.subscriber.clone(),
-            qos: member.qos,
-            others: Vec::new(),
-        }
-    }
-}
-
-impl Entry {
-    /// The highest QoS that a member asked for.
-    fn qos(&self) -> QoS {
-        match self.by_qos {
-            [_, 0, 0] => QoS::AtMostOnce,
-            [_, _, 0] => QoS::AtLeastOnce,
-            _ => QoS::ExactlyOnce,
-        }
-    }
-
-    fn count(&mut self, qos: QoS, change: isize) {
-        if let Some(count) = self.by_qos.get_mut(qos as usize) {
-            *count = count.saturating_add_signed(change);
-        }
-    }
-
-    fn collect(&mut self, audience: &mut Audience) {
-        let counts = |member: &Member| {
-            let replaced = member.replaces.as_ref();
-            !replaced.is_some_and(|key| self.members.contains_key(key))
-        };
-        if !self.filter.is_shared() {
-            let members = self.members.values().filter(|member| counts(member));
-            audience.extend(members.map(Recipient::only));
-            return;
-        }
-        // The group's members in turn.
-        let count = self.members.len();
-        let mut in_turn = (1..=count)
-            .map(|step| (self.turn + step) % count)
-            .filter_map(|index| Some((index, self.members.get_index(index)?.1)))
-            .filter(|(_, member)| counts(member));
-        if let Some((index, member)) = in_turn.next() {
-            let others = in_turn.take(MAX_OTHERS);
-            audience.push(Recipient {
-                others: others.map(|(_, m)| (m.subscriber.clone(), m.qos)).collect(),
-                ..Recipient::only(member)
-            });
-            self.turn = index;
         }
     }
 }
@@ -361,7 +266,10 @@ mod tests {
         assert_eq!(table.audience("a/b", false, &[a, b]).len(), 2);
         assert_eq!(table.audience("a/b", false, &[a]).len(), 1);
         assert_eq!(table.audience("a/b", false, &[b]).len(), 1);
+        // A broker that knows none.
         assert_eq!(table.audience("a/b", false, &[]).len(), 2);
+        // One that somebody else used in the same session.
+        assert!(table.audience("b", false, &[a]).is_empty());
     }
 
     #[test]

@@ -129,6 +129,11 @@ impl TopicFilter {
         &self.text
     }
 
+    /// The filter proper, behind `$share/<group>/`.
+    pub fn filter(&self) -> &str {
+        self.text.get(self.start..).unwrap_or_default()
+    }
+
     /// Whether each message goes to one member of a group only.
     pub fn is_shared(&self) -> bool {
         self.start > 0
@@ -136,7 +141,7 @@ impl TopicFilter {
 
     /// Whether a message on `topic` belongs to this filter.
     pub fn matches(&self, topic: &str) -> bool {
-        matches(self.text.get(self.start..).unwrap_or_default(), topic)
+        matches(self.filter(), topic)
     }
 }
 

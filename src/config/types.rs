@@ -197,7 +197,9 @@ section! {
         /// Or a list of them, the nodes of one broker, tried in turn.
         url: Vec<BrokerUrl> = "mqtt://127.0.0.1:1883",
 
-        /// The MQTT version. This version of the gateway speaks 5 only.
+        /// The MQTT version: 5, or 4 for MQTT 3.1.1 (protocol level 4), for brokers that know no
+        /// MQTT 5 or no subscription identifiers. 4 carries neither Message.from nor the time of
+        /// publishing, and may open further connections for filters that overlap.
         protocol: Protocol = "5",
 
         /// Connections to the broker, 1 to 64.
@@ -354,21 +356,21 @@ words! {
 /// The version of MQTT spoken with the broker.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Protocol {
+    /// MQTT 3.1.1.
+    V4,
     /// MQTT 5.0.
     V5,
 }
 
 impl ConfigValue for Protocol {
     fn allowed() -> String {
-        "5".to_owned()
+        "4 or 5".to_owned()
     }
 
     fn from_text(text: &str) -> Result<Self, Rejected> {
         match text.trim() {
+            "4" => Ok(Protocol::V4),
             "5" => Ok(Protocol::V5),
-            "4" => Err(Rejected::new(
-                "5; 4 (MQTT 3.1.1) is not available in this version; use 5",
-            )),
             _ => Err(Rejected::new(Self::allowed())),
         }
     }
@@ -380,7 +382,10 @@ impl ConfigValue for Protocol {
     }
 
     fn to_text(&self) -> String {
-        "5".to_owned()
+        match self {
+            Protocol::V4 => "4".to_owned(),
+            Protocol::V5 => "5".to_owned(),
+        }
     }
 
     fn to_toml(&self) -> String {

@@ -14,6 +14,10 @@
     clippy::indexing_slicing
 )]
 
+/// Whether the gateways of this test program speak MQTT 3.1.1 with the broker: where
+/// the program's name ends in `_v4`.
+pub const V4: bool = matches!(env!("CARGO_CRATE_NAME").as_bytes(), [.., b'_', b'v', b'4']);
+
 mod adapter;
 mod broker;
 mod certs;

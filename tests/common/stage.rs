@@ -29,6 +29,7 @@ impl Plan {
             .set("LISTENERS__TCP__DEFAULT__BIND", "127.0.0.1:0")
             .set("HANDLER__ADDRESS", handler_url)
             .set("BROKER__URL", broker_url)
+            .set("BROKER__PROTOCOL", if super::V4 { "4" } else { "5" })
             .set("BROKER__POOL_SIZE", "2")
             .set("BROKER__RECONNECT_MIN", "20ms")
             .set("BROKER__RECONNECT_MAX", "200ms")

@@ -106,12 +106,12 @@ fn bad_values() {
             "broker.pool_size: found 65; allowed: a whole number, from 1 to 64",
         ),
         (
-            "[broker]\nprotocol = 4",
-            "broker.protocol: found 4; allowed: 5; 4 (MQTT 3.1.1) is not available in this version; use 5",
+            "[broker]\nprotocol = 3",
+            "broker.protocol: found 3; allowed: 4 or 5",
         ),
         (
             "[broker]\nprotocol = '3'",
-            "broker.protocol: found \"3\"; allowed: 5",
+            "broker.protocol: found \"3\"; allowed: 4 or 5",
         ),
         (
             "[broker]\nclient_id_prefix = ''",

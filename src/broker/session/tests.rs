@@ -1,6 +1,5 @@
 //! The session against a broker in the test: what it writes is decoded again.
 
-use bytes::Bytes;
 use proptest::prelude::*;
 use rumqttc::v5::mqttbytes::v5::Packet;
 
@@ -18,7 +17,7 @@ fn welcome(session_present: bool, receive_maximum: u16) -> Welcome {
 }
 
 fn connected(receive_maximum: u16) -> Session {
-    let mut session = Session::new(1024);
+    let mut session = Session::new(Protocol::V5, 1024);
     session.connected(&welcome(false, receive_maximum), &mut BytesMut::new());
     session
 }
@@ -31,7 +30,7 @@ fn publish(
 ) -> oneshot::Receiver<Result<(), PublishError>> {
     let (waiter, confirmed) = oneshot::channel();
     let payload = Bytes::copy_from_slice(payload.as_bytes());
-    let publish = OutboundPublish::new("t".into(), qos, payload, Vec::new());
+    let publish = OutboundPublish::new(Protocol::V5, "t".into(), qos, payload, Vec::new());
     session.publish(publish, waiter, out);
     confirmed
 }
@@ -312,7 +311,7 @@ fn a_subscription_is_answered_by_its_suback_across_a_broken_link() {
 
 #[test]
 fn slow_takers_leave_half_of_the_window_to_others() {
-    let mut session = Session::new(8);
+    let mut session = Session::new(Protocol::V5, 8);
     let mut out = BytesMut::new();
     session.connected(&welcome(false, 10), &mut out);
     let mut receipts = Vec::new();

@@ -6,8 +6,9 @@
 
 use bytes::{Buf, Bytes, BytesMut};
 
-use super::QoS;
-use super::wire::{InboundPublish, WireError};
+use super::super::{InboundPublish, WireError};
+use super::invalid;
+use crate::broker::QoS;
 
 /// Takes a whole PUBLISH off `buffer`; `None` until it is there.
 pub(super) fn publish(
@@ -20,7 +21,7 @@ pub(super) fn publish(
     let size = 1 + header + length;
     // As the codec counts it for other packets: what is behind the fixed header.
     if length > max_packet_size as usize {
-        return Err(WireError::new("a packet larger than allowed"));
+        return Err(invalid("a packet larger than allowed"));
     }
     if buffer.len() < size {
         buffer.reserve(size - buffer.len());
@@ -29,18 +30,18 @@ pub(super) fn publish(
     let mut frame = buffer.split_to(size).freeze();
     let flags = frame.get_u8();
     frame.advance(header);
-    let qos = QoS::from_number(u32::from(flags >> 1 & 3))
-        .ok_or_else(|| WireError::new("a PUBLISH of QoS 3"))?;
+    let qos =
+        QoS::from_number(u32::from(flags >> 1 & 3)).ok_or_else(|| invalid("a PUBLISH of QoS 3"))?;
     let topic = text(&mut frame)?;
     // Topic aliases were not allowed to it (MQTT 5, 3.1.2.11.5).
     if topic.is_empty() {
-        return Err(WireError::new("a PUBLISH without a topic"));
+        return Err(invalid("a PUBLISH without a topic"));
     }
     let pkid = match qos {
         QoS::AtMostOnce => 0,
         _ => match frame.try_get_u16() {
             Ok(pkid @ 1..) => pkid,
-            _ => return Err(WireError::new("a PUBLISH without a packet id")),
+            _ => return Err(invalid("a PUBLISH without a packet id")),
         },
     };
     let (length, header) = variable(&frame)?.ok_or_else(truncated)?;
@@ -81,17 +82,17 @@ fn property(from: &mut Bytes, publish: &mut InboundPublish) -> Result<(), WireEr
             let utf8 = |bytes: &Bytes| {
                 let text = std::str::from_utf8(bytes);
                 text.map(str::to_owned)
-                    .map_err(|_| WireError::new("a user property that is not UTF-8"))
+                    .map_err(|_| invalid("a user property that is not UTF-8"))
             };
             publish.user_properties.push((utf8(&name)?, utf8(&value)?));
         }
-        other => return Err(WireError::new(&format!("a PUBLISH with property {other}"))),
+        other => return Err(invalid(format!("a PUBLISH with property {other}"))),
     }
     Ok(())
 }
 
 fn truncated() -> WireError {
-    WireError::new("a truncated packet")
+    invalid("a truncated packet")
 }
 
 fn take(from: &mut Bytes, length: usize) -> Result<Bytes, WireError> {
@@ -118,7 +119,7 @@ pub(super) fn variable(bytes: &[u8]) -> Result<Option<(usize, usize)>, WireError
         }
     }
     if bytes.len() >= 4 {
-        return Err(WireError::new("a malformed length"));
+        return Err(invalid("a malformed length"));
     }
     Ok(None)
 }

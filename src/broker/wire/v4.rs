@@ -1,0 +1,406 @@
+//! MQTT 3.1.1 on the wire; rumqttc's codec does the work.
+
+use bytes::{Bytes, BytesMut};
+use rumqttc::mqttbytes::v4::{
+    ConnAck, Connect, ConnectReturnCode, Login, Packet, PubAck, PubComp, PubRec, PubRel, Publish,
+    Subscribe, SubscribeReasonCode, Unsubscribe,
+};
+use rumqttc::mqttbytes::{self, Protocol, QoS as WireQoS};
+
+use super::{DisconnectNotice, Hello, Inbound, InboundPublish, Welcome, WireError};
+use crate::broker::{QoS, Refusal};
+
+/// How many publishes may be unacknowledged at once, which no broker says here.
+/// EMQX holds 100 of QoS 2 that are not released (`max_awaiting_rel`), Mosquitto
+/// more; beyond that they drop messages or the link. At 1 ms to the broker it
+/// still makes 100,000 messages a second.
+const WINDOW: u16 = 100;
+
+/// How many messages the broker is taken to have unacknowledged towards us at most:
+/// the least that brokers allow themselves by default (RabbitMQ 10, Mosquitto and
+/// VerneMQ 20, EMQX 32). Half of it may wait for slow handlers, which is below all
+/// of them, so that no slow handler stops the rest.
+pub(super) const BROKER_WINDOW: u16 = 16;
+
+/// See [`super::OutboundPublish`].
+#[derive(Debug)]
+pub(in crate::broker) struct OutboundPublish(Publish);
+
+impl OutboundPublish {
+    pub(super) fn new(topic: String, qos: QoS, payload: Bytes) -> Self {
+        let mut publish = Publish::from_bytes(topic, qos_to_wire(qos), payload);
+        // Counted into the size from the start; the true one comes when it is sent.
+        publish.pkid = 1;
+        Self(publish)
+    }
+
+    pub(super) fn qos(&self) -> QoS {
+        qos_from_wire(self.0.qos)
+    }
+
+    /// Bytes on the wire.
+    pub(super) fn size(&self) -> usize {
+        self.0.size()
+    }
+
+    pub(super) fn encode(&mut self, pkid: u16, dup: bool, out: &mut BytesMut) {
+        self.0.pkid = pkid;
+        self.0.dup = dup;
+        let start = out.len();
+        if let Err(error) = self.0.write(out) {
+            tracing::error!(%error, "a publish could not be encoded and is dropped");
+            out.truncate(start);
+        }
+    }
+}
+
+/// Whether the next packet is a publish larger than we take.
+#[derive(Debug)]
+pub(super) enum Fit {
+    /// It is not, or nobody knows yet.
+    Fits,
+    /// It is, and more of its head has to come.
+    Unread,
+    /// The publish without its payload, and its size on the wire.
+    TooLarge(InboundPublish, usize),
+}
+
+/// Looks at what comes next. In 3.1.1 the broker cannot be told what we take, and a
+/// link that broke upon a message would break upon it for ever: it is sent again.
+pub(super) fn fit(buffer: &[u8], max_packet_size: u32) -> Fit {
+    let limit = usize::try_from(max_packet_size).unwrap_or(usize::MAX);
+    let size = match mqttbytes::check(buffer.iter(), usize::MAX) {
+        Ok(header) => header.frame_length(),
+        Err(mqttbytes::Error::InsufficientBytes(missing)) => buffer.len() + missing,
+        // For `decode` to tell.
+        Err(_) => return Fit::Fits,
+    };
+    match buffer.first() {
+        Some(first) if first >> 4 == 3 && size > limit => match head(*first, buffer) {
+            Some(publish) => Fit::TooLarge(publish, size),
+            None => Fit::Unread,
+        },
+        _ => Fit::Fits,
+    }
+}
+
+/// A publish without its payload, when its head is there.
+fn head(first: u8, buffer: &[u8]) -> Option<InboundPublish> {
+    let length_bytes = buffer.iter().skip(1).take_while(|byte| **byte >= 0x80);
+    let mut rest = buffer.get(length_bytes.count() + 2..)?;
+    let mut take = |count: usize| rest.split_off(..count);
+    let number = |bytes: &[u8]| {
+        bytes
+            .iter()
+            .fold(0, |all, byte| all << 8 | u16::from(*byte))
+    };
+    let length = take(2).map(number)?;
+    let topic = Bytes::copy_from_slice(take(usize::from(length))?);
+    let qos = match first >> 1 & 3 {
+        0 => QoS::AtMostOnce,
+        1 => QoS::AtLeastOnce,
+        _ => QoS::ExactlyOnce,
+    };
+    let pkid = match qos {
+        QoS::AtMostOnce => 0,
+        _ => take(2).map(number)?,
+    };
+    Some(InboundPublish {
+        dup: first & 8 != 0,
+        retain: first & 1 != 0,
+        qos,
+        pkid,
+        topic,
+        payload: Bytes::new(),
+        user_properties: Vec::new(),
+        subscription_ids: Vec::new(),
+    })
+}
+
+/// The next whole packet off `buffer`; `None` until one is there.
+pub(super) fn decode(
+    buffer: &mut BytesMut,
+    max_packet_size: u32,
+) -> Result<Option<Inbound>, WireError> {
+    let before = buffer.len();
+    let limit = usize::try_from(max_packet_size).unwrap_or(usize::MAX);
+    let packet = match Packet::read(buffer, limit) {
+        Ok(packet) => packet,
+        Err(mqttbytes::Error::InsufficientBytes(missing)) if buffer.len() == before => {
+            buffer.reserve(missing);
+            return Ok(None);
+        }
+        // A whole frame whose inside ended early.
+        Err(mqttbytes::Error::InsufficientBytes(_)) => return Err(invalid("a truncated packet")),
+        Err(error) => return Err(invalid(error)),
+    };
+    Ok(Some(match packet {
+        Packet::ConnAck(ack) => Inbound::ConnAck(welcome(&ack)),
+        Packet::Publish(publish) => Inbound::Publish(InboundPublish {
+            dup: publish.dup,
+            retain: publish.retain,
+            qos: qos_from_wire(publish.qos),
+            pkid: publish.pkid,
+            topic: publish.topic.into(),
+            payload: publish.payload,
+            user_properties: Vec::new(),
+            subscription_ids: Vec::new(),
+        }),
+        Packet::PubAck(ack) => Inbound::PubAck(ack.pkid, Ok(())),
+        Packet::PubRec(rec) => Inbound::PubRec(rec.pkid, Ok(())),
+        Packet::PubRel(rel) => Inbound::PubRel(rel.pkid),
+        Packet::PubComp(comp) => Inbound::PubComp(comp.pkid, Ok(())),
+        Packet::SubAck(ack) => Inbound::SubAck(
+            ack.pkid,
+            // Every SUBSCRIBE of ours holds one filter.
+            match ack.return_codes.as_slice() {
+                [SubscribeReasonCode::Success(granted)] => Ok(qos_from_wire(*granted)),
+                [SubscribeReasonCode::Failure] => Err(Refusal {
+                    denied: false,
+                    reason: "failure (MQTT 3.1.1 names no reason)".to_owned(),
+                }),
+                _ => return Err(invalid("a SUBACK of another length")),
+            },
+        ),
+        Packet::UnsubAck(ack) => Inbound::UnsubAck(ack.pkid),
+        Packet::PingResp => Inbound::PingResp,
+        // Only clients send it in 3.1.1; what it means is clear all the same.
+        Packet::Disconnect => Inbound::Disconnect(DisconnectNotice {
+            reason: "disconnection".to_owned(),
+            taken_over: false,
+        }),
+        Packet::Connect(_) | Packet::PingReq | Packet::Subscribe(_) | Packet::Unsubscribe(_) => {
+            return Err(invalid("a packet that only clients send"));
+        }
+    }))
+}
+
+fn welcome(ack: &ConnAck) -> Result<Welcome, Refusal> {
+    match ack.code {
+        ConnectReturnCode::Success => Ok(Welcome {
+            session_present: ack.session_present,
+            receive_maximum: WINDOW,
+            max_qos: QoS::ExactlyOnce,
+            max_packet_size: None,
+            subscription_ids: false,
+            keep_alive: None,
+        }),
+        ConnectReturnCode::NotAuthorized | ConnectReturnCode::BadUserNamePassword => {
+            Err(Refusal::denied(&ack.code))
+        }
+        ConnectReturnCode::RefusedProtocolVersion => Err(Refusal {
+            denied: false,
+            reason: "it does not speak MQTT 3.1.1: set broker.protocol = 5".to_owned(),
+        }),
+        ConnectReturnCode::BadClientId | ConnectReturnCode::ServiceUnavailable => {
+            Err(Refusal::other(&ack.code))
+        }
+    }
+}
+
+fn encode(packet: &Packet, out: &mut BytesMut) {
+    let start = out.len();
+    if let Err(error) = packet.write(out, usize::MAX) {
+        tracing::error!(%error, "an MQTT packet could not be encoded and is dropped");
+        out.truncate(start);
+    }
+}
+
+pub(super) fn connect(hello: &Hello<'_>, out: &mut BytesMut) {
+    let login = hello
+        .login
+        .map(|(username, password)| Login::new(username, password));
+    let packet = Packet::Connect(Connect {
+        protocol: Protocol::V4,
+        keep_alive: hello.keep_alive,
+        client_id: hello.client_id.to_owned(),
+        clean_session: hello.clean_start,
+        last_will: None,
+        login,
+    });
+    let mut bytes = BytesMut::new();
+    // The codec writes the flags at an offset from the buffer's beginning.
+    encode(&packet, &mut bytes);
+    out.extend_from_slice(&bytes);
+}
+
+pub(super) fn subscribe(pkid: u16, filter: &str, qos: QoS, out: &mut BytesMut) {
+    let mut packet = Subscribe::new(filter, qos_to_wire(qos));
+    packet.pkid = pkid;
+    encode(&Packet::Subscribe(packet), out);
+}
+
+pub(super) fn unsubscribe(pkid: u16, filter: &str, out: &mut BytesMut) {
+    let mut packet = Unsubscribe::new(filter);
+    packet.pkid = pkid;
+    encode(&Packet::Unsubscribe(packet), out);
+}
+
+pub(super) fn puback(pkid: u16, out: &mut BytesMut) {
+    encode(&Packet::PubAck(PubAck::new(pkid)), out);
+}
+
+pub(super) fn pubrec(pkid: u16, out: &mut BytesMut) {
+    encode(&Packet::PubRec(PubRec::new(pkid)), out);
+}
+
+pub(super) fn pubrel(pkid: u16, out: &mut BytesMut) {
+    encode(&Packet::PubRel(PubRel::new(pkid)), out);
+}
+
+pub(super) fn pubcomp(pkid: u16, out: &mut BytesMut) {
+    encode(&Packet::PubComp(PubComp::new(pkid)), out);
+}
+
+pub(super) fn pingreq(out: &mut BytesMut) {
+    encode(&Packet::PingReq, out);
+}
+
+pub(super) fn disconnect(out: &mut BytesMut) {
+    encode(&Packet::Disconnect, out);
+}
+
+fn qos_to_wire(qos: QoS) -> WireQoS {
+    match qos {
+        QoS::AtMostOnce => WireQoS::AtMostOnce,
+        QoS::AtLeastOnce => WireQoS::AtLeastOnce,
+        QoS::ExactlyOnce => WireQoS::ExactlyOnce,
+    }
+}
+
+fn qos_from_wire(qos: WireQoS) -> QoS {
+    match qos {
+        WireQoS::AtMostOnce => QoS::AtMostOnce,
+        WireQoS::AtLeastOnce => QoS::AtLeastOnce,
+        WireQoS::ExactlyOnce => QoS::ExactlyOnce,
+    }
+}
+
+fn invalid(problem: impl ToString) -> WireError {
+    WireError::Invalid("3.1.1", problem.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn decode_all(bytes: &[u8]) -> Result<Option<Inbound>, WireError> {
+        decode(&mut BytesMut::from(bytes), 1 << 20)
+    }
+
+    #[test]
+    fn a_publish_survives_the_wire() {
+        for qos in [QoS::AtMostOnce, QoS::ExactlyOnce] {
+            let payload = Bytes::from_static(b"\0\xff");
+            let mut sent = OutboundPublish::new("a/ä".into(), qos, payload.clone());
+            let mut out = BytesMut::new();
+            sent.encode(7, true, &mut out);
+            assert!(sent.size() >= out.len());
+            let Ok(Some(Inbound::Publish(got))) = decode(&mut out, 1 << 20) else {
+                panic!("no publish");
+            };
+            assert_eq!((got.dup, got.qos), (true, qos));
+            assert_eq!(got.topic, "a/ä".as_bytes());
+            assert_eq!(got.payload, payload);
+            assert!(out.is_empty());
+        }
+    }
+
+    /// By the letter of MQTT 3.1.1, 3.1: the codec writes into a buffer that is not
+    /// empty.
+    #[test]
+    fn a_connect_is_right_behind_other_bytes() {
+        let hello = Hello {
+            client_id: "c",
+            login: Some(("u", "p")),
+            keep_alive: 30,
+            clean_start: false,
+            session_expiry: 1,
+            receive_maximum: 1,
+            max_packet_size: 1,
+        };
+        let mut out = BytesMut::from(&b"before"[..]);
+        connect(&hello, &mut out);
+        assert_eq!(
+            out[6..],
+            *b"\x10\x13\0\x04MQTT\x04\xc0\0\x1e\0\x01c\0\x01u\0\x01p"
+        );
+    }
+
+    #[test]
+    fn return_codes_become_refusals() {
+        let connack = |code| decode_all(&[0x20, 0x02, 0x01, code]);
+        let Ok(Some(Inbound::ConnAck(Ok(welcome)))) = connack(0) else {
+            panic!("not welcome");
+        };
+        assert!(welcome.session_present && !welcome.subscription_ids);
+        for (code, denied, reason) in [
+            (1, false, "broker.protocol = 5"),
+            (2, false, "bad client id"),
+            (4, true, "bad user name password"),
+            (5, true, "not authorized"),
+        ] {
+            let Ok(Some(Inbound::ConnAck(Err(refusal)))) = connack(code) else {
+                panic!("no refusal");
+            };
+            assert_eq!(refusal.denied, denied);
+            assert!(refusal.reason.contains(reason), "{refusal}");
+        }
+        assert!(connack(6).is_err());
+    }
+
+    #[test]
+    fn a_suback_of_0x80_is_a_refusal() {
+        let answer = |code| decode_all(&[0x90, 0x03, 0x00, 0x07, code]);
+        assert!(matches!(answer(0x80), Ok(Some(Inbound::SubAck(7, Err(_))))));
+        let granted = Ok(QoS::AtLeastOnce);
+        assert!(matches!(answer(1), Ok(Some(Inbound::SubAck(7, g))) if g == granted));
+    }
+
+    /// However the bytes come: the publish is named, its payload is skipped, and what
+    /// comes behind it is read.
+    #[test]
+    fn a_publish_too_large_is_skipped() {
+        let payload = Bytes::from(vec![7; 5000]);
+        for chunk in [1, 3, 100, 10_000] {
+            let mut sent = OutboundPublish::new("a/b".into(), QoS::AtLeastOnce, payload.clone());
+            let mut bytes = BytesMut::new();
+            sent.encode(9, true, &mut bytes);
+            pingreq(&mut bytes);
+            let end = bytes.len() - 2;
+            bytes[end] = 0xD0;
+            let mut decoder = super::super::Decoder::new(super::super::Protocol::V4, 1024);
+            let (mut buffer, mut got) = (BytesMut::new(), Vec::new());
+            for part in bytes.chunks(chunk) {
+                buffer.extend_from_slice(part);
+                while let Some(packet) = decoder.next(&mut buffer).unwrap() {
+                    got.push(packet);
+                }
+                assert!(buffer.len() < 1024, "the payload is kept");
+            }
+            let [Inbound::TooLarge(publish), Inbound::PingResp] = &got[..] else {
+                panic!("{got:?}");
+            };
+            assert_eq!((publish.pkid, publish.dup), (9, true));
+            assert_eq!(
+                (publish.qos, &publish.topic[..]),
+                (QoS::AtLeastOnce, &b"a/b"[..])
+            );
+        }
+    }
+
+    #[test]
+    fn another_packet_too_large_is_refused_by_its_header() {
+        assert!(decode(&mut BytesMut::from(&[0x90, 0xff, 0x7f][..]), 1024).is_err());
+    }
+
+    proptest! {
+        #[test]
+        fn nonsense_never_panics(bytes in prop::collection::vec(any::<u8>(), 0..64)) {
+            let mut buffer = BytesMut::from(&bytes[..]);
+            let mut decoder = super::super::Decoder::new(super::super::Protocol::V4, 16);
+            while let Ok(Some(_)) = decoder.next(&mut buffer) {}
+        }
+    }
+}
