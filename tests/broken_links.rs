@@ -244,7 +244,7 @@ async fn a_silent_broker_is_noticed_under_traffic() {
     stage.finish().await;
 }
 
-/// The outbox is bounded behind a link that swallows too: refused at once when it is
+/// Rule 10: the outbox is bounded behind a link that swallows too: refused at once when it is
 /// full, UNKNOWN at the deadline. What was never sent is withdrawn, what was sent goes
 /// its way.
 #[tokio::test]
@@ -295,8 +295,8 @@ async fn bounds_hold_behind_a_half_open_link() {
     stage.finish().await;
 }
 
-/// A broker that is there and refuses for a while: said so, tried again, and all is as
-/// before when it takes us again, though it has forgotten everything.
+/// Rule 12: a broker that is there and refuses for a while: said so, tried again, and
+/// all is as before when it takes us again, though it has forgotten everything.
 #[tokio::test]
 async fn a_broker_that_refuses_for_a_while() {
     let keys = [("BROKER__PUBLISH_TIMEOUT", "25s")];

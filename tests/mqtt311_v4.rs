@@ -12,12 +12,10 @@ mod common;
 
 use std::collections::{HashMap, HashSet};
 use std::net::Ipv4Addr;
-use std::sync::Arc;
 
 use common::{Admin, Broker, Device, Handler, Peer, Plan, Stage, within};
-use exproto_sidecar::broker::{self, topic::TopicFilter};
+use exproto_sidecar::broker::topic::TopicFilter;
 use exproto_sidecar::gateway::Gateway;
-use exproto_sidecar::metrics::{BrokerMetrics, Metrics};
 use exproto_sidecar::proto::{Message, ResultCode};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpListener;
@@ -362,70 +360,4 @@ async fn a_packet_that_the_broker_hangs_up_upon_fails() {
     stage.publish(&device, "t", 1, "small").await.ok();
     assert_eq!(stage.handler.payloads(&device.conn, 1).await, ["small"]);
     stage.finish().await;
-}
-
-/// Counts what it gets.
-struct Counting(std::sync::atomic::AtomicUsize);
-
-impl broker::Subscriber for Counting {
-    fn deliver(&self, _: broker::Delivery) -> Result<(), broker::Delivery> {
-        self.0.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
-        Ok(())
-    }
-}
-
-/// Rule 13: many filters, a few of them wide, are there again soon after the broker
-/// forgot them.
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn twenty_thousand_filters_are_restored_in_seconds() {
-    const FILTERS: usize = 20_000;
-    let mut mosquitto = Broker::with("allow_anonymous true\nlog_type error\n").await;
-    let plan = Plan::new(&mosquitto.url(), "http://127.0.0.1:1");
-    let options = exproto_sidecar::options::broker(&plan.config()).unwrap();
-    let metrics = Metrics::new().unwrap();
-    let runtimes = [tokio::runtime::Handle::current()];
-    let started = broker::Broker::start(options, &runtimes, &BrokerMetrics::new(&metrics));
-    let (pool, tasks) = started.unwrap();
-    let counting = Arc::new(Counting(0.into()));
-    let subscribe = async |filter: String| {
-        let filter = TopicFilter::parse(&filter).unwrap();
-        let qos = broker::QoS::AtLeastOnce;
-        let kept = pool.subscribe(&filter, qos, counting.clone(), None).await;
-        kept.unwrap()
-    };
-    let mut kept = Vec::new();
-    for hundred in 0..FILTERS / 100 {
-        let numbers = hundred * 100..(hundred + 1) * 100;
-        let some = numbers.map(|number| subscribe(format!("meters/{number}/cmd")));
-        kept.extend(futures_util::future::join_all(some).await);
-    }
-    kept.push(subscribe("meters/+/cmd".to_owned()).await);
-    let up = || async {
-        let states = pool.states();
-        let up = states.iter().all(broker::LinkState::is_up);
-        up.then_some(states.len())
-    };
-    mosquitto.kill();
-    common::until("the links to be down", || async {
-        up().await.is_none().then_some(())
-    })
-    .await;
-    mosquitto.up().await;
-    let back = std::time::Instant::now();
-    let links = common::until("the links to be up", up).await;
-    let elapsed = back.elapsed();
-    println!("{FILTERS} filters restored on {links} links in {elapsed:?}");
-    assert!(elapsed.as_secs() < 10, "{elapsed:?}");
-    let mut peer = Peer::connect(mosquitto.port).await;
-    for number in [0, 7, FILTERS - 1] {
-        peer.publish(&format!("meters/{number}/cmd"), 1, "x").await;
-    }
-    common::until("two copies of each", || async {
-        let count = counting.0.load(std::sync::atomic::Ordering::Relaxed);
-        (count >= 6).then_some(())
-    })
-    .await;
-    kept.clear();
-    let deadline = tokio::time::Instant::now() + std::time::Duration::from_secs(10);
-    assert_eq!(tasks.drain(deadline).await, 0);
 }

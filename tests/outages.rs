@@ -51,8 +51,8 @@ async fn tally(peer: &mut Peer, last: &str) -> HashMap<String, usize> {
     }
 }
 
-/// A broker that is missing at start is waited for; devices are served meanwhile, and
-/// what they publish and subscribe waits for it.
+/// Rules 8 and 12: a broker that is missing at start is waited for; devices are served
+/// meanwhile, and what they publish and subscribe waits for it.
 #[tokio::test]
 async fn a_broker_missing_at_start_is_waited_for() {
     let broker = Broker::absent(ANONYMOUS);
@@ -186,8 +186,8 @@ async fn a_device_may_leave_while_the_handler_is_away() {
     stage.finish().await;
 }
 
-/// A broker that is killed and comes back without its memory: everything is
-/// subscribed again, nobody gets anything twice.
+/// Rules 8 and 13: a broker that is killed and comes back without its memory:
+/// everything is subscribed again, nobody gets anything twice.
 #[tokio::test]
 async fn subscriptions_survive_a_broker_that_forgot_them() {
     let mut stage = Stage::with(&[("BROKER__POOL_SIZE", "3")]).await;
@@ -223,7 +223,7 @@ async fn subscriptions_survive_a_broker_that_forgot_them() {
     stage.finish().await;
 }
 
-/// The session at the broker outlives a break of the link: messages published
+/// Rule 8: the session at the broker outlives a break of the link: messages published
 /// meanwhile arrive.
 #[tokio::test]
 async fn a_persistent_session_brings_what_came_meanwhile() {
@@ -385,7 +385,7 @@ async fn a_publish_whose_answer_was_lost_is_sent_again() {
     }
 }
 
-/// Publishes in order over several breaks of the link: at QoS 1 none that was
+/// Rules 6 and 8: publishes in order over several breaks of the link: at QoS 1 none that was
 /// confirmed is missing, at QoS 2 each is there once, in order.
 #[tokio::test]
 async fn breaks_of_the_link_lose_nothing_that_was_confirmed() {
@@ -425,7 +425,7 @@ async fn breaks_of_the_link_lose_nothing_that_was_confirmed() {
     stage.finish().await;
 }
 
-/// A broker that is killed under load and comes back: each publish that got SUCCESS
+/// Rule 8: a broker that is killed under load and comes back: each publish that got SUCCESS
 /// reached it, before or after.
 #[tokio::test]
 async fn a_killed_broker_makes_no_false_success() {
@@ -472,7 +472,7 @@ async fn a_killed_broker_makes_no_false_success() {
     stage.finish().await;
 }
 
-/// `publish_timeout`: UNKNOWN with a reason, and the message is withdrawn: it is not
+/// Rule 8, `publish_timeout`: UNKNOWN with a reason, and the message is withdrawn: it is not
 /// published later.
 #[tokio::test]
 async fn a_publish_that_waited_too_long_is_unknown_and_withdrawn() {
@@ -528,8 +528,8 @@ async fn a_subscription_that_was_given_up_is_not_made_later() {
     stage.finish().await;
 }
 
-/// A full outbox: UNKNOWN with a reason at once; what waits is published when the
-/// broker comes, and then there is room again.
+/// Rule 10: a full outbox: UNKNOWN with a reason at once; what waits is published when
+/// the broker comes, and then there is room again.
 #[tokio::test]
 async fn a_full_outbox_refuses_at_once() {
     for bound in [

@@ -666,7 +666,7 @@ async fn overflowing(keys: &[(&str, &str)], count: usize) -> (Stage, Device, Pee
     (stage, device, peer, gate)
 }
 
-/// `drop_oldest`: the newest stay, and what went is counted.
+/// Rule 10, `drop_oldest`: the newest stay, and what went is counted.
 #[tokio::test]
 async fn a_full_queue_drops_the_oldest() {
     let keys = [("QUEUE__MAX_MESSAGES", "5")];
@@ -682,7 +682,7 @@ async fn a_full_queue_drops_the_oldest() {
     stage.finish().await;
 }
 
-/// The queue is bounded in bytes too.
+/// Rule 10: the queue is bounded in bytes too.
 #[tokio::test]
 async fn a_queue_is_bounded_in_bytes() {
     let keys = [("QUEUE__MAX_BYTES", "10KiB"), ("BROKER__POOL_SIZE", "1")];
@@ -703,7 +703,7 @@ async fn a_queue_is_bounded_in_bytes() {
     stage.finish().await;
 }
 
-/// `policy = "close"`: the connection goes, reason `rate_limited`.
+/// Rule 10, `policy = "close"`: the connection goes, reason `rate_limited`.
 #[tokio::test]
 async fn a_full_queue_closes_where_that_is_configured() {
     let keys = [("QUEUE__MAX_MESSAGES", "5"), ("QUEUE__POLICY", "close")];
@@ -838,7 +838,7 @@ async fn a_message_too_large_for_the_broker_is_refused() {
     stage.finish().await;
 }
 
-/// A message larger than `max_packet_size` is not for the gateway; the link stays.
+/// Rule 10: a message larger than `max_packet_size` is not for the gateway; the link stays.
 #[tokio::test]
 async fn a_message_too_large_for_the_gateway_breaks_nothing() {
     let keys = [
