@@ -14,6 +14,7 @@
 
 pub mod adapter;
 pub mod admin;
+pub mod admission;
 pub mod broker;
 pub mod config;
 pub mod connection;
@@ -27,6 +28,7 @@ pub mod proto;
 #[cfg(feature = "quickstart")]
 pub mod quickstart;
 pub mod rate;
+pub mod reload;
 pub mod shard;
 pub mod shutdown;
 pub mod telemetry;

@@ -24,6 +24,7 @@ const CONNECTIONS: &str = "exproto_connections";
 const OPENED: &str = "exproto_connections_opened_total";
 const CLOSED: &str = "exproto_connections_closed_total";
 const REFUSED: &str = "exproto_connections_refused_total";
+const RELOADS: &str = "exproto_listener_reloads_total";
 const ACCEPT_ERRORS: &str = "exproto_accept_errors_total";
 const PANICS: &str = "exproto_connection_panics_total";
 const RECEIVED_BYTES: &str = "exproto_received_bytes_total";
@@ -59,7 +60,8 @@ const TABLE: &[(Kind, &str, Unit, &str, &str)] = &[
     (Kind::Gauge, CONNECTIONS, Unit::Count, "listener", "Device connections that are open."),
     (Kind::Counter, OPENED, Unit::Count, "listener", "Device connections accepted."),
     (Kind::Counter, CLOSED, Unit::Count, "listener, reason", "Device connections ended, by the reason that OnSocketClosed gives."),
-    (Kind::Counter, REFUSED, Unit::Count, "listener, reason", "Device connections refused before any callback, by reason: access_rules, max_connections, max_conn_rate, proxy_protocol, setup."),
+    (Kind::Counter, REFUSED, Unit::Count, "listener, reason", "Device connections refused before any callback, by reason: access_rules, max_connections, max_connections_per_address, max_conn_rate, proxy_protocol, proxy_protocol_trusted, handshake_failed, setup."),
+    (Kind::Counter, RELOADS, Unit::Count, "listener, outcome", "Changes of certificate and key files, by outcome: ok, or failed where the old ones stay in use."),
     (Kind::Counter, ACCEPT_ERRORS, Unit::Count, "listener", "Failures to accept, such as no free file descriptor."),
     (Kind::Counter, PANICS, Unit::Count, "listener", "Connections ended by a fault of the gateway's own."),
     (Kind::Counter, RECEIVED_BYTES, Unit::Bytes, "listener", "Bytes received from devices."),
@@ -219,6 +221,15 @@ impl ListenerMetrics {
             label("reason", reason),
         ];
         self.metrics.counter(REFUSED, labels).increment(1);
+    }
+
+    /// Counts that files have changed and what became of it.
+    pub fn reloaded(&self, outcome: &'static str) {
+        let labels = vec![
+            label("listener", self.listener.clone()),
+            label("outcome", outcome),
+        ];
+        self.metrics.counter(RELOADS, labels).increment(1);
     }
 
     /// Counts a connection's end.

@@ -9,16 +9,16 @@ use std::time::Duration;
 
 use tokio_rustls::rustls::{ClientConfig, ServerConfig};
 
+use crate::admission;
 use crate::broker;
 use crate::config::{
-    ClientTls, Config, Handler, Limit, OnUnavailable, Protocol, QueuePolicy, Rate, ServiceName,
-    TcpListener, Verify,
+    ClientTls, Config, Files, Handler, Limit, ListenerView, OnUnavailable, Protocol, ProxyProtocol,
+    QueuePolicy, Rate, ServiceName, SslOptions, TcpOptions, Verify,
 };
 use crate::connection::machine::Timeouts;
 use crate::connection::{Limits, Policy, Settings};
 use crate::handler::{client, link};
-use crate::listener::Admission;
-use crate::tls::{self, Identity};
+use crate::tls::{self, Identity, PeerCheck};
 use crate::transport::tcp;
 
 /// A part of the configuration that cannot be used.
@@ -48,6 +48,11 @@ pub fn check(config: &Config) -> Vec<Error> {
     errors.extend(targets(&handler_key("default"), &config.handler).err());
     for (name, handler) in &config.handlers {
         errors.extend(targets(&handler_key(name), handler).err());
+    }
+    for (name, listener) in &config.listeners.ssl {
+        if listener.common.enable {
+            errors.extend(ssl(&format!("listeners.ssl.{name}"), &listener.ssl_options).err());
+        }
     }
     errors
 }
@@ -172,27 +177,48 @@ pub fn broker(config: &Config) -> Result<broker::Options, Error> {
     })
 }
 
-/// How the connections of a listener behave.
-pub fn connection(config: &Config, listener: &TcpListener) -> Settings {
-    let rate = |limit: &Limit<Rate>| limit.finite().map(|rate| rate.per_second());
-    let own_mountpoint: &str = &listener.mountpoint;
-    let mountpoint = if own_mountpoint.is_empty() {
-        &*config.mountpoint
-    } else {
-        own_mountpoint
+/// TLS of a listener whose table is `key`.
+pub fn ssl(key: &str, options: &SslOptions) -> Result<Arc<ServerConfig>, Error> {
+    let identities = identities(&options.certfile, &options.keyfile);
+    let peers = (options.verify == Verify::Peer).then(|| PeerCheck {
+        authorities: options.cacertfile.to_vec(),
+        required: options.fail_if_no_peer_cert,
+    });
+    tls::devices(&identities, peers.as_ref())
+        .map_err(|error| Error::new(&format!("{key}.ssl_options"), error))
+}
+
+/// The files that TLS of a listener is made of.
+pub fn ssl_files(options: &SslOptions) -> Vec<PathBuf> {
+    let files = [&options.certfile, &options.keyfile, &options.cacertfile];
+    files.into_iter().flat_map(|files| files.to_vec()).collect()
+}
+
+fn identities(certfiles: &Files, keyfiles: &Files) -> Vec<Identity> {
+    let pairs = certfiles.iter().zip(keyfiles.iter());
+    let identity = |(certfile, keyfile): (&PathBuf, &PathBuf)| Identity {
+        certfile: certfile.clone(),
+        keyfile: keyfile.clone(),
     };
-    let name: &str = &listener.handler;
+    pairs.map(identity).collect()
+}
+
+/// How the connections of a listener behave, with what depends on its sockets.
+pub fn connection(config: &Config, listener: &ListenerView<'_>, sending: Sending) -> Settings {
+    let common = listener.common;
+    let rate = |limit: &Limit<Rate>| limit.finite().map(|rate| rate.per_second());
+    let name: &str = &common.handler;
     let handler = config.handler_named(name).unwrap_or(&config.handler);
-    let watermark = listener.tcp_options.high_watermark.bytes();
     Settings {
         timeouts: Timeouts {
             idle: config.idle_timeout.finite(),
+            reap: listener.kind.is_datagram(),
             authenticate: config.authenticate_timeout.finite(),
-            send: listener.tcp_options.send_timeout,
+            send: sending.timeout,
         },
-        high_watermark: u32::try_from(watermark).unwrap_or(u32::MAX),
-        max_bytes_rate: rate(&listener.max_bytes_rate),
-        max_messages_rate: rate(&listener.max_messages_rate),
+        high_watermark: sending.high_watermark,
+        max_bytes_rate: rate(&common.max_bytes_rate),
+        max_messages_rate: rate(&common.max_messages_rate),
         queue: Limits {
             max_messages: config.queue.max_messages,
             max_bytes: config.queue.max_bytes.bytes(),
@@ -202,15 +228,43 @@ pub fn connection(config: &Config, listener: &TcpListener) -> Settings {
             },
         },
         max_batch: handler.max_batch,
-        mountpoint: mountpoint.to_owned(),
+        mountpoint: mountpoint(config, listener).to_owned(),
         clientinfo_mountpoint: config.clientinfo_mountpoint,
         node_name: config.node_name.to_string(),
     }
 }
 
+/// The prefix of the topics of a listener's connections, a template.
+pub fn mountpoint<'a>(config: &'a Config, listener: &ListenerView<'a>) -> &'a str {
+    let own: &str = &listener.common.mountpoint;
+    if own.is_empty() {
+        &config.mountpoint
+    } else {
+        own
+    }
+}
+
+/// What waits to be sent to a device, and for how long.
+#[derive(Debug, Clone, Copy)]
+pub struct Sending {
+    /// Nothing taken by the device for so long ends its connection.
+    pub timeout: Duration,
+    /// Bytes.
+    pub high_watermark: u32,
+}
+
+impl From<&TcpOptions> for Sending {
+    fn from(options: &TcpOptions) -> Self {
+        let watermark = options.high_watermark.bytes();
+        Self {
+            timeout: options.send_timeout,
+            high_watermark: u32::try_from(watermark).unwrap_or(u32::MAX),
+        }
+    }
+}
+
 /// How the sockets of a listener are set up.
-pub fn tcp(listener: &TcpListener) -> tcp::Options {
-    let options = &listener.tcp_options;
+pub fn tcp(options: &TcpOptions) -> tcp::Options {
     tcp::Options {
         backlog: i32::try_from(options.backlog).unwrap_or(i32::MAX),
         nodelay: options.nodelay,
@@ -219,14 +273,19 @@ pub fn tcp(listener: &TcpListener) -> tcp::Options {
     }
 }
 
-/// Who may connect to a listener.
-pub fn admission(listener: &TcpListener) -> Admission {
-    Admission {
-        access_rules: listener.access_rules.clone(),
-        max_connections: listener.max_connections.finite(),
-        max_conn_rate: listener.max_conn_rate.finite().map(|r| r.per_second()),
-        proxy_protocol: listener
-            .proxy_protocol
-            .then_some(listener.proxy_protocol_timeout),
+/// Who may connect to a listener; over TCP a load balancer may say who it is.
+pub fn admission(listener: &ListenerView<'_>, proxy: Option<&ProxyProtocol>) -> admission::Options {
+    let common = listener.common;
+    admission::Options {
+        access_rules: common.access_rules.clone(),
+        max_connections: common.max_connections.finite(),
+        max_connections_per_address: common.max_connections_per_address.finite(),
+        max_conn_rate: common.max_conn_rate.finite().map(|r| r.per_second()),
+        proxy_protocol: proxy
+            .filter(|proxy| proxy.proxy_protocol)
+            .map(|proxy| admission::Proxy {
+                timeout: proxy.proxy_protocol_timeout,
+                trusted: proxy.proxy_protocol_trusted.clone(),
+            }),
     }
 }

@@ -180,10 +180,12 @@ fn imports_point_down_the_layers() {
         &["connection"],
         &["transport", "handler", "broker"],
         &[
+            "admission",
             "config",
             "id",
             "metrics",
             "rate",
+            "reload",
             "proto",
             "tls",
             "telemetry",

@@ -72,10 +72,13 @@ fn steps() -> impl Strategy<Value = Step> {
 
 fn timeouts() -> impl Strategy<Value = Timeouts> {
     let limit = || proptest::option::of((1..5000_u64).prop_map(Duration::from_millis));
-    (limit(), limit(), 1..5000_u64).prop_map(|(idle, authenticate, send)| Timeouts {
-        idle,
-        authenticate,
-        send: Duration::from_millis(send),
+    (limit(), any::<bool>(), limit(), 1..5000_u64).prop_map(|(idle, reap, authenticate, send)| {
+        Timeouts {
+            reap,
+            idle,
+            authenticate,
+            send: Duration::from_millis(send),
+        }
     })
 }
 
@@ -246,6 +249,7 @@ impl Task {
 
 fn never() -> Timeouts {
     Timeouts {
+        reap: false,
         idle: None,
         authenticate: None,
         send: Duration::from_secs(1),
@@ -381,6 +385,7 @@ fn a_close_while_the_timer_is_told_keeps_its_reason() {
 #[test]
 fn a_busy_handler_is_not_the_devices_silence() {
     let timeouts = Timeouts {
+        reap: false,
         idle: Some(Duration::from_secs(1)),
         ..never()
     };

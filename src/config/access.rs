@@ -58,14 +58,7 @@ impl fmt::Display for AccessRule {
             Action::Allow => "allow",
             Action::Deny => "deny",
         };
-        match self.peers {
-            Peers::All => write!(f, "{action} all"),
-            Peers::Net(net) if net.prefix_len() == net.max_prefix_len() => {
-                write!(f, "{action} {}", net.addr())
-            }
-            Peers::Net(net) => write!(f, "{action} {net}"),
-            Peers::Range(first, last) => write!(f, "{action} {first}-{last}"),
-        }
+        write!(f, "{action} {}", self.peers)
     }
 }
 
@@ -83,6 +76,34 @@ impl ConfigValue for AccessRule {
     }
 }
 
+impl fmt::Display for Peers {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Peers::All => f.write_str("all"),
+            Peers::Net(net) if net.prefix_len() == net.max_prefix_len() => {
+                write!(f, "{}", net.addr())
+            }
+            Peers::Net(net) => write!(f, "{net}"),
+            Peers::Range(first, last) => write!(f, "{first}-{last}"),
+        }
+    }
+}
+
+impl ConfigValue for Peers {
+    fn allowed() -> String {
+        "an address, a network, a range or \"all\", such as \"10.0.0.0/8\", \"10.0.0.1-10.0.0.9\""
+            .to_owned()
+    }
+
+    fn from_text(text: &str) -> Result<Self, Rejected> {
+        peers(text.trim()).ok_or_else(|| Rejected::new(Self::allowed()))
+    }
+
+    fn to_text(&self) -> String {
+        self.to_string()
+    }
+}
+
 fn rule(text: &str) -> Option<AccessRule> {
     let (action, peers) = text.trim().split_once(char::is_whitespace)?;
     let action = match action {
@@ -90,14 +111,18 @@ fn rule(text: &str) -> Option<AccessRule> {
         "deny" => Action::Deny,
         _ => return None,
     };
-    let peers = peers.trim();
+    let peers = self::peers(peers.trim())?;
+    Some(AccessRule { action, peers })
+}
+
+fn peers(peers: &str) -> Option<Peers> {
     let address = |text: &str| {
         text.trim()
             .parse::<IpAddr>()
             .ok()
             .map(|ip| ip.to_canonical())
     };
-    let peers = if peers == "all" {
+    Some(if peers == "all" {
         Peers::All
     } else if let Some((first, last)) = peers.split_once('-') {
         let (first, last) = (address(first)?, address(last)?);
@@ -109,8 +134,41 @@ fn rule(text: &str) -> Option<AccessRule> {
         Peers::Net(IpNet::from(address))
     } else {
         Peers::Net(peers.parse().ok()?)
-    };
-    Some(AccessRule { action, peers })
+    })
+}
+
+/// Addresses of peers.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct PeerList(Vec<Peers>);
+
+impl PeerList {
+    /// Whether `peer` is one of them. An IPv4-mapped IPv6 address counts as the IPv4 address.
+    pub fn contains(&self, peer: IpAddr) -> bool {
+        let peer = peer.to_canonical();
+        self.0.iter().any(|peers| peers.contains(peer))
+    }
+}
+
+impl ConfigValue for PeerList {
+    fn allowed() -> String {
+        Vec::<Peers>::allowed()
+    }
+
+    fn from_text(text: &str) -> Result<Self, Rejected> {
+        Vec::from_text(text).map(Self)
+    }
+
+    fn from_value(value: &Value) -> Result<Self, Rejected> {
+        Vec::from_value(value).map(Self)
+    }
+
+    fn to_text(&self) -> String {
+        list_to_text(&self.0)
+    }
+
+    fn to_toml(&self) -> String {
+        list_to_toml(&self.0)
+    }
 }
 
 /// The rules of one listener, in order. The first that names the peer decides.

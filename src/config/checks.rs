@@ -5,37 +5,13 @@ use std::io;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
-use figment::value::{Dict, Value};
-
 use super::address::collide;
 use super::layers::Layers;
+use super::paths::Files;
 use super::report::{Fault, Origin};
-use super::schema::leaves;
 use super::types::{ClientTls, Config, Handler, ServerTls, Verify};
 use super::value::ConfigValue;
 use super::values::Secret;
-
-/// The kinds of listeners the contract names and this version lacks.
-const UNAVAILABLE: [&str; 3] = ["ssl", "udp", "dtls"];
-
-/// Takes the listeners that this version lacks out of `root` and says so: they are no unknown keys.
-pub(crate) fn take_unavailable(root: &mut Dict, layers: &Layers, faults: &mut Vec<Fault>) {
-    let Some(Value::Dict(_, listeners)) = root.get_mut("listeners") else {
-        return;
-    };
-    for kind in UNAVAILABLE {
-        let Some(value) = listeners.remove(kind) else {
-            continue;
-        };
-        let key = format!("listeners.{kind}");
-        let first_leaf = value
-            .as_dict()
-            .and_then(|table| leaves(table).into_iter().next());
-        let origin = layers.origin(first_leaf.unwrap_or(&value));
-        let problem = format!("{key} is not available in this version; available: tcp");
-        faults.push(Fault::new(origin, key, problem));
-    }
-}
 
 /// Looks at what the sections cannot see by themselves, and reads the password file.
 pub(crate) fn check(config: &mut Config, layers: &Layers, faults: &mut Vec<Fault>) {
@@ -43,6 +19,8 @@ pub(crate) fn check(config: &mut Config, layers: &Layers, faults: &mut Vec<Fault
     checks.addresses(config);
     checks.handler_names(config);
     checks.server_tls("server.ssl_options", &config.server.ssl_options);
+    checks.device_tls(config);
+    checks.health_checks(config);
     checks.handler("handler", &config.handler);
     for (name, handler) in &config.handlers {
         checks.handler(&format!("handlers.{name}"), handler);
@@ -68,22 +46,28 @@ impl Checks<'_> {
     }
 
     fn addresses(&mut self, config: &Config) {
-        let mut bound: Vec<(String, SocketAddr)> =
+        let mut streams: Vec<(String, SocketAddr)> =
             vec![("server.bind".to_owned(), config.server.bind)];
-        bound.extend(
+        streams.extend(
             config
                 .admin
                 .bind
                 .map(|bind| ("admin.bind".to_owned(), bind)),
         );
-        for (name, listener) in config
-            .listeners
-            .tcp
-            .iter()
-            .filter(|(_, listener)| listener.enable)
-        {
-            bound.push((format!("listeners.tcp.{name}.bind"), listener.bind));
+        let mut datagrams = Vec::new();
+        for listener in config.listeners.enabled() {
+            let bound = (format!("{}.bind", listener.key()), listener.bind);
+            match listener.kind.is_datagram() {
+                false => streams.push(bound),
+                true => datagrams.push(bound),
+            }
         }
+        self.distinct(streams);
+        self.distinct(datagrams);
+    }
+
+    /// TCP and UDP have ports of their own.
+    fn distinct(&mut self, mut bound: Vec<(String, SocketAddr)>) {
         bound.retain(|(key, _)| !self.spoiled(key));
         for (index, (key, address)) in bound.iter().enumerate() {
             let earlier = bound.iter().take(index);
@@ -106,9 +90,12 @@ impl Checks<'_> {
     }
 
     fn handler_names(&mut self, config: &Config) {
-        for (name, listener) in &config.listeners.tcp {
-            let key = format!("listeners.tcp.{name}.handler");
-            if config.handler_named(&listener.handler).is_none() && !self.spoiled(&key) {
+        for listener in config.listeners.all() {
+            let (key, handler) = (
+                format!("{}.handler", listener.key()),
+                &listener.common.handler,
+            );
+            if config.handler_named(handler).is_none() && !self.spoiled(&key) {
                 let names: Vec<&str> = std::iter::once("default")
                     .chain(config.handlers.keys().map(String::as_str))
                     .collect();
@@ -116,7 +103,7 @@ impl Checks<'_> {
                     &key,
                     format!(
                         "found {:?}, which is no handler; allowed: {}",
-                        &*listener.handler,
+                        &**handler,
                         names.join(", ")
                     ),
                 );
@@ -202,6 +189,107 @@ impl Checks<'_> {
                 }
             }
             Err(error) => self.unreadable("broker.password_file", &path, &error),
+        }
+    }
+
+    fn device_tls(&mut self, config: &Config) {
+        for (name, listener) in &config.listeners.ssl {
+            let table = format!("listeners.ssl.{name}.ssl_options");
+            let options = &listener.ssl_options;
+            if listener.common.enable {
+                let [certs, keys] = [&options.certfile, &options.keyfile];
+                self.identities(&table, certs, keys, "");
+                self.peers(
+                    &table,
+                    options.verify,
+                    options.fail_if_no_peer_cert,
+                    &options.cacertfile,
+                );
+            }
+        }
+        for (name, listener) in &config.listeners.dtls {
+            let table = format!("listeners.dtls.{name}.dtls_options");
+            let options = &listener.dtls_options;
+            if listener.common.enable {
+                let [certs, keys] = [&options.certfile, &options.keyfile];
+                if options.psk_file.is_empty() || !certs.is_empty() || !keys.is_empty() {
+                    self.identities(&table, certs, keys, ", or a psk_file");
+                }
+                self.all_readable(&table, "psk_file", &options.psk_file);
+                self.peers(
+                    &table,
+                    options.verify,
+                    options.fail_if_no_peer_cert,
+                    &options.cacertfile,
+                );
+            }
+        }
+    }
+
+    /// Certificates and keys in pairs, and not without any.
+    fn identities(&mut self, table: &str, certs: &Files, keys: &Files, or_else: &str) {
+        let [certfile, keyfile] = ["certfile", "keyfile"].map(|name| format!("{table}.{name}"));
+        if self.spoiled(&certfile) || self.spoiled(&keyfile) {
+            return;
+        }
+        if certs.is_empty() || keys.is_empty() {
+            let missing = if certs.is_empty() {
+                &certfile
+            } else {
+                &keyfile
+            };
+            let problem = format!(
+                "found nothing; allowed: {certfile} and {keyfile}{or_else}, or the listener with enable = false"
+            );
+            self.fault(missing, problem);
+        } else if certs.len() != keys.len() {
+            let problem = format!(
+                "found {} for {} in {certfile}; allowed: as many, in the same order",
+                keys.len(),
+                certs.len()
+            );
+            self.fault(&keyfile, problem);
+        }
+        self.all_readable(table, "certfile", certs);
+        self.all_readable(table, "keyfile", keys);
+    }
+
+    /// How devices' certificates are looked at.
+    fn peers(&mut self, table: &str, verify: Verify, required: bool, authorities: &Files) {
+        self.all_readable(table, "cacertfile", authorities);
+        let cacertfile = format!("{table}.cacertfile");
+        if verify == Verify::Peer && authorities.is_empty() && !self.spoiled(&cacertfile) {
+            self.fault(
+                &format!("{table}.verify"),
+                format!(
+                    "found \"verify_peer\" without {cacertfile}; allowed: with the file of the devices' authorities"
+                ),
+            );
+        }
+        if required && verify == Verify::None && !self.spoiled(&format!("{table}.verify")) {
+            self.fault(
+                &format!("{table}.fail_if_no_peer_cert"),
+                format!("found true without {table}.verify = \"verify_peer\"; allowed: with it, or false"),
+            );
+        }
+    }
+
+    fn all_readable(&mut self, table: &str, name: &str, files: &Files) {
+        for path in files.iter() {
+            if let Err(error) = readable(path) {
+                self.unreadable(&format!("{table}.{name}"), path, &error);
+            }
+        }
+    }
+
+    fn health_checks(&mut self, config: &Config) {
+        for (name, listener) in &config.listeners.udp {
+            let check = &listener.health_check;
+            let table = format!("listeners.udp.{name}.health_check");
+            if check.request.is_empty() && !check.reply.is_empty() {
+                let problem = format!("set without {table}.request; allowed: both or neither");
+                self.fault(&format!("{table}.reply"), problem);
+            }
         }
     }
 

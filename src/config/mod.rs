@@ -30,6 +30,7 @@ mod layers;
 mod listeners;
 mod names;
 mod page;
+mod paths;
 mod reader;
 mod report;
 mod schema;
@@ -40,11 +41,15 @@ mod values;
 
 use figment::value::Dict;
 
-pub use access::{AccessRule, AccessRules, Action, Peers};
+pub use access::{AccessRule, AccessRules, Action, PeerList, Peers};
 pub use address::{BrokerUrl, HandlerAddress};
 pub use layers::{Sources, process_environment};
-pub use listeners::{Listeners, TcpListener, TcpOptions};
+pub use listeners::{
+    DtlsListener, DtlsOptions, HealthCheck, Kind, ListenerOptions, ListenerView, Listeners,
+    ProxyProtocol, SslListener, SslOptions, TcpListener, TcpOptions, UdpListener, UdpOptions,
+};
 pub use names::{ClientIdPrefix, Mountpoint, Name, NodeName, PropertyName};
+pub use paths::Files;
 pub use report::{Fault, Origin, Report};
 pub use types::{
     Admin, Broker, ClientTls, Config, Handler, Log, LogFormat, LogLevel, OnUnavailable, Protocol,
@@ -65,12 +70,10 @@ use schema::{Section, join};
 pub fn load(sources: &Sources) -> Result<Config, Report> {
     let mut faults = Vec::new();
     let layers = Layers::merge(sources, &mut faults);
-    let mut root = layers.root().clone();
-    checks::take_unavailable(&mut root, &layers, &mut faults);
 
     let known: Vec<String> = keys().into_iter().map(|key| key.path).collect();
     let mut reader = Reader::new(&layers, &known);
-    let mut config = Config::read(&mut reader, &Scope::root(&root));
+    let mut config = Config::read(&mut reader, &Scope::root(layers.root()));
     faults.extend(reader.into_faults());
     // With a broken file the rest is half a configuration, and its contradictions mean nothing.
     if layers.complete() {

@@ -9,6 +9,8 @@ pub(crate) struct Page {
     pub path: String,
     /// What the table is for.
     pub doc: &'static str,
+    /// Of something that is not configured: the default file shows it commented out.
+    pub is_example: bool,
     pub lines: Vec<Line>,
     pub pages: Vec<Page>,
 }
@@ -31,7 +33,7 @@ impl Page {
     /// The default file: every key with its documentation.
     pub fn documented(&self) -> String {
         let mut out = String::new();
-        self.write_documented(&mut out);
+        self.write_documented(&mut out, false);
         out
     }
 
@@ -53,11 +55,13 @@ impl Page {
     }
 
     // Writing to a `String` cannot fail, so the results of `write!` are dropped.
-    fn write_documented(&self, out: &mut String) {
+    fn write_documented(&self, out: &mut String, within_example: bool) {
+        let is_example = within_example || self.is_example;
+        let off = if is_example { "#" } else { "" };
         write_comment(out, self.doc);
         let has_head = !self.lines.is_empty() && !self.path.is_empty();
         if has_head {
-            let _ = writeln!(out, "[{}]", self.path);
+            let _ = writeln!(out, "{off}[{}]", self.path);
         }
         if has_head || !self.doc.is_empty() {
             out.push('\n');
@@ -69,17 +73,20 @@ impl Page {
                     let _ = writeln!(out, "# {} = {example}\n", line.key);
                 }
                 (None, Some(toml)) => {
-                    let _ = writeln!(out, "{} = {toml}\n", line.key);
+                    let _ = writeln!(out, "{off}{} = {toml}\n", line.key);
                 }
                 (None, None) => {}
             }
         }
         for page in &self.pages {
-            page.write_documented(out);
+            page.write_documented(out, is_example);
         }
     }
 
     fn write_plain(&self, out: &mut String) {
+        if self.is_example {
+            return;
+        }
         if !self.lines.is_empty() && !self.path.is_empty() {
             let _ = writeln!(out, "\n[{}]", self.path);
         }

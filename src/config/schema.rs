@@ -6,7 +6,8 @@
 //!
 //! The expression behind a key's `=` says what kind of key it is ([`Field`] has one implementation
 //! for each): `"30s"` a default as text, [`Within`] a default and bounds, [`Unset`] no default,
-//! [`Computed`] a default made at start-up, [`Nested`] a table, [`Named`] a table of named tables.
+//! [`Computed`] a default made at start-up, [`Nested`] a table, [`Flat`] keys that
+//! several tables have, [`Named`] a table of named tables.
 
 use std::collections::BTreeMap;
 use std::convert::identity;
@@ -14,6 +15,7 @@ use std::ops::{Bound, RangeBounds};
 
 use figment::value::{Dict, Value};
 
+use super::layers::{Layers, Sources};
 use super::names::is_name;
 use super::page::{Line, Page};
 use super::reader::{Reader, Scope};
@@ -34,13 +36,19 @@ macro_rules! section {
         }
 
         impl $crate::config::schema::Section for $name {
-            const KEYS: &'static [&'static str] = &[$(stringify!($field)),*];
+            fn keys() -> Vec<&'static str> {
+                let mut keys = Vec::new();
+                $(keys.extend(<$type as $crate::config::schema::Field<_>>::keys(
+                    &$default,
+                    stringify!($field),
+                ));)*
+                keys
+            }
 
-            fn read(
+            fn read_known(
                 reader: &mut $crate::config::reader::Reader<'_>,
                 scope: &$crate::config::reader::Scope<'_>,
             ) -> Self {
-                reader.refuse_unknown(scope, Self::KEYS);
                 $name {
                     $($field: $crate::config::schema::Field::read(reader, scope, stringify!($field), $default),)*
                 }
@@ -63,11 +71,17 @@ pub(crate) use section;
 /// A table of the configuration. Implemented by `section!` only.
 pub(crate) trait Section: Sized {
     /// The keys, in the order they are documented.
-    const KEYS: &'static [&'static str];
+    fn keys() -> Vec<&'static str>;
 
     /// Reads the table. A value that is at fault is replaced by its default, so that the checks
     /// behind can still look at the rest; the fault itself stops the start-up.
-    fn read(reader: &mut Reader<'_>, scope: &Scope<'_>) -> Self;
+    fn read(reader: &mut Reader<'_>, scope: &Scope<'_>) -> Self {
+        reader.refuse_unknown(scope, &Self::keys());
+        Self::read_known(reader, scope)
+    }
+
+    /// Reads the keys there are, whatever others the table has.
+    fn read_known(reader: &mut Reader<'_>, scope: &Scope<'_>) -> Self;
 
     /// Adds the keys to `page`, and the tables below it.
     fn write(&self, page: &mut Page);
@@ -75,6 +89,11 @@ pub(crate) trait Section: Sized {
 
 /// A key whose kind is told by `D`, the type of its default.
 pub(crate) trait Field<D>: Sized {
+    /// What it adds to the keys of its table.
+    fn keys(_: &D, key: &'static str) -> Vec<&'static str> {
+        vec![key]
+    }
+
     fn read(reader: &mut Reader<'_>, scope: &Scope<'_>, key: &'static str, default: D) -> Self;
 
     fn write(&self, default: &D, key: &'static str, doc: &'static str, page: &mut Page);
@@ -204,7 +223,7 @@ pub(crate) struct Nested;
 
 impl<T: Section> Field<Nested> for T {
     fn read(reader: &mut Reader<'_>, scope: &Scope<'_>, key: &'static str, _: Nested) -> T {
-        let table = reader.table(scope, key, T::KEYS);
+        let table = reader.table(scope, key, &T::keys());
         T::read(reader, &table)
     }
 
@@ -219,11 +238,31 @@ impl<T: Section> Field<Nested> for T {
     }
 }
 
+/// Keys that several tables have: a section whose keys are among those of the table it is in.
+pub(crate) struct Flat;
+
+impl<T: Section> Field<Flat> for T {
+    fn keys(_: &Flat, _: &'static str) -> Vec<&'static str> {
+        T::keys()
+    }
+
+    fn read(reader: &mut Reader<'_>, scope: &Scope<'_>, _: &'static str, _: Flat) -> T {
+        T::read_known(reader, scope)
+    }
+
+    fn write(&self, _: &Flat, _: &'static str, _: &'static str, page: &mut Page) {
+        Section::write(self, page);
+    }
+}
+
 /// A table of tables that the user names.
 pub(crate) struct Named {
     /// The key that every one must have, for it has no sensible default.
     pub required: &'static str,
-    /// The one that is there when none is configured; it may leave out the required key.
+    /// The one whose name is enough: it may leave out the required key, and the default file shows
+    /// it as an example where there is none.
+    pub optional_for: Option<&'static str>,
+    /// The one that is there when nothing at all is configured in the table around this one.
     pub built_in: Option<&'static str>,
     /// A name that is taken, and what it stands for.
     pub reserved: Option<(&'static str, &'static str)>,
@@ -244,13 +283,14 @@ impl<T: Section> Field<Named> for BTreeMap<String, T> {
                 reader.fault(value, all.path_of(name), problem);
                 continue;
             }
-            let table = reader.table(&all, name, T::KEYS);
-            if rules.built_in != Some(name) {
+            let table = reader.table(&all, name, &T::keys());
+            if rules.optional_for != Some(name) {
                 reader.require(&table, rules.required, value);
             }
             named.insert(name.clone(), T::read(reader, &table));
         }
-        if let Some(name) = rules.built_in.filter(|_| named.is_empty()) {
+        let alone = scope.entries().all(|(other, _)| other == key) && named.is_empty();
+        if let Some(name) = rules.built_in.filter(|_| alone) {
             named.insert(
                 name.to_owned(),
                 T::read(reader, &Scope::empty(all.path_of(name))),
@@ -259,19 +299,28 @@ impl<T: Section> Field<Named> for BTreeMap<String, T> {
         named
     }
 
-    fn write(&self, _: &Named, key: &'static str, doc: &'static str, page: &mut Page) {
+    fn write(&self, rules: &Named, key: &'static str, doc: &'static str, page: &mut Page) {
         let mut all = Page {
             path: join(&page.path, key),
             doc,
             ..Page::default()
         };
-        for (name, section) in self {
+        let mut add = |name: &str, section: &T, is_example: bool| {
             let mut one = Page {
                 path: join(&all.path, name),
+                is_example,
                 ..Page::default()
             };
             section.write(&mut one);
             all.pages.push(one);
+        };
+        for (name, section) in self {
+            add(name, section, false);
+        }
+        if let Some(name) = rules.optional_for.filter(|_| self.is_empty()) {
+            let layers = Layers::merge(&Sources::default(), &mut Vec::new());
+            let scope = Scope::empty(String::new());
+            add(name, &T::read(&mut Reader::new(&layers, &[]), &scope), true);
         }
         page.pages.push(all);
     }

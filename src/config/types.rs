@@ -66,7 +66,7 @@ section! {
         /// address = ["http://10.0.0.7:9001", "http://10.0.0.8:9001"]
         /// ```
         handlers: BTreeMap<String, Handler> =
-            Named { required: "address", built_in: None, reserved: Some(("default", "the table [handler]")) },
+            Named { required: "address", optional_for: None, built_in: None, reserved: Some(("default", "the table [handler]")) },
 
         /// The MQTT broker that messages go to and come from.
         broker: Broker = Nested,

@@ -34,6 +34,9 @@ pub(super) const MAX_FLUSH: u32 = 4;
 pub struct Timeouts {
     /// Nothing either way while not authenticated.
     pub idle: Option<Duration>,
+    /// Whether `idle` also ends a connection, authenticated or not, that has no
+    /// keepalive and from which nothing came for so long: datagrams have no other end.
+    pub reap: bool,
     /// Not authenticated since it opened.
     pub authenticate: Option<Duration>,
     /// Nothing taken by the device of what waits for it.
@@ -226,10 +229,20 @@ impl<B> Machine<B> {
             .keepalive
             .filter(|_| self.is_reading())
             .map(|interval| self.heard + interval.mul_f64(1.5));
-        [send, flush, authenticate, idle, keepalive]
+        let reap = self
+            .reap()
+            .filter(|_| self.is_reading())
+            .map(|limit| self.heard + limit);
+        [send, flush, authenticate, idle, keepalive, reap]
             .into_iter()
             .flatten()
             .min()
+    }
+
+    /// How long it may be silent without a keepalive.
+    fn reap(&self) -> Option<Duration> {
+        let reap = self.timeouts.reap && self.keepalive.is_none();
+        self.timeouts.idle.filter(|_| reap)
     }
 
     /// Takes an input; what follows from it is in [`Machine::next_action`].
@@ -327,6 +340,8 @@ impl<B> Machine<B> {
         } else if !self.is_reading() {
             // Whether the device is silent shows when it is read again.
         } else if !self.authenticated && passed(self.active, self.timeouts.idle) {
+            self.close(CloseReason::IdleTimeout);
+        } else if passed(self.heard, self.reap()) {
             self.close(CloseReason::IdleTimeout);
         } else if passed(self.heard, self.keepalive.map(|i| i.mul_f64(1.5))) {
             self.phase = Phase::Expiring;

@@ -71,6 +71,7 @@ async fn a_panic_ends_its_connection_alone_and_the_handler_is_told() {
         shard: ShardId(0),
         settings: Settings {
             timeouts: Timeouts {
+                reap: false,
                 idle: None,
                 authenticate: None,
                 send: Duration::from_secs(1),
@@ -95,6 +96,7 @@ async fn a_panic_ends_its_connection_alone_and_the_handler_is_told() {
     });
     let address = "127.0.0.1:1".parse().unwrap();
     let peer = PeerInfo {
+        certificate: None,
         kind: Kind::Tcp,
         peer: address,
         local: address,

@@ -265,9 +265,9 @@ Ctrl-C ends it.
 /// Which topics the devices of each listener have.
 fn mounts(config: &Config, gateway: &Gateway) -> Mounts {
     let ports = &gateway.addresses().listeners;
-    let listeners = config.listeners.tcp.iter().filter_map(|(name, listener)| {
-        let address = ports.get(&format!("tcp.{name}"))?;
-        let mountpoint = options::connection(config, listener).mountpoint;
+    let listeners = config.listeners.enabled().filter_map(|listener| {
+        let address = ports.get(&listener.full_name())?;
+        let mountpoint = options::mountpoint(config, &listener).to_owned();
         Some((address.port(), Topics::new(mountpoint)))
     });
     Mounts::new(listeners.collect())

@@ -6,7 +6,7 @@ use std::fmt::Write;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener};
 
-use crate::config::{Config, ServiceName};
+use crate::config::{Config, Kind, ServiceName};
 use crate::options;
 
 /// How far from a taken port another is suggested, and how many are tried.
@@ -82,11 +82,15 @@ impl Plan {
             needs.push(Need::new(address, "admin", "admin.bind", ""));
         }
         let mut device_listener = None;
-        for (name, listener) in config.listeners.tcp.iter().filter(|(_, l)| l.enable) {
-            let (full_name, key) = (format!("tcp.{name}"), format!("listeners.tcp.{name}.bind"));
+        for listener in config.listeners.enabled() {
+            if listener.kind.is_datagram() {
+                continue;
+            }
+            let key = format!("{}.bind", listener.key());
             needs.push(Need::new(listener.bind, "devices", &key, ""));
-            if !listener.proxy_protocol {
-                device_listener.get_or_insert(full_name);
+            let plain = config.listeners.tcp.get(listener.name);
+            if listener.kind == Kind::Tcp && plain.is_some_and(|tcp| !tcp.proxy.proxy_protocol) {
+                device_listener.get_or_insert(listener.full_name());
             }
         }
         if device_listener.is_none() {
@@ -142,8 +146,10 @@ fn broker(config: &Config, faults: &mut Vec<Fault>) -> Option<SocketAddr> {
 /// The first address of every handler that a listener uses: one is enough for the
 /// gateway to be ready.
 fn handlers(config: &Config, faults: &mut Vec<Fault>) -> Vec<Need> {
-    let listeners = config.listeners.tcp.values().filter(|l| l.enable);
-    let names: BTreeSet<&str> = listeners.map(|listener| &*listener.handler).collect();
+    let listeners = config.listeners.enabled();
+    let names: BTreeSet<&str> = listeners
+        .map(|listener| &*listener.common.handler)
+        .collect();
     let mut needs = Vec::new();
     for name in names {
         let Some(handler) = config.handler_named(name) else {
@@ -287,7 +293,7 @@ mod tests {
                 address.tls = true;
             }
             for listener in config.listeners.tcp.values_mut() {
-                listener.proxy_protocol = true;
+                listener.proxy.proxy_protocol = true;
             }
         });
         for text in [

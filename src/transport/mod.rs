@@ -6,28 +6,15 @@
 
 pub mod proxy_protocol;
 pub mod tcp;
+pub mod tls;
 
 use std::io;
 use std::net::SocketAddr;
 use std::task::{Context, Poll};
 
+pub use crate::config::Kind;
 use crate::proto;
-
-/// The kinds of transport, with the names they have in the configuration.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Kind {
-    /// Plain TCP.
-    Tcp,
-}
-
-impl Kind {
-    /// As in `listeners.<kind>`.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Tcp => "tcp",
-        }
-    }
-}
+use crate::tls::Subject;
 
 /// Who connected, and where.
 #[derive(Debug, Clone)]
@@ -38,6 +25,8 @@ pub struct PeerInfo {
     pub peer: SocketAddr,
     /// The address it reached.
     pub local: SocketAddr,
+    /// Whose certificate it showed, if it did and the listener asked for one.
+    pub certificate: Option<Subject>,
 }
 
 impl PeerInfo {
@@ -51,10 +40,19 @@ impl PeerInfo {
         proto::ConnInfo {
             socktype: match self.kind {
                 Kind::Tcp => proto::SocketType::Tcp.into(),
+                Kind::Ssl => proto::SocketType::Ssl.into(),
+                Kind::Udp => proto::SocketType::Udp.into(),
+                Kind::Dtls => proto::SocketType::Dtls.into(),
             },
             peername: Some(address(self.peer)),
             sockname: Some(address(self.local)),
-            peercert: None,
+            peercert: self
+                .certificate
+                .as_ref()
+                .map(|subject| proto::CertificateInfo {
+                    cn: subject.cn.clone(),
+                    dn: subject.dn.clone(),
+                }),
         }
     }
 }

@@ -4,11 +4,11 @@ use std::io;
 use std::net::SocketAddr;
 use std::os::fd::AsRawFd;
 use std::pin::Pin;
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, ready};
 
 use bytes::Bytes;
 use socket2::{Domain, Protocol, SockRef, Socket as RawSocket, Type};
-use tokio::io::{AsyncWrite, ReadBuf};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
 
 use super::{Received, Socket};
@@ -29,7 +29,7 @@ pub struct Options {
 /// A listening socket.
 ///
 /// Accepted streams are not tied to the runtime that accepts: the shard that serves
-/// one makes it its own with [`TcpSocket::adopt`].
+/// one makes it its own with [`Stream::adopt`].
 pub struct Acceptor {
     listener: TcpListener,
 }
@@ -67,28 +67,28 @@ impl Acceptor {
     }
 }
 
-/// An accepted stream.
+/// An accepted stream, with what was read ahead of its owner.
 #[derive(Debug)]
-pub struct TcpSocket {
-    stream: TcpStream,
+pub struct Stream {
+    tcp: TcpStream,
     /// Bytes that came behind a PROXY header.
     early: Bytes,
 }
 
-impl TcpSocket {
+impl Stream {
     /// Makes an accepted stream one of the current runtime.
     pub fn adopt(stream: std::net::TcpStream, options: &Options) -> io::Result<Self> {
         stream.set_nonblocking(true)?;
         stream.set_nodelay(options.nodelay)?;
         Ok(Self {
-            stream: TcpStream::from_std(stream)?,
+            tcp: TcpStream::from_std(stream)?,
             early: Bytes::new(),
         })
     }
 
     /// The stream itself, for what must be read before the device's own bytes.
-    pub fn stream_mut(&mut self) -> &mut TcpStream {
-        &mut self.stream
+    pub fn tcp_mut(&mut self) -> &mut TcpStream {
+        &mut self.tcp
     }
 
     /// Puts back bytes that were read too far.
@@ -98,56 +98,24 @@ impl TcpSocket {
 
     /// The addresses of the device and of this end.
     pub fn addresses(&self) -> io::Result<(SocketAddr, SocketAddr)> {
-        Ok((self.stream.peer_addr()?, self.stream.local_addr()?))
+        Ok((self.tcp.peer_addr()?, self.tcp.local_addr()?))
     }
-}
 
-impl Socket for TcpSocket {
-    const STREAM: bool = true;
-
-    fn poll_receive(
-        &mut self,
-        cx: &mut Context<'_>,
-        buffer: &mut [u8],
-    ) -> Poll<io::Result<Received>> {
-        if !self.early.is_empty() {
-            let count = self.early.len().min(buffer.len());
-            let early = self.early.split_to(count);
-            if let Some(start) = buffer.get_mut(..count) {
-                start.copy_from_slice(&early);
-            }
-            return Poll::Ready(Ok(Received::Bytes(count)));
+    /// Waits until something has come. Cancel safe.
+    pub async fn readable(&self) -> io::Result<()> {
+        if self.early.is_empty() {
+            self.tcp.readable().await?;
         }
-        let mut buffer = ReadBuf::new(buffer);
-        match tokio::io::AsyncRead::poll_read(Pin::new(&mut self.stream), cx, &mut buffer) {
-            Poll::Pending => Poll::Pending,
-            Poll::Ready(Err(error)) => Poll::Ready(Err(error)),
-            Poll::Ready(Ok(())) => Poll::Ready(Ok(match buffer.filled().len() {
-                0 => Received::End,
-                count => Received::Bytes(count),
-            })),
-        }
+        Ok(())
     }
 
-    fn poll_send(
-        &mut self,
-        cx: &mut Context<'_>,
-        chunks: &[io::IoSlice<'_>],
-    ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write_vectored(cx, chunks)
-    }
-
-    fn poll_finish(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_shutdown(cx)
-    }
-
+    /// Bytes that were sent and that the peer has not acknowledged.
     #[allow(unsafe_code)]
-    fn unacknowledged(&self) -> usize {
+    pub fn unacknowledged(&self) -> usize {
         let mut bytes: libc::c_int = 0;
         // SAFETY: the descriptor is open as long as `self` is, and SIOCOUTQ, whose other
         // name is TIOCOUTQ, writes one int to where it is told (tcp(7)).
-        let result =
-            unsafe { libc::ioctl(self.stream.as_raw_fd(), libc::TIOCOUTQ, &raw mut bytes) };
+        let result = unsafe { libc::ioctl(self.tcp.as_raw_fd(), libc::TIOCOUTQ, &raw mut bytes) };
         if result == 0 {
             usize::try_from(bytes).unwrap_or(0)
         } else {
@@ -156,9 +124,92 @@ impl Socket for TcpSocket {
         }
     }
 
-    fn abort(&mut self) {
+    /// Makes the coming drop throw away what the peer has not taken yet.
+    pub fn abort(&self) {
         // The kernel would go on offering unsent bytes to a device that takes none.
         // Failing to say so only costs that memory for some minutes.
-        let _ = SockRef::from(&self.stream).set_linger(Some(std::time::Duration::ZERO));
+        let _ = SockRef::from(&self.tcp).set_linger(Some(std::time::Duration::ZERO));
+    }
+}
+
+impl AsyncRead for Stream {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        if self.early.is_empty() {
+            return Pin::new(&mut self.tcp).poll_read(cx, buffer);
+        }
+        let count = self.early.len().min(buffer.remaining());
+        buffer.put_slice(&self.early.split_to(count));
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl AsyncWrite for Stream {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.tcp).poll_write(cx, bytes)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        chunks: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.tcp).poll_write_vectored(cx, chunks)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        true
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.tcp).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.tcp).poll_shutdown(cx)
+    }
+}
+
+impl Socket for Stream {
+    const STREAM: bool = true;
+
+    fn poll_receive(
+        &mut self,
+        cx: &mut Context<'_>,
+        buffer: &mut [u8],
+    ) -> Poll<io::Result<Received>> {
+        let mut buffer = ReadBuf::new(buffer);
+        ready!(Pin::new(self).poll_read(cx, &mut buffer))?;
+        Poll::Ready(Ok(match buffer.filled().len() {
+            0 => Received::End,
+            count => Received::Bytes(count),
+        }))
+    }
+
+    fn poll_send(
+        &mut self,
+        cx: &mut Context<'_>,
+        chunks: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(self).poll_write_vectored(cx, chunks)
+    }
+
+    fn poll_finish(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(self).poll_shutdown(cx)
+    }
+
+    fn unacknowledged(&self) -> usize {
+        Stream::unacknowledged(self)
+    }
+
+    fn abort(&mut self) {
+        Stream::abort(self);
     }
 }

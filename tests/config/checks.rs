@@ -35,19 +35,19 @@ fn listeners_on_one_address() {
     );
     let off =
         toml("[listeners.tcp.a]\nbind = 1\n[listeners.tcp.b]\nbind = 1\nenable = false").unwrap();
-    assert!(!off.listeners.tcp["b"].enable);
+    assert!(!off.listeners.tcp["b"].common.enable);
 }
 
 #[test]
 fn listener_names_and_kinds() {
-    for kind in ["ssl", "udp", "dtls"] {
-        let message = format!("listeners.{kind} is not available in this version; available: tcp");
-        one_fault(
-            toml(&format!("[listeners.{kind}.default]\nbind = 1")),
-            &["file config.toml: ", &message],
-        );
-        let variable = format!("EXPROTO_LISTENERS__{}__X__BIND", kind.to_uppercase());
-        one_fault(env(&[(&variable, "1")]), &[&variable, &message]);
+    for kind in ["tcp", "ssl", "udp", "dtls"] {
+        // A name is not enough of a listener, unless it is "default".
+        let config = toml(&format!("[listeners.{kind}.default]\nenable = false")).unwrap();
+        let all: Vec<_> = config.listeners.all().map(|l| l.full_name()).collect();
+        assert_eq!(all, [format!("{kind}.default")], "and no other");
+        let key = format!("listeners.{kind}.x.bind: found nothing; this key is required");
+        let off = format!("EXPROTO_LISTENERS__{}__X__ENABLE", kind.to_uppercase());
+        one_fault(env(&[(&off, "false")]), &[&key]);
     }
     one_fault(
         toml("[listeners.tcp.meters]\nenable = true"),
@@ -69,7 +69,7 @@ fn listener_names_and_kinds() {
     let config = env(&[("EXPROTO_LISTENERS__TCP__METERS__BIND", "1")]).unwrap();
     assert_eq!(config.listeners.tcp.keys().collect::<Vec<_>>(), ["meters"]);
     let config = env(&[("EXPROTO_LISTENERS__TCP__DEFAULT__ENABLE", "false")]).unwrap();
-    assert!(!config.listeners.tcp["default"].enable);
+    assert!(!config.listeners.tcp["default"].common.enable);
 }
 
 #[test]
@@ -181,5 +181,105 @@ fn tls_files_and_schemes() {
             ("broker.ssl_options.cacertfile", "no.pem"),
         ]),
         &["broker.ssl_options.cacertfile: found \"no.pem\", which cannot be read"],
+    );
+}
+
+#[test]
+fn ports_of_tcp_and_udp_are_apart() {
+    toml("[listeners.tcp.a]\nbind = 1\n[listeners.udp.a]\nbind = 1").unwrap();
+    one_fault(
+        toml("[listeners.udp.a]\nbind = 1\n[listeners.udp.b]\nbind = '127.0.0.1:1'"),
+        &["listeners.udp.b.bind: found 127.0.0.1:1, but listeners.udp.a.bind has 0.0.0.0:1"],
+    );
+}
+
+#[test]
+fn tls_of_listeners() {
+    let dir = TempDir::new().unwrap();
+    let [cert, key, other] = ["cert.pem", "key.pem", "other.pem"].map(|name| {
+        let path = dir.path().join(name);
+        fs::write(&path, "x").unwrap();
+        path.display().to_string()
+    });
+    let ssl = |options: &str| {
+        toml(&format!(
+            "[listeners.ssl.a]\nbind = 1\nssl_options = {{ {options} }}"
+        ))
+    };
+    let both = format!("certfile = '{cert}', keyfile = '{key}'");
+    ssl(&both).unwrap();
+    ssl(&format!(
+        "certfile = ['{cert}', '{other}'], keyfile = ['{key}', '{other}']"
+    ))
+    .unwrap();
+    ssl(&format!(
+        "{both}, cacertfile = '{other}', verify = 'verify_peer', fail_if_no_peer_cert = true"
+    ))
+    .unwrap();
+    for (options, problem) in [
+        (
+            String::new(),
+            "ssl_options.certfile: found nothing; allowed: ",
+        ),
+        (
+            format!("certfile = '{cert}'"),
+            "ssl_options.keyfile: found nothing; allowed: ",
+        ),
+        (
+            format!("certfile = ['{cert}', '{other}'], keyfile = '{key}'"),
+            "ssl_options.keyfile: found 1 for 2 in listeners.ssl.a.ssl_options.certfile; allowed: as many",
+        ),
+        (
+            format!("certfile = '/missing.pem', keyfile = '{key}'"),
+            "ssl_options.certfile: found \"/missing.pem\", which cannot be read",
+        ),
+        (
+            format!("{both}, verify = 'verify_peer'"),
+            "ssl_options.verify: found \"verify_peer\" without listeners.ssl.a.ssl_options.cacertfile",
+        ),
+        (
+            format!("{both}, fail_if_no_peer_cert = true"),
+            "ssl_options.fail_if_no_peer_cert: found true without",
+        ),
+    ] {
+        one_fault(ssl(&options), &["listeners.ssl.a.", problem]);
+    }
+    toml("[listeners.ssl.a]\nbind = 1\nenable = false").unwrap();
+    let dtls = |options: &str| {
+        toml(&format!(
+            "[listeners.dtls.a]\nbind = 1\ndtls_options = {{ {options} }}"
+        ))
+    };
+    dtls(&format!("psk_file = '{other}'")).unwrap();
+    dtls(&format!("psk_file = '{other}', {both}")).unwrap();
+    one_fault(
+        dtls(""),
+        &[
+            "dtls_options.certfile: found nothing; allowed: ",
+            ", or a psk_file",
+        ],
+    );
+    one_fault(
+        dtls(&format!("psk_file = '{other}', keyfile = '{key}'")),
+        &["dtls_options.certfile"],
+    );
+    one_fault(
+        dtls("psk_file = '/missing'"),
+        &["dtls_options.psk_file: found \"/missing\""],
+    );
+}
+
+#[test]
+fn a_health_check_has_both_halves() {
+    let udp = |check: &str| {
+        toml(&format!(
+            "[listeners.udp.a]\nbind = 1\nhealth_check = {{ {check} }}"
+        ))
+    };
+    udp("request = 'ping', reply = 'pong'").unwrap();
+    udp("request = 'ping'").unwrap();
+    one_fault(
+        udp("reply = 'pong'"),
+        &["listeners.udp.a.health_check.reply: set without"],
     );
 }

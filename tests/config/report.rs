@@ -174,7 +174,7 @@ fn unknown_keys_come_with_a_suggestion() {
     assert!(!faults(toml("[broker]\nulr = 'hunter2'"))[0].contains("hunter2"));
     one_fault(
         toml("[listeners.quic.a]\nbind = 1"),
-        &["listeners.quic: unknown key; allowed: tcp"],
+        &["listeners.quic: unknown key; allowed: tcp, ssl, udp, dtls"],
     );
 }
 

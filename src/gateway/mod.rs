@@ -8,6 +8,8 @@
 //! shared           registry (a lock for each shard), broker handle, metrics
 //! ```
 
+mod build;
+
 use std::collections::BTreeMap;
 use std::io;
 use std::net::SocketAddr;
@@ -24,16 +26,15 @@ use crate::adapter::Adapter;
 use crate::admin::{self, Readiness, Status};
 use crate::broker::{Broker, BrokerTasks, LinkState};
 use crate::config::{Config, Handler};
+use crate::connection::Registry;
 use crate::connection::command::Commands;
-use crate::connection::{ListenerContext, Registry};
 use crate::handler::client::Pool;
 use crate::handler::link::Link;
 use crate::id::{NodeTag, ShardId};
-use crate::listener::Listener;
-use crate::metrics::{AdapterMetrics, BrokerMetrics, HandlerMetrics, ListenerMetrics, Metrics};
+use crate::metrics::{AdapterMetrics, BrokerMetrics, HandlerMetrics, Metrics};
 use crate::options;
 use crate::shard::{Shard, ShardThread};
-use crate::transport::tcp::Acceptor;
+use build::{Build, Sockets};
 
 /// How often histograms are tidied; what is recorded between waits in memory.
 const METRICS_UPKEEP: Duration = Duration::from_secs(5);
@@ -209,14 +210,14 @@ impl Gateway {
         // Every address is bound before anything else: a gateway that cannot start must
         // not have answered a device or taken over another one's sessions.
         let Sockets {
-            acceptors,
+            devices,
             adapter: adapter_listener,
             admin: admin_listener,
-        } = Sockets::bind(config).await?;
+        } = Sockets::bind(config, shards_of(config)).await?;
         let addresses = Addresses {
-            listeners: acceptors
+            listeners: devices
                 .iter()
-                .map(|(name, acceptor)| Ok((format!("tcp.{name}"), acceptor.local_addr()?)))
+                .map(|(listener, bound)| Ok((listener.full_name(), bound.local_addr()?)))
                 .collect::<io::Result<_>>()?,
             adapter: adapter_listener.local_addr()?,
             admin: admin_listener
@@ -248,11 +249,12 @@ impl Gateway {
             registry: &registry,
             metrics: &metrics,
             draining: &stops.draining,
+            stop: &stops.listeners,
         };
-        let listeners: Vec<_> = acceptors
+        let listeners = devices
             .into_iter()
-            .filter_map(|(name, acceptor)| build.listener(name, acceptor))
-            .collect();
+            .map(|(listener, bound)| build.listener(&listener, bound))
+            .collect::<Result<Vec<_>, _>>()?;
         let health = Arc::new(Health {
             started: watch::Sender::new(false),
             draining: stops.draining.clone(),
@@ -271,7 +273,7 @@ impl Gateway {
         );
         tokio::spawn(accept);
         for listener in listeners {
-            tokio::spawn(listener.run(shards.clone(), stops.listeners.clone()));
+            listener.start(&shards, &stops.listeners);
         }
         if let Some(listener) = admin_listener {
             let handle = metrics.handle();
@@ -362,17 +364,21 @@ async fn announce(health: Arc<Health>, addresses: Addresses, tell: impl FnOnce(&
     }
 }
 
+/// How many shards there are to be.
+fn shards_of(config: &Config) -> usize {
+    match config.shards {
+        0 => std::thread::available_parallelism().map_or(1, usize::from),
+        count => count,
+    }
+}
+
 fn start_shards(
     config: &Config,
     connections: &TaskTracker,
 ) -> Result<(Vec<Shard>, Vec<ShardThread>), Error> {
-    let count = match config.shards {
-        0 => std::thread::available_parallelism().map_or(1, usize::from),
-        count => count,
-    };
     let mut shards = Vec::new();
     let mut threads = Vec::new();
-    for number in 0..u16::try_from(count).unwrap_or(u16::MAX) {
+    for number in 0..u16::try_from(shards_of(config)).unwrap_or(u16::MAX) {
         let (shard, thread) = Shard::start(ShardId(number), connections.clone())?;
         shards.push(shard);
         threads.push(thread);
@@ -423,109 +429,13 @@ fn start_handlers(
 
 /// The handlers that a listener names; the others need not be there.
 fn used_handlers(config: &Config) -> BTreeMap<&str, &Handler> {
-    let listeners = config.listeners.tcp.values();
+    let listeners = config.listeners.enabled();
     listeners
-        .filter(|listener| listener.enable)
         .filter_map(|listener| {
-            let name: &str = &listener.handler;
+            let name: &str = &listener.common.handler;
             Some((name, config.handler_named(name)?))
         })
         .collect()
-}
-
-/// Every socket that listens.
-struct Sockets<'a> {
-    /// Of the listeners that are enabled, by name.
-    acceptors: Vec<(&'a str, Acceptor)>,
-    adapter: TcpListener,
-    admin: Option<TcpListener>,
-}
-
-impl<'a> Sockets<'a> {
-    /// Binds them all, and names all that cannot be bound, not only the first.
-    async fn bind(config: &'a Config) -> Result<Self, Error> {
-        let mut errors = Vec::new();
-        let mut note = |key: String, address, error| {
-            errors.push(BindError {
-                key,
-                address,
-                error,
-            });
-        };
-        let mut acceptors = Vec::new();
-        for (name, listener) in &config.listeners.tcp {
-            if !listener.enable {
-                continue;
-            }
-            match Acceptor::bind(listener.bind, &options::tcp(listener)) {
-                Ok(acceptor) => acceptors.push((name.as_str(), acceptor)),
-                Err(error) => note(format!("listeners.tcp.{name}.bind"), listener.bind, error),
-            }
-        }
-        let adapter = TcpListener::bind(config.server.bind).await;
-        let adapter = adapter
-            .map_err(|error| note("server.bind".to_owned(), config.server.bind, error))
-            .ok();
-        let mut admin = None;
-        if let Some(address) = config.admin.bind {
-            match TcpListener::bind(address).await {
-                Ok(listener) => admin = Some(listener),
-                Err(error) => note("admin.bind".to_owned(), address, error),
-            }
-        }
-        match adapter {
-            Some(adapter) if errors.is_empty() => Ok(Self {
-                acceptors,
-                adapter,
-                admin,
-            }),
-            _ => Err(Error::Bind(errors)),
-        }
-    }
-}
-
-/// What listeners are made of.
-struct Build<'a> {
-    config: &'a Config,
-    shards: &'a [Shard],
-    pools: &'a Pools,
-    registry: &'a Arc<Registry>,
-    metrics: &'a Metrics,
-    draining: &'a CancellationToken,
-}
-
-impl Build<'_> {
-    fn listener(&self, name: &str, acceptor: Acceptor) -> Option<Listener> {
-        let listener = self.config.listeners.tcp.get(name)?;
-        let full_name = format!("tcp.{name}");
-        let metrics = ListenerMetrics::new(self.metrics, &full_name);
-        let handler: &str = &listener.handler;
-        let pools = self.pools.get(handler)?;
-        let contexts = self
-            .shards
-            .iter()
-            .zip(pools)
-            .map(|(shard, pool)| {
-                Arc::new(ListenerContext {
-                    name: full_name.clone(),
-                    shard: shard.id(),
-                    settings: options::connection(self.config, listener),
-                    handlers: pool.clone(),
-                    registry: self.registry.clone(),
-                    metrics: metrics.clone(),
-                    draining: self.draining.clone(),
-                })
-            })
-            .collect();
-        Some(Listener::new(
-            full_name,
-            acceptor,
-            options::tcp(listener),
-            options::admission(listener),
-            contexts,
-            metrics,
-        ))
-    }
 }
 
 /// Accepts handlers and spreads their connections over the shards.

@@ -3,6 +3,9 @@
 //! One crypto provider for the whole program (aws-lc-rs), named here and nowhere
 //! else.
 
+mod choice;
+mod subject;
+
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -15,9 +18,12 @@ use tokio_rustls::rustls::crypto::{
 use tokio_rustls::rustls::pki_types::pem::PemObject;
 use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
 use tokio_rustls::rustls::server::WebPkiClientVerifier;
+use tokio_rustls::rustls::sign::CertifiedKey;
 use tokio_rustls::rustls::{
     ClientConfig, DigitallySignedStruct, RootCertStore, ServerConfig, SignatureScheme,
 };
+
+pub use subject::Subject;
 
 /// Why a TLS configuration cannot be made.
 #[derive(Debug, thiserror::Error)]
@@ -115,6 +121,55 @@ pub fn server(
     let (chain, key) = identity.load()?;
     let mut config = builder.with_single_cert(chain, key)?;
     config.alpn_protocols = alpn.iter().map(|protocol| protocol.to_vec()).collect();
+    Ok(Arc::new(config))
+}
+
+/// What is asked of the certificates of devices.
+#[derive(Debug, Clone)]
+pub struct PeerCheck {
+    /// PEM files of the authorities that must vouch for one.
+    pub authorities: Vec<PathBuf>,
+    /// Whether a device must show one.
+    pub required: bool,
+}
+
+/// The server's side towards devices: TLS 1.2 and 1.3, the certificate chosen by the
+/// server name and the kinds of keys that a device knows, sessions resumed by tickets
+/// whose keys live as long as what is returned (RFC 5077, RFC 8446 4.6.1).
+pub fn devices(
+    identities: &[Identity],
+    peers: Option<&PeerCheck>,
+) -> Result<Arc<ServerConfig>, Error> {
+    let builder =
+        ServerConfig::builder_with_provider(provider()).with_safe_default_protocol_versions()?;
+    let builder = match peers {
+        Some(check) => {
+            let mut roots = RootCertStore::empty();
+            for path in &check.authorities {
+                roots.roots.extend(authorities(path)?.roots);
+            }
+            let verifier = WebPkiClientVerifier::builder_with_provider(roots.into(), provider());
+            let verifier = if check.required {
+                verifier
+            } else {
+                verifier.allow_unauthenticated()
+            };
+            let verifier = verifier.build();
+            builder.with_client_cert_verifier(
+                verifier.map_err(|error| Error::Verifier(error.to_string()))?,
+            )
+        }
+        None => builder.with_no_client_auth(),
+    };
+    let mut keys = Vec::new();
+    for identity in identities {
+        let (chain, key) = identity.load()?;
+        let key = CertifiedKey::from_der(chain, key, &provider())
+            .map_err(|error| problem(&identity.keyfile, "the certificate's key", &error))?;
+        keys.push(Arc::new(key));
+    }
+    let mut config = builder.with_cert_resolver(Arc::new(choice::Choice::new(keys)));
+    config.ticketer = aws_lc_rs::Ticketer::new()?;
     Ok(Arc::new(config))
 }
 

@@ -1,0 +1,266 @@
+//! Listeners over TCP: the accept loop, and what a stream needs before it is a
+//! connection.
+//!
+//! Nothing is awaited for a single peer in the loop: the PROXY header and the TLS
+//! handshake happen in the connection's own task, under their deadlines.
+
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use tokio::sync::Semaphore;
+use tokio::time::timeout;
+use tokio_rustls::rustls::ServerConfig;
+use tokio_util::sync::CancellationToken;
+
+use crate::admission::{AddressPermit, Admission, Permit};
+use crate::connection::{self, ListenerContext};
+use crate::metrics::ListenerMetrics;
+use crate::reload::Current;
+use crate::shard::Shard;
+use crate::tls::Subject;
+use crate::transport::tcp::{self, Acceptor, Stream};
+use crate::transport::tls::TlsSocket;
+use crate::transport::{Kind, PeerInfo, proxy_protocol};
+
+/// Pause after a failure to accept, such as no free file descriptor: the condition
+/// rarely passes sooner, and trying at once would only burn the CPU.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// TLS of a listener.
+pub struct Tls {
+    /// Replaced when its files change.
+    pub config: Arc<Current<ServerConfig>>,
+    /// The longest that a handshake may take, waiting for its turn included.
+    pub handshake_timeout: Duration,
+    /// Turns for handshakes.
+    pub handshakes: Semaphore,
+}
+
+/// One listener, bound.
+pub struct StreamListener {
+    acceptor: Acceptor,
+    /// One for each shard, in the order of the shards.
+    contexts: Vec<Arc<ListenerContext>>,
+    metrics: ListenerMetrics,
+    entrance: Arc<Entrance>,
+}
+
+/// What every stream passes.
+struct Entrance {
+    name: String,
+    tcp: tcp::Options,
+    tls: Option<Tls>,
+    admission: Admission,
+}
+
+impl StreamListener {
+    /// A listener over a bound socket, with TLS or without.
+    pub fn new(
+        acceptor: Acceptor,
+        tcp: tcp::Options,
+        tls: Option<Tls>,
+        admission: Admission,
+        contexts: Vec<Arc<ListenerContext>>,
+        metrics: ListenerMetrics,
+    ) -> Self {
+        let name = contexts.first().map(|context| context.name.clone());
+        let entrance = Entrance {
+            name: name.unwrap_or_default(),
+            tcp,
+            tls,
+            admission,
+        };
+        Self {
+            acceptor,
+            contexts,
+            metrics,
+            entrance: Arc::new(entrance),
+        }
+    }
+
+    /// Accepts until `stop` is cancelled; then the socket is closed.
+    pub async fn run(self, shards: Vec<Shard>, stop: CancellationToken) {
+        let (name, admission) = (&*self.entrance.name, &self.entrance.admission);
+        let mut in_trouble = false;
+        loop {
+            let accepted = tokio::select! {
+                biased;
+                () = stop.cancelled() => return,
+                accepted = self.acceptor.accept() => accepted,
+            };
+            let (stream, peer) = match accepted {
+                Ok(accepted) => accepted,
+                Err(error) if is_the_peers_fault(&error) => continue,
+                Err(error) => {
+                    self.metrics.accept_errors.increment(1);
+                    if !std::mem::replace(&mut in_trouble, true) {
+                        tracing::error!(listener = name, %error, "cannot accept; trying on");
+                    }
+                    tokio::time::sleep(ACCEPT_PAUSE).await;
+                    continue;
+                }
+            };
+            if std::mem::take(&mut in_trouble) {
+                tracing::info!(listener = name, "accepting again");
+            }
+            let admitted = admission
+                .first_look(peer.ip())
+                .and_then(|()| admission.enter(Instant::now()));
+            match admitted {
+                Ok(permit) => self.hand_over(stream, peer, permit, &shards),
+                Err(refused) => {
+                    let reason = refused.word();
+                    self.metrics.refused(reason);
+                    tracing::debug!(listener = name, %peer, reason, "connection refused");
+                }
+            }
+        }
+    }
+
+    /// Gives the connection to the shard that has the fewest.
+    fn hand_over(
+        &self,
+        stream: std::net::TcpStream,
+        peer: SocketAddr,
+        permit: Permit,
+        shards: &[Shard],
+    ) {
+        let pairs = shards.iter().zip(&self.contexts);
+        let Some((shard, context)) = pairs.min_by_key(|(shard, _)| shard.load()) else {
+            return;
+        };
+        let task = Incoming {
+            stream,
+            peer,
+            entrance: self.entrance.clone(),
+            context: context.clone(),
+        };
+        shard.spawn_connection(async move {
+            // Moved into the task: its end is the only release.
+            let _permit = permit;
+            task.serve().await;
+        });
+    }
+}
+
+/// Some errors of accept(2) are about the peer that was in the queue, not about us.
+fn is_the_peers_fault(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::ConnectionAborted
+            | io::ErrorKind::ConnectionReset
+            | io::ErrorKind::Interrupted
+    )
+}
+
+/// A stream on its way to becoming a connection.
+struct Incoming {
+    stream: std::net::TcpStream,
+    peer: SocketAddr,
+    entrance: Arc<Entrance>,
+    context: Arc<ListenerContext>,
+}
+
+/// Why a stream did not become a connection: the word it is counted under, and more.
+type Failure = (&'static str, String);
+
+impl Incoming {
+    async fn serve(self) {
+        let Self {
+            stream,
+            peer,
+            entrance,
+            context,
+        } = self;
+        let refused = |(reason, error): Failure| {
+            context.metrics.refused(reason);
+            tracing::debug!(listener = context.name, %peer, reason, error, "connection refused");
+        };
+        let draining = context.draining.clone();
+        // Somebody who has not become a connection is not waited for.
+        let prepared = tokio::select! {
+            biased;
+            () = draining.cancelled() => return,
+            prepared = entrance.prepare(stream) => prepared,
+        };
+        let (stream, mut info, _address) = match prepared {
+            Ok(prepared) => prepared,
+            Err(failure) => return refused(failure),
+        };
+        let Some(tls) = &entrance.tls else {
+            return connection::serve(stream, info, context).await;
+        };
+        // On the heap, so that a plain connection's task has no room for it.
+        let secure = async {
+            let secured = tokio::select! {
+                biased;
+                () = draining.cancelled() => return,
+                secured = tls.secure(stream) => secured,
+            };
+            match secured {
+                Ok(socket) => {
+                    info.certificate = socket.certificate().and_then(Subject::of);
+                    connection::serve(socket, info, context.clone()).await;
+                }
+                Err(error) => refused(("handshake_failed", error)),
+            }
+        };
+        Box::pin(secure).await;
+    }
+}
+
+impl Entrance {
+    /// The stream, who is at its other end, and room for that address.
+    async fn prepare(
+        &self,
+        stream: std::net::TcpStream,
+    ) -> Result<(Stream, PeerInfo, AddressPermit), Failure> {
+        let setup = |error: io::Error| ("setup", error.to_string());
+        let mut stream = Stream::adopt(stream, &self.tcp).map_err(setup)?;
+        let (mut peer, mut local) = stream.addresses().map_err(setup)?;
+        let denied = |refused: crate::admission::Refused| (refused.word(), "denied".to_owned());
+        if let Some(proxy) = self.admission.proxy() {
+            let limit = proxy.timeout;
+            let header = proxy_protocol::read(stream.tcp_mut());
+            let failed = |error: String| ("proxy_protocol", error);
+            let announced = timeout(limit, header)
+                .await
+                .map_err(|_| failed(format!("no PROXY header within {limit:?}")))?
+                .map_err(|error| failed(error.to_string()))?;
+            if let Some((client, reached)) = announced.addresses {
+                (peer, local) = (client, reached);
+            }
+            stream.unread(announced.rest);
+            self.admission.permits(peer.ip()).map_err(denied)?;
+        }
+        let permit = self.admission.enter_from(peer.ip()).map_err(denied)?;
+        let info = PeerInfo {
+            kind: match self.tls {
+                None => Kind::Tcp,
+                Some(_) => Kind::Ssl,
+            },
+            peer,
+            local,
+            certificate: None,
+        };
+        Ok((stream, info, permit))
+    }
+}
+
+impl Tls {
+    /// Does the handshake. A peer that says nothing takes no turn.
+    async fn secure(&self, stream: Stream) -> Result<TlsSocket, String> {
+        let handshake = async {
+            stream.readable().await?;
+            let _turn = self.handshakes.acquire().await.map_err(io::Error::other)?;
+            TlsSocket::accept(stream, self.config.get()).await
+        };
+        let limit = self.handshake_timeout;
+        match timeout(limit, handshake).await {
+            Ok(result) => result.map_err(|error| error.to_string()),
+            Err(_) => Err(format!("not done within {limit:?}")),
+        }
+    }
+}

@@ -1,0 +1,90 @@
+//! TLS over TCP: the device's side of a handshake, and the socket after it.
+
+use std::io;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll, ready};
+
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio_rustls::TlsAcceptor;
+use tokio_rustls::rustls::ServerConfig;
+use tokio_rustls::server::TlsStream;
+
+use super::tcp::Stream;
+use super::{Received, Socket};
+
+/// A TLS connection.
+pub struct TlsSocket {
+    stream: TlsStream<Stream>,
+    /// Bytes that were encrypted and may not be on their way yet.
+    encrypted: usize,
+}
+
+impl TlsSocket {
+    /// Does the handshake. The caller limits the time; dropped half way the
+    /// connection is gone.
+    pub async fn accept(stream: Stream, config: Arc<ServerConfig>) -> io::Result<Self> {
+        let stream = TlsAcceptor::from(config).accept(stream).await?;
+        Ok(Self {
+            stream,
+            encrypted: 0,
+        })
+    }
+
+    /// The device's own certificate in DER, if it showed one.
+    pub fn certificate(&self) -> Option<&[u8]> {
+        let (_, connection) = self.stream.get_ref();
+        Some(connection.peer_certificates()?.first()?)
+    }
+}
+
+impl Socket for TlsSocket {
+    const STREAM: bool = true;
+
+    fn poll_receive(
+        &mut self,
+        cx: &mut Context<'_>,
+        buffer: &mut [u8],
+    ) -> Poll<io::Result<Received>> {
+        let mut buffer = ReadBuf::new(buffer);
+        match ready!(Pin::new(&mut self.stream).poll_read(cx, &mut buffer)) {
+            Ok(()) => Poll::Ready(Ok(match buffer.filled().len() {
+                0 => Received::End,
+                count => Received::Bytes(count),
+            })),
+            // Many devices just close, without close_notify. What was cut off then, only
+            // the device's protocol can tell, as over TCP.
+            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
+                Poll::Ready(Ok(Received::End))
+            }
+            Err(error) => Poll::Ready(Err(error)),
+        }
+    }
+
+    /// Bytes count as taken when they have left, encrypted: else the last of them could
+    /// stay behind with nobody who sends them on.
+    fn poll_send(
+        &mut self,
+        cx: &mut Context<'_>,
+        chunks: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        let mut stream = Pin::new(&mut self.stream);
+        if self.encrypted == 0 {
+            self.encrypted = ready!(stream.as_mut().poll_write_vectored(cx, chunks))?;
+        }
+        ready!(stream.poll_flush(cx))?;
+        Poll::Ready(Ok(std::mem::take(&mut self.encrypted)))
+    }
+
+    fn poll_finish(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(cx)
+    }
+
+    fn unacknowledged(&self) -> usize {
+        self.stream.get_ref().0.unacknowledged()
+    }
+
+    fn abort(&mut self) {
+        self.stream.get_ref().0.abort();
+    }
+}
