@@ -66,6 +66,9 @@ impl Refused {
     }
 }
 
+/// Connections by address. Never zero.
+type Addresses = Arc<Mutex<HashMap<IpAddr, usize>>>;
+
 /// See the module.
 #[derive(Debug)]
 pub struct Admission {
@@ -73,7 +76,7 @@ pub struct Admission {
     room: Arc<Semaphore>,
     rate: Option<Mutex<TokenBucket>>,
     /// Connections by address; only kept where they are limited.
-    addresses: Arc<Mutex<HashMap<IpAddr, usize>>>,
+    addresses: Addresses,
 }
 
 /// Room for one connection; given back when dropped.
@@ -84,7 +87,7 @@ pub struct Permit {
 
 /// Room for one connection of an address; given back when dropped.
 #[derive(Debug)]
-pub struct AddressPermit(Option<(IpAddr, Arc<Mutex<HashMap<IpAddr, usize>>>)>);
+pub struct AddressPermit(Option<(IpAddr, Addresses)>);
 
 /// No code under one of the locks can leave its data half changed.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

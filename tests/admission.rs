@@ -204,6 +204,45 @@ async fn access_rules_see_through_the_balancer() {
     stage.finish().await;
 }
 
+/// `proxy_protocol_trusted`: who is not trusted to name peers is turned away unread.
+#[tokio::test]
+async fn only_trusted_balancers_name_devices() {
+    let trusted = (
+        "LISTENERS__TCP__DEFAULT__PROXY_PROTOCOL_TRUSTED",
+        "10.0.0.0/8,127.0.0.1-127.0.0.9",
+    );
+    let stage = Stage::with(&[PROXY, trusted]).await;
+    let mut strange = Device::dial_from("127.0.0.10", stage.devices()).await;
+    strange.closed().await;
+    assert_refused(&stage.admin, "proxy_protocol_trusted", 1).await;
+    let (device, ..) = through_balancer(&stage, b"PROXY UNKNOWN\r\n").await;
+    assert_told(&stage, &[&device]);
+    stage.finish().await;
+}
+
+/// `max_connections_per_address`: one too many of an address is refused and counted,
+/// others are not concerned; behind a load balancer its devices count, not itself.
+#[tokio::test]
+async fn no_more_than_max_connections_per_address() {
+    let most = ("LISTENERS__TCP__DEFAULT__MAX_CONNECTIONS_PER_ADDRESS", "2");
+    let stage = Stage::with(&[most]).await;
+    let (first, second) = (stage.device().await, stage.device().await);
+    let mut third = Device::dial(stage.devices()).await;
+    third.closed().await;
+    assert_refused(&stage.admin, "max_connections_per_address", 1).await;
+    let mut other = Device::dial_from("127.0.0.2", stage.devices()).await;
+    other.conn = stage.handler.created(other.port()).await;
+    assert_told(&stage, &[&first, &second, &other]);
+    stage.finish().await;
+    let stage = Stage::with(&[PROXY, most]).await;
+    let mut devices = Vec::new();
+    for host in 1..=4 {
+        let header = format!("PROXY TCP4 192.0.2.{host} 192.0.2.100 1 2\r\n");
+        devices.push(through_balancer(&stage, header.as_bytes()).await);
+    }
+    stage.finish().await;
+}
+
 /// Without a header, with half of one, or with something else: refused, counted, no
 /// callback. A slow one is refused after `proxy_protocol_timeout`, and holds up
 /// nobody.

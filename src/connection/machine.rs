@@ -339,9 +339,9 @@ impl<B> Machine<B> {
             self.close(CloseReason::IdleTimeout);
         } else if !self.is_reading() {
             // Whether the device is silent shows when it is read again.
-        } else if !self.authenticated && passed(self.active, self.timeouts.idle) {
-            self.close(CloseReason::IdleTimeout);
-        } else if passed(self.heard, self.reap()) {
+        } else if (!self.authenticated && passed(self.active, self.timeouts.idle))
+            || passed(self.heard, self.reap())
+        {
             self.close(CloseReason::IdleTimeout);
         } else if passed(self.heard, self.keepalive.map(|i| i.mul_f64(1.5))) {
             self.phase = Phase::Expiring;

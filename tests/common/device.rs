@@ -21,6 +21,14 @@ impl Device {
         Self::over(stream.unwrap())
     }
 
+    /// From an address of its own.
+    pub async fn dial_from(host: &str, address: SocketAddr) -> Self {
+        let socket = TcpSocket::new_v4().unwrap();
+        socket.bind(format!("{host}:0").parse().unwrap()).unwrap();
+        let stream = within("a connection", socket.connect(address)).await;
+        Self::over(stream.unwrap())
+    }
+
     /// With a small receive buffer: it takes little before it is read.
     pub async fn dial_small(address: SocketAddr) -> Self {
         let socket = TcpSocket::new_v4().unwrap();
