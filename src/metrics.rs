@@ -29,6 +29,10 @@ const ACCEPT_ERRORS: &str = "exproto_accept_errors_total";
 const PANICS: &str = "exproto_connection_panics_total";
 const RECEIVED_BYTES: &str = "exproto_received_bytes_total";
 const SENT_BYTES: &str = "exproto_sent_bytes_total";
+const DATAGRAMS_RECEIVED: &str = "exproto_datagrams_received_total";
+const DATAGRAMS_SENT: &str = "exproto_datagrams_sent_total";
+const DATAGRAMS_DROPPED: &str = "exproto_datagrams_dropped_total";
+const RECEIVE_ERRORS: &str = "exproto_receive_errors_total";
 const READS_PAUSED: &str = "exproto_reads_paused_total";
 const CALLBACKS: &str = "exproto_callbacks_total";
 const CALLBACK_SECONDS: &str = "exproto_callback_duration_seconds";
@@ -60,13 +64,17 @@ const TABLE: &[(Kind, &str, Unit, &str, &str)] = &[
     (Kind::Gauge, CONNECTIONS, Unit::Count, "listener", "Device connections that are open."),
     (Kind::Counter, OPENED, Unit::Count, "listener", "Device connections accepted."),
     (Kind::Counter, CLOSED, Unit::Count, "listener, reason", "Device connections ended, by the reason that OnSocketClosed gives."),
-    (Kind::Counter, REFUSED, Unit::Count, "listener, reason", "Device connections refused before any callback, by reason: access_rules, max_connections, max_connections_per_address, max_conn_rate, proxy_protocol, proxy_protocol_trusted, handshake_failed, setup."),
+    (Kind::Counter, REFUSED, Unit::Count, "listener, reason", "Device connections refused before any callback, by reason: access_rules, max_connections, max_connections_per_address, max_conn_rate, proxy_protocol, proxy_protocol_trusted, max_handshakes, handshake_failed, setup."),
     (Kind::Counter, RELOADS, Unit::Count, "listener, outcome", "Changes of certificate and key files, by outcome: ok, or failed where the old ones stay in use."),
     (Kind::Counter, ACCEPT_ERRORS, Unit::Count, "listener", "Failures to accept, such as no free file descriptor."),
     (Kind::Counter, PANICS, Unit::Count, "listener", "Connections ended by a fault of the gateway's own."),
     (Kind::Counter, RECEIVED_BYTES, Unit::Bytes, "listener", "Bytes received from devices."),
     (Kind::Counter, SENT_BYTES, Unit::Bytes, "listener", "Bytes sent to devices."),
     (Kind::Counter, READS_PAUSED, Unit::Count, "listener", "Times that reading from a device paused for max_bytes_rate or max_messages_rate."),
+    (Kind::Counter, DATAGRAMS_RECEIVED, Unit::Count, "listener", "Datagrams received, those of handshakes and of strangers too."),
+    (Kind::Counter, DATAGRAMS_SENT, Unit::Count, "listener", "Datagrams sent."),
+    (Kind::Counter, DATAGRAMS_DROPPED, Unit::Count, "listener, reason", "Datagrams dropped, by reason. Received: queue_full (the connection's), queues_full (the shard's), rate (max_bytes_rate, max_messages_rate), draining, bad_source. To be sent: too_large, send_failed."),
+    (Kind::Counter, RECEIVE_ERRORS, Unit::Count, "listener", "Failures of a UDP socket to receive."),
     (Kind::Counter, CALLBACKS, Unit::Count, "handler, method, outcome", "Callbacks to handlers that ended, by outcome: ok, unavailable, or the gRPC status."),
     (Kind::Histogram, CALLBACK_SECONDS, Unit::Seconds, "handler, method", "Time from a callback's first try to its answer."),
     (Kind::Gauge, CALLBACKS_IN_FLIGHT, Unit::Count, "handler", "Callbacks that wait for their answer."),
@@ -166,11 +174,34 @@ fn label(name: &'static str, value: impl Into<SharedString>) -> Label {
     Label::new(name, value)
 }
 
+/// Why connections are refused.
+const REFUSALS: [&str; 9] = [
+    "access_rules",
+    "max_connections",
+    "max_connections_per_address",
+    "max_conn_rate",
+    "proxy_protocol",
+    "proxy_protocol_trusted",
+    "max_handshakes",
+    "handshake_failed",
+    "setup",
+];
+
+fn datagrams_dropped(metrics: &Metrics, listener: &str, reason: &'static str) -> Counter {
+    let labels = vec![
+        label("listener", listener.to_owned()),
+        label("reason", reason),
+    ];
+    metrics.counter(DATAGRAMS_DROPPED, labels)
+}
+
 /// Metrics of one listener and its connections.
 #[derive(Clone)]
 pub struct ListenerMetrics {
     metrics: Metrics,
     listener: String,
+    /// By reason; whoever floods a listener must not make it look them up.
+    refused: Arc<[(&'static str, Counter)]>,
     /// Connections open.
     pub open: Gauge,
     /// Connections accepted.
@@ -185,6 +216,8 @@ pub struct ListenerMetrics {
     pub sent_bytes: Counter,
     /// Pauses for a rate limit.
     pub reads_paused: Counter,
+    /// Datagrams beyond a rate limit.
+    pub dropped_rate: Counter,
     /// Messages that handlers took.
     pub delivered: Counter,
     /// Messages dropped because a queue was full.
@@ -203,9 +236,17 @@ impl ListenerMetrics {
             opened: metrics.counter(OPENED, labels()),
             accept_errors: metrics.counter(ACCEPT_ERRORS, labels()),
             panics: metrics.counter(PANICS, labels()),
+            refused: REFUSALS
+                .map(|reason| {
+                    let mut labels = labels();
+                    labels.push(label("reason", reason));
+                    (reason, metrics.counter(REFUSED, labels))
+                })
+                .into(),
             received_bytes: metrics.counter(RECEIVED_BYTES, labels()),
             sent_bytes: metrics.counter(SENT_BYTES, labels()),
             reads_paused: metrics.counter(READS_PAUSED, labels()),
+            dropped_rate: datagrams_dropped(metrics, listener, "rate"),
             delivered: metrics.counter(DELIVERED, Vec::new()),
             dropped_full: dropped("queue_full"),
             dropped_closed: dropped("connection_closed"),
@@ -216,11 +257,24 @@ impl ListenerMetrics {
 
     /// Counts a connection refused before any callback.
     pub fn refused(&self, reason: &'static str) {
-        let labels = vec![
-            label("listener", self.listener.clone()),
-            label("reason", reason),
-        ];
-        self.metrics.counter(REFUSED, labels).increment(1);
+        let mut refused = self.refused.iter();
+        if let Some((_, counter)) = refused.find(|(known, _)| *known == reason) {
+            counter.increment(1);
+        }
+    }
+
+    /// Datagrams received, sent, and failures to receive.
+    pub fn datagrams(&self) -> [Counter; 3] {
+        let names = [DATAGRAMS_RECEIVED, DATAGRAMS_SENT, RECEIVE_ERRORS];
+        names.map(|name| {
+            let labels = vec![label("listener", self.listener.clone())];
+            self.metrics.counter(name, labels)
+        })
+    }
+
+    /// Datagrams dropped for this reason.
+    pub fn datagrams_dropped(&self, reason: &'static str) -> Counter {
+        datagrams_dropped(&self.metrics, &self.listener, reason)
     }
 
     /// Counts that files have changed and what became of it.

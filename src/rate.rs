@@ -45,6 +45,12 @@ impl TokenBucket {
         }
     }
 
+    /// Whether there are `amount` tokens, or all that it ever holds.
+    pub fn has(&mut self, amount: f64, now: Instant) -> bool {
+        self.refill(now);
+        self.tokens >= amount.min(self.burst())
+    }
+
     /// The most tokens it ever holds.
     pub fn burst(&self) -> f64 {
         self.rate.max(1.0)
@@ -78,6 +84,16 @@ mod tests {
         assert_eq!(bucket.debit(500.0, start), Duration::from_millis(500));
         let paid = start + Duration::from_millis(500);
         assert_eq!(bucket.debit(0.0, paid), Duration::ZERO);
+    }
+
+    #[test]
+    fn what_is_more_than_a_burst_passes_a_full_bucket() {
+        let start = Instant::now();
+        let mut bucket = TokenBucket::new(10.0, start);
+        assert!(bucket.has(25.0, start));
+        bucket.debit(25.0, start);
+        assert!(!bucket.has(1.0, start + Duration::from_secs(1)));
+        assert!(bucket.has(1.0, start + Duration::from_secs(2)));
     }
 
     #[test]

@@ -80,6 +80,8 @@ impl Shard {
     pub fn spawn_connection(&self, task: impl Future<Output = ()> + Send + 'static) {
         self.load.fetch_add(1, Ordering::Relaxed);
         let counted = Counted(self.load.clone());
+        // On the heap, for each future around another would hold it twice.
+        let task = Box::pin(task);
         let task = async move {
             let _counted = counted;
             task.await;

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use super::context::ListenerContext;
 use super::machine::MAX_FLUSH;
-use super::scratch::with_scratch;
+use crate::transport::scratch::with_scratch;
 use crate::transport::{Received, Socket};
 
 /// How long a closed socket is read after the device has acknowledged everything: its

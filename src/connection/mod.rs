@@ -22,7 +22,6 @@ mod queue;
 mod rates;
 mod reason;
 mod registry;
-mod scratch;
 mod task;
 
 pub use context::{ListenerContext, Settings};

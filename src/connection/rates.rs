@@ -40,6 +40,18 @@ impl Rates {
             .min(MAX_REST)
     }
 
+    /// Whether a datagram is within the limits; it counts only then.
+    pub(super) fn admits(&mut self, bytes: usize, now: Instant) -> bool {
+        let within = |bucket: &mut Option<TokenBucket>, amount: f64| {
+            bucket.as_mut().is_none_or(|bucket| bucket.has(amount, now))
+        };
+        let admitted = within(&mut self.bytes, bytes as f64) && within(&mut self.messages, 1.0);
+        if admitted {
+            self.debit(bytes, now);
+        }
+        admitted
+    }
+
     /// Most bytes of one read from a stream: a second's worth, so that the rest after
     /// it is about a second and the device is not lost sight of.
     pub(super) fn burst(&self) -> usize {

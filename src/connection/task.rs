@@ -21,7 +21,7 @@ use bytes::{Buf, Bytes};
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
 use tokio::time::Sleep;
-use tracing::Instrument;
+use tracing::{Instrument, Span};
 
 use super::context::ListenerContext;
 use super::handle::{Client, Handle};
@@ -29,11 +29,12 @@ use super::linger::linger;
 use super::machine::{Action, Call, Input, Machine, Outcome};
 use super::rates::Rates;
 use super::reason::CloseReason;
-use super::scratch::{READ_CHUNK, with_scratch};
+use super::registry::Entry;
 use crate::broker::Delivery;
 use crate::handler::{CallFailure, Caller, Event, EventSink};
 use crate::id::ConnId;
 use crate::proto;
+use crate::transport::scratch::{READ_CHUNK, with_scratch};
 use crate::transport::{PeerInfo, Received, Socket};
 
 /// Most bytes in one OnReceivedBytes. Well below the 4 MiB that gRPC servers take
@@ -49,23 +50,38 @@ const MAX_SLICES: usize = 64;
 
 /// Serves a connection from OnSocketCreated to OnSocketClosed.
 ///
-/// Returns after the socket is closed and the last callback ended. A panic within
-/// ends this connection alone.
-pub async fn serve<S: Socket>(socket: S, peer: PeerInfo, context: Arc<ListenerContext>) {
-    let id = match context.registry.new_id(context.shard) {
-        Ok(id) => id,
+/// The future ends after the socket is closed and the last callback ended. A panic
+/// within ends this connection alone. What a connection holds is made here and lies on
+/// the heap, once: futures that are moved into each other would hold it several times.
+pub fn serve<S: Socket>(
+    socket: S,
+    peer: PeerInfo,
+    context: Arc<ListenerContext>,
+) -> impl Future<Output = ()> + Send {
+    let begun = match context.registry.new_id(context.shard) {
+        Ok(id) => Some(begin(socket, &peer, id, context)),
         Err(error) => {
             context.metrics.refused("setup");
             tracing::error!(%error, "no randomness for a connection id");
-            return;
+            None
         }
     };
-    let span =
-        tracing::error_span!("connection", conn = %id, peer = %peer.peer, listener = %context.name);
-    run(socket, peer, id, context).instrument(span).await;
+    async move {
+        if let Some((driver, entry, span)) = begun {
+            run(driver, entry).instrument(span).await;
+        }
+    }
 }
 
-async fn run<S: Socket>(socket: S, peer: PeerInfo, id: ConnId, context: Arc<ListenerContext>) {
+/// A connection that handlers can name from now on.
+fn begin<S: Socket>(
+    socket: S,
+    peer: &PeerInfo,
+    id: ConnId,
+    context: Arc<ListenerContext>,
+) -> (Box<Driver<S>>, Entry, Span) {
+    let span =
+        tracing::error_span!("connection", conn = %id, peer = %peer.peer, listener = %context.name);
     let handle = Handle::new(id, peer.peer, context.clone());
     let entry = context.registry.enter(handle.clone());
     // A gateway that began to drain before this line has not seen the entry.
@@ -74,19 +90,24 @@ async fn run<S: Socket>(socket: S, peer: PeerInfo, id: ConnId, context: Arc<List
     }
     context.metrics.opened.increment(1);
     context.metrics.open.increment(1.0);
+    let driver = Driver::new(socket, peer, handle, context);
+    (Box::new(driver), entry, span)
+}
+
+async fn run<S: Socket>(mut driver: Box<Driver<S>>, entry: Entry) {
     tracing::debug!("connection opened");
-    let mut driver = Driver::new(socket, &peer, handle, context.clone());
     let outcome = AssertUnwindSafe(driver.drive()).catch_unwind().await;
     if outcome.is_err() {
-        driver.after_panic().await;
+        Box::pin(driver.after_panic()).await;
     }
     let reason = driver.reason();
     drop(entry);
-    context.metrics.open.decrement(1.0);
-    context.metrics.closed(reason.word());
+    let metrics = &driver.context.metrics;
+    metrics.open.decrement(1.0);
+    metrics.closed(reason.word());
     tracing::debug!(%reason, "connection closed");
     if outcome.is_ok() {
-        driver.linger(&reason).await;
+        Box::pin(driver.linger(&reason)).await;
     }
 }
 
@@ -381,22 +402,33 @@ impl<S: Socket> Driver<S> {
         if let Some(end) = self.late_end.take() {
             return Poll::Ready(end);
         }
-        let bytes = match with_scratch(|scratch| self.read(cx, scratch)) {
-            Poll::Pending => return Poll::Pending,
-            Poll::Ready(Err(end)) => return Poll::Ready(end),
-            Poll::Ready(Ok(bytes)) => bytes,
-        };
-        let metrics = &self.context.metrics;
-        metrics.received_bytes.increment(bytes.len() as u64);
-        if let Some(rates) = &mut self.rates {
+        let bytes = loop {
+            let bytes = match with_scratch(|scratch| self.read(cx, scratch)) {
+                Poll::Pending => return Poll::Pending,
+                Poll::Ready(Err(end)) => return Poll::Ready(end),
+                Poll::Ready(Ok(bytes)) => bytes,
+            };
+            let metrics = &self.context.metrics;
+            metrics.received_bytes.increment(bytes.len() as u64);
+            let Some(rates) = &mut self.rates else {
+                break bytes;
+            };
             let now = Instant::now();
-            let rest = rates.debit(bytes.len(), now);
-            if !rest.is_zero() {
-                rates.resume = Some(now + rest);
-                self.machine.set_paused(true);
-                metrics.reads_paused.increment(1);
+            if S::STREAM {
+                let rest = rates.debit(bytes.len(), now);
+                if !rest.is_zero() {
+                    rates.resume = Some(now + rest);
+                    self.machine.set_paused(true);
+                    metrics.reads_paused.increment(1);
+                }
+                break bytes;
             }
-        }
+            // Datagrams do not wait: no more than the queue holds are dropped here.
+            if rates.admits(bytes.len(), now) {
+                break bytes;
+            }
+            metrics.dropped_rate.increment(1);
+        };
         Poll::Ready(Input::Received(bytes))
     }
 
@@ -505,7 +537,7 @@ impl<S: Socket> Driver<S> {
     }
 
     /// See [`linger`].
-    async fn linger(mut self, reason: &CloseReason) {
+    async fn linger(&mut self, reason: &CloseReason) {
         let failed = matches!(reason, CloseReason::SocketError(_));
         let Some(socket) = self.socket.take() else {
             return;

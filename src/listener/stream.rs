@@ -6,6 +6,7 @@
 
 use std::io;
 use std::net::SocketAddr;
+use std::pin::Pin;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -140,7 +141,11 @@ impl StreamListener {
         shard.spawn_connection(async move {
             // Moved into the task: its end is the only release.
             let _permit = permit;
-            task.serve().await;
+            // What it takes to enter is given back before the connection begins.
+            let entered = Box::pin(task.enter()).await;
+            if let Some((connection, _room)) = entered {
+                connection.await;
+            }
         });
     }
 }
@@ -163,51 +168,49 @@ struct Incoming {
     context: Arc<ListenerContext>,
 }
 
+/// A connection that has begun.
+type Connection = Pin<Box<dyn Future<Output = ()> + Send>>;
+
 /// Why a stream did not become a connection: the word it is counted under, and more.
 type Failure = (&'static str, String);
 
 impl Incoming {
-    async fn serve(self) {
-        let Self {
-            stream,
-            peer,
-            entrance,
-            context,
-        } = self;
+    /// The connection, and room for one of its address; `None` when the stream does
+    /// not become one.
+    async fn enter(self) -> Option<(Connection, AddressPermit)> {
+        let (context, peer) = (self.context.clone(), self.peer);
+        let draining = context.draining.clone();
+        // Somebody who has not become a connection is not waited for.
+        let entered = tokio::select! {
+            biased;
+            () = draining.cancelled() => return None,
+            entered = self.try_enter() => entered,
+        };
         let refused = |(reason, error): Failure| {
             context.metrics.refused(reason);
             tracing::debug!(listener = context.name, %peer, reason, error, "connection refused");
         };
-        let draining = context.draining.clone();
-        // Somebody who has not become a connection is not waited for.
-        let prepared = tokio::select! {
-            biased;
-            () = draining.cancelled() => return,
-            prepared = entrance.prepare(stream) => prepared,
-        };
-        let (stream, mut info, _address) = match prepared {
-            Ok(prepared) => prepared,
-            Err(failure) => return refused(failure),
-        };
-        let Some(tls) = &entrance.tls else {
-            return connection::serve(stream, info, context).await;
-        };
-        // On the heap, so that a plain connection's task has no room for it.
-        let secure = async {
-            let secured = tokio::select! {
-                biased;
-                () = draining.cancelled() => return,
-                secured = tls.secure(stream) => secured,
-            };
-            match secured {
-                Ok(socket) => {
-                    info.certificate = socket.certificate().and_then(Subject::of);
-                    connection::serve(socket, info, context.clone()).await;
-                }
-                Err(error) => refused(("handshake_failed", error)),
+        entered.map_err(refused).ok()
+    }
+
+    async fn try_enter(self) -> Result<(Connection, AddressPermit), Failure> {
+        let Self {
+            stream,
+            entrance,
+            context,
+            ..
+        } = self;
+        let (stream, mut info, room) = entrance.prepare(stream).await?;
+        let connection: Connection = match &entrance.tls {
+            None => Box::pin(connection::serve(stream, info, context)),
+            Some(tls) => {
+                let secured = tls.secure(stream).await;
+                let socket = secured.map_err(|error| ("handshake_failed", error))?;
+                info.certificate = socket.certificate().and_then(Subject::of);
+                Box::pin(connection::serve(socket, info, context))
             }
         };
-        Box::pin(secure).await;
+        Ok((connection, room))
     }
 }
 

@@ -1,0 +1,164 @@
+//! Memory of idle connections: `cargo bench --bench idle`.
+//!
+//! Method: the gateway runs as a program of its own, beside a real Mosquitto and a
+//! handler that takes every callback. Its resident set (VmRSS of /proc/PID/status) is
+//! read when it is ready and nobody is connected, and again when CONNECTIONS devices
+//! are connected, each has sent four bytes and the handler has taken them all, and five
+//! seconds have passed without a byte. The difference, divided by the number, is what
+//! one costs: allocator, runtime, tables and all; the kernel's buffers are not in it.
+//!
+//! `EXPROTO_BENCH_CONNECTIONS=5000`, `EXPROTO_BENCH_KINDS=tcp,ssl`.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    missing_docs
+)]
+
+#[path = "../tests/common/mod.rs"]
+mod common;
+
+use std::net::{Ipv4Addr, SocketAddr};
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use common::{Authority, Broker, Files, Handler, Plan, Process};
+use exproto_sidecar::tls;
+use tempfile::TempDir;
+use tokio::io::AsyncWriteExt;
+use tokio::net::{TcpStream, UdpSocket};
+use tokio_rustls::TlsConnector;
+use tokio_rustls::rustls::ClientConfig;
+use tokio_rustls::rustls::pki_types::ServerName;
+
+/// Connections that are opened at the same time.
+const AT_ONCE: usize = 50;
+
+/// How long nothing happens before the memory is read.
+const IDLE: Duration = Duration::from_secs(5);
+
+/// What keeps a connection open.
+type Kept = Box<dyn std::any::Any + Send>;
+
+struct Bench {
+    connections: usize,
+    authority: Authority,
+    server: Files,
+    _dir: TempDir,
+}
+
+fn variable(name: &str, default: &str) -> String {
+    std::env::var(format!("EXPROTO_BENCH_{name}")).unwrap_or_else(|_| default.to_owned())
+}
+
+fn resident_kib(pid: u32) -> usize {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+    let number = line.unwrap().split_whitespace().next().unwrap();
+    number.parse().unwrap()
+}
+
+/// The n-th device's own address: a port's worth of devices for each.
+fn source(number: usize) -> SocketAddr {
+    let host = u8::try_from(number / 10_000).unwrap() + 2;
+    (Ipv4Addr::new(127, 0, 0, host), 0).into()
+}
+
+impl Bench {
+    fn client(&self) -> Arc<ClientConfig> {
+        let ca = self.authority.file();
+        tls::client(Some(Path::new(&ca)), None, true, &[]).unwrap()
+    }
+
+    async fn open(&self, kind: &str, address: SocketAddr, number: usize) -> Kept {
+        match kind {
+            "udp" => {
+                let socket = UdpSocket::bind(source(number)).await.unwrap();
+                socket.connect(address).await.unwrap();
+                socket.send(b"idle").await.unwrap();
+                Box::new(socket)
+            }
+            "ssl" => {
+                let stream = TcpStream::connect(address).await.unwrap();
+                let name = ServerName::try_from("meters.example").unwrap();
+                let connector = TlsConnector::from(self.client());
+                let mut stream = connector.connect(name, stream).await.unwrap();
+                stream.write_all(b"idle").await.unwrap();
+                stream.flush().await.unwrap();
+                Box::new(stream)
+            }
+            _ => {
+                let mut stream = TcpStream::connect(address).await.unwrap();
+                stream.write_all(b"idle").await.unwrap();
+                Box::new(stream)
+            }
+        }
+    }
+
+    async fn run(&self, kind: &str) {
+        let broker = Broker::start().await;
+        let handler = Handler::start().await;
+        let port = common::free_port();
+        let key = |name: &str| format!("LISTENERS__{}__DEFAULT__{name}", kind.to_uppercase());
+        let tls = match kind {
+            "dtls" => "DTLS_OPTIONS",
+            _ => "SSL_OPTIONS",
+        };
+        let mut plan = Plan::new(&broker.url(), &handler.url())
+            .set("IDLE_TIMEOUT", "infinity")
+            .set(&key("BIND"), &format!("127.0.0.1:{port}"))
+            .set(&key("MAX_CONN_RATE"), "infinity");
+        if tls.starts_with(&kind.to_uppercase()) {
+            plan = plan
+                .set(&key(&format!("{tls}__CERTFILE")), &self.server.cert)
+                .set(&key(&format!("{tls}__KEYFILE")), &self.server.key);
+        }
+        let process = Process::run(&plan);
+        let admin = process.admin().await;
+        admin.ready_until(200, "ready").await;
+        let before = resident_kib(process.id());
+        let address = (Ipv4Addr::LOCALHOST, port).into();
+        let mut kept = Vec::new();
+        for first in (0..self.connections).step_by(AT_ONCE) {
+            let numbers = first..self.connections.min(first + AT_ONCE);
+            let opened = numbers.map(|number| self.open(kind, address, number));
+            kept.extend(futures_util::future::join_all(opened).await);
+        }
+        let received = format!("exproto_received_bytes_total{{listener=\"{kind}.default\"}}");
+        let all = 4.0 * self.connections as f64 - 0.5;
+        admin.metric_until(&received, |bytes| bytes > all).await;
+        let busy = "exproto_callbacks_in_flight{handler=\"default\"}";
+        admin.metric_until(busy, |calls| calls < 0.5).await;
+        tokio::time::sleep(IDLE).await;
+        let after = resident_kib(process.id());
+        let each = (after - before) as f64 / self.connections as f64;
+        println!(
+            "{kind:>5}: {each:.2} KiB a connection ({} idle, {before} -> {after} KiB resident)",
+            self.connections
+        );
+        drop(kept);
+    }
+}
+
+fn main() {
+    tls::install_provider();
+    let _ = rlimit::increase_nofile_limit(u64::MAX);
+    let dir = TempDir::new().unwrap();
+    let authority = Authority::new(dir.path(), "authority");
+    let bench = Bench {
+        connections: variable("CONNECTIONS", "5000").parse().unwrap(),
+        server: authority.server("meters.example"),
+        authority,
+        _dir: dir,
+    };
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+        .unwrap();
+    for kind in variable("KINDS", "tcp,ssl").split(',') {
+        runtime.block_on(bench.run(kind));
+    }
+}

@@ -1,0 +1,287 @@
+//! Listeners over UDP: who becomes a connection, of those whose datagrams come.
+//!
+//! Each shard has a socket of its own and a door beside it; the doors of a listener
+//! share its admission.
+
+use std::io;
+use std::net::UdpSocket as RawSocket;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::time::timeout;
+use tokio_util::sync::CancellationToken;
+
+use crate::admission::{AddressPermit, Admission, Permit, Refused};
+use crate::connection::{self, ListenerContext};
+use crate::reload::Current;
+use crate::shard::Shard;
+use crate::tls::Subject;
+use crate::transport::dtls::{self, DtlsSocket, Gate, Look, Session};
+use crate::transport::udp::{self, Demux, Door, Stranger, UdpSocket, Verdict};
+use crate::transport::{Kind, PeerInfo};
+
+/// What is spoken over the datagrams.
+#[derive(Clone)]
+pub enum Protocol {
+    /// Nothing but the device's own.
+    Plain {
+        /// A datagram that is answered without a connection, and its answer.
+        health_check: Option<(Bytes, Bytes)>,
+    },
+    /// DTLS.
+    Dtls(Dtls),
+}
+
+/// DTLS of a listener.
+#[derive(Clone)]
+pub struct Dtls {
+    /// Replaced when its files change.
+    pub context: Arc<Current<dtls::Context>>,
+    /// The longest that a handshake may take.
+    pub handshake_timeout: Duration,
+    /// Handshakes that may be under way.
+    pub handshakes: Arc<Semaphore>,
+}
+
+/// One listener, bound: a socket for each shard.
+pub struct DatagramListener {
+    /// The sockets, as many as there are contexts.
+    pub sockets: Vec<RawSocket>,
+    /// Their options.
+    pub options: udp::Options,
+    /// Their counters.
+    pub counters: udp::Counters,
+    /// What is spoken.
+    pub protocol: Protocol,
+    /// Who may come in.
+    pub admission: Arc<Admission>,
+    /// One for each shard, in the order of the shards.
+    pub contexts: Vec<Arc<ListenerContext>>,
+}
+
+impl DatagramListener {
+    /// Receives until `stop` is cancelled, and lets nobody in any more from `closed` on.
+    pub fn start(
+        self,
+        shards: &[Shard],
+        closed: &CancellationToken,
+        stop: &CancellationToken,
+    ) -> Result<(), dtls::Error> {
+        let parts = shards.iter().zip(self.sockets).zip(self.contexts);
+        for ((shard, socket), context) in parts {
+            let entrance = Entrance {
+                admission: self.admission.clone(),
+                context,
+                shard: shard.clone(),
+            };
+            let (options, counters) = (self.options.clone(), self.counters.clone());
+            let tokens = (closed.clone(), stop.clone());
+            match self.protocol.clone() {
+                Protocol::Plain { health_check } => {
+                    let door = PlainDoor {
+                        entrance,
+                        health_check,
+                    };
+                    receive(shard, socket, door, options, counters, tokens);
+                }
+                Protocol::Dtls(dtls) => {
+                    let gate = Arc::new(Mutex::new(Gate::new(Instant::now())?));
+                    let door = DtlsDoor {
+                        entrance,
+                        dtls,
+                        gate,
+                    };
+                    receive(shard, socket, door, options, counters, tokens);
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+fn receive(
+    shard: &Shard,
+    socket: RawSocket,
+    door: impl Door + 'static,
+    options: udp::Options,
+    counters: udp::Counters,
+    (closed, stop): (CancellationToken, CancellationToken),
+) {
+    shard.runtime().spawn(async move {
+        match Demux::new(socket, door, &options, counters) {
+            Ok(demux) => demux.run(closed, stop).await,
+            Err(error) => tracing::error!(%error, "a socket cannot be used"),
+        }
+    });
+}
+
+/// What every stranger passes.
+struct Entrance {
+    admission: Arc<Admission>,
+    context: Arc<ListenerContext>,
+    shard: Shard,
+}
+
+/// Room for a connection.
+struct Room {
+    _connection: Permit,
+    _address: AddressPermit,
+}
+
+impl Entrance {
+    fn permits(&self, stranger: &Stranger<'_>) -> bool {
+        let permitted = self.admission.permits(stranger.peer.ip());
+        permitted.map_err(|refused| self.refuse(refused)).is_ok()
+    }
+
+    fn enter(&self, stranger: &Stranger<'_>, now: Instant) -> Option<Room> {
+        let enter = || {
+            // The address first: one that is full must not use up the rate of others.
+            let address = self.admission.enter_from(stranger.peer.ip())?;
+            Ok(Room {
+                _connection: self.admission.enter(now)?,
+                _address: address,
+            })
+        };
+        enter().map_err(|refused| self.refuse(refused)).ok()
+    }
+
+    fn refuse(&self, refused: Refused) {
+        self.context.metrics.refused(refused.word());
+    }
+
+    fn info(&self, kind: Kind, socket: &UdpSocket) -> PeerInfo {
+        PeerInfo {
+            kind,
+            peer: socket.peer_addr(),
+            local: socket.local_addr(),
+            certificate: None,
+        }
+    }
+}
+
+struct PlainDoor {
+    entrance: Entrance,
+    health_check: Option<(Bytes, Bytes)>,
+}
+
+impl Door for PlainDoor {
+    type Token = Room;
+
+    fn admit(&mut self, stranger: &Stranger<'_>, now: Instant) -> Verdict<Room> {
+        if !self.entrance.permits(stranger) {
+            return Verdict::Refuse;
+        }
+        if let Some((request, reply)) = &self.health_check
+            && stranger.datagram == request
+        {
+            return Verdict::Answer(reply.clone());
+        }
+        match self.entrance.enter(stranger, now) {
+            Some(room) => Verdict::Admit(room),
+            None => Verdict::Refuse,
+        }
+    }
+
+    fn enter(&mut self, socket: UdpSocket, room: Room) {
+        let context = self.entrance.context.clone();
+        let info = self.entrance.info(Kind::Udp, &socket);
+        self.entrance.shard.spawn_connection(async move {
+            // Moved into the task: its end is the only release.
+            let _room = room;
+            connection::serve(socket, info, context).await;
+        });
+    }
+}
+
+struct DtlsDoor {
+    entrance: Entrance,
+    dtls: Dtls,
+    gate: Arc<Mutex<Gate>>,
+}
+
+/// A device that has shown its address.
+struct Accepted {
+    session: Box<Session>,
+    room: Room,
+    turn: OwnedSemaphorePermit,
+}
+
+impl Door for DtlsDoor {
+    type Token = Accepted;
+
+    fn admit(&mut self, stranger: &Stranger<'_>, now: Instant) -> Verdict<Accepted> {
+        if !self.entrance.permits(stranger) {
+            return Verdict::Refuse;
+        }
+        let mut gate = self.gate.lock().unwrap_or_else(PoisonError::into_inner);
+        let hello = match gate.look(now, stranger.peer, stranger.datagram) {
+            Look::Answer(answer) => return Verdict::Answer(answer),
+            Look::Ignored => return Verdict::Refuse,
+            Look::Shown(hello) => hello,
+        };
+        drop(gate);
+        let metrics = &self.entrance.context.metrics;
+        let Ok(turn) = self.dtls.handshakes.clone().try_acquire_owned() else {
+            metrics.refused("max_handshakes");
+            return Verdict::Refuse;
+        };
+        let Some(room) = self.entrance.enter(stranger, now) else {
+            return Verdict::Refuse;
+        };
+        let context = self.dtls.context.get();
+        match Session::accept(&context, &hello, stranger.datagram) {
+            Some(session) => Verdict::Admit(Accepted {
+                session,
+                room,
+                turn,
+            }),
+            None => {
+                metrics.refused("handshake_failed");
+                Verdict::Refuse
+            }
+        }
+    }
+
+    fn enter(&mut self, socket: UdpSocket, accepted: Accepted) {
+        let context = self.entrance.context.clone();
+        let mut info = self.entrance.info(Kind::Dtls, &socket);
+        let limit = self.dtls.handshake_timeout;
+        let mut socket = DtlsSocket::new(socket, accepted.session, self.gate.clone());
+        self.entrance.shard.spawn_connection(async move {
+            let _room = accepted.room;
+            let failed = {
+                let _turn = accepted.turn;
+                let handshake = timeout(limit, socket.handshake());
+                tokio::select! {
+                    biased;
+                    () = context.draining.cancelled() => return,
+                    done = handshake => match done {
+                        Ok(Ok(())) => None,
+                        Ok(Err(error)) => Some(error),
+                        Err(_) => Some(format!("not done within {limit:?}")),
+                    },
+                }
+            };
+            if let Some(error) = failed {
+                context.metrics.refused("handshake_failed");
+                let (listener, peer) = (&context.name, info.peer);
+                tracing::debug!(listener, %peer, error, "connection refused");
+                return;
+            }
+            info.certificate = socket.certificate().and_then(|der| Subject::of(&der));
+            connection::serve(socket, info, context).await;
+        });
+    }
+}
+
+/// Binds a socket for each shard. All or none.
+pub fn bind(
+    address: std::net::SocketAddr,
+    shards: usize,
+    options: &udp::Options,
+) -> io::Result<Vec<RawSocket>> {
+    udp::bind(address, shards, options)
+}
