@@ -11,6 +11,7 @@
 # Needs Go for mochi, Java 11 and Maven for HiveMQ CE and Moquette, Node.js for aedes, Debian
 # and root for ejabberd and RabbitMQ. Not part of CI.
 set -euo pipefail
+export RUST_BACKTRACE=0
 cd "$(dirname "$0")/.."
 export PATH="$PATH:/usr/sbin"
 work=$PWD/target/brokers
@@ -29,8 +30,13 @@ stop() {
         kill -9 "$broker" 2>/dev/null || true
         wait "$broker" 2>/dev/null || true
     fi
-    # Erlang starts one by itself and leaves it behind.
-    if [ -n "${ERL_EPMD_PORT:-}" ]; then epmd -kill >/dev/null 2>&1 || true; fi
+    # Erlang starts one by itself and leaves it behind; it ends only after its nodes.
+    if [ -n "${ERL_EPMD_PORT:-}" ]; then
+        for _ in $(seq 50); do
+            if epmd -kill >/dev/null 2>&1; then break; fi
+            sleep 0.1
+        done
+    fi
     if [ -n "$folder" ]; then rm -rf "$folder"; fi
     broker='' folder=''
     unset ERL_EPMD_PORT
@@ -72,7 +78,7 @@ start_java() {
     cp -r "scripts/brokers/$name" "$work/"
     (cd "$work/$name" && mvn -q -B org.apache.maven.plugins:maven-dependency-plugin:3.6.1:copy-dependencies \
         -DoutputDirectory=lib >"$work/maven.log" 2>&1) || { tail -n 20 "$work/maven.log" >&2; exit 1; }
-    java -cp "$work/$name/lib/*" "$work/$name/Broker.java" "$1" "$folder" >"$work/$name.log" 2>&1 &
+    java -cp "$work/$name:$work/$name/lib/*" "$work/$name/Broker.java" "$1" "$folder" >"$work/$name.log" 2>&1 &
 }
 start_hivemq() { start_java "$1"; }
 start_moquette() { start_java "$1"; }

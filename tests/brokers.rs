@@ -203,8 +203,10 @@ async fn retained_messages_to_the_newcomer() {
     scene.got(&second, &mut peer, &["kept"]).await;
     peer.publish(&state, 1, "live").await;
     for device in [&first, &second] {
-        let payloads = scene.stage.handler.payloads(&device.conn, 3).await;
-        assert_eq!(payloads, ["kept", "end", "live"]);
+        let mut payloads = scene.stage.handler.payloads(&device.conn, 3).await;
+        // Between topics there is no order.
+        payloads.sort();
+        assert_eq!(payloads, ["end", "kept", "live"]);
     }
     peer.retain(&state, "").await;
     scene.stage.finish().await;
