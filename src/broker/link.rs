@@ -324,8 +324,7 @@ impl Link<'_> {
                     );
                 }
                 Event::NotRestored(filter, refusal) => {
-                    self.member.not_restored(&filter);
-                    tracing::error!(%filter, %refusal, "a subscription could not be restored");
+                    self.member.not_restored(&filter, &refusal);
                 }
                 Event::Ended(notice) if notice.taken_over => {
                     return Err(LinkError::TakenOver(self.member.client_id().to_owned()));

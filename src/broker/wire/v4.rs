@@ -183,6 +183,8 @@ fn welcome(ack: &ConnAck) -> Result<Welcome, Refusal> {
             max_qos: QoS::ExactlyOnce,
             max_packet_size: None,
             subscription_ids: false,
+            shared_subscriptions: true,
+            wildcards: true,
             keep_alive: None,
         }),
         ConnectReturnCode::NotAuthorized | ConnectReturnCode::BadUserNamePassword => {
