@@ -68,6 +68,8 @@ pub(super) enum LinkError {
         "the broker took {0} and soon closed the connection, several times in a row: does a second gateway run with the same node_name and client_id_prefix?"
     )]
     Contested(String),
+    #[error("the broker still has the session that was ended")]
+    NotWiped,
     #[error("the broker sent {0} out of place")]
     Unexpected(&'static str),
     #[error("the broker took no bytes for {0:?}")]
@@ -261,8 +263,8 @@ pub(super) async fn wipe(
     stream.write_all(&out).await?;
     stream.shutdown().await?;
     // The broker closes the connection when it is done with it (MQTT 3.1.1, 3.14.4). The
-    // next CONNECT must not come before: Moquette then continues the session that is
-    // about to go, and forgets it with the next broken link.
+    // next CONNECT must not come before: it could continue the session that is about to
+    // go.
     let rest = async { while stream.read_buf(input).await.is_ok_and(|read| read > 0) {} };
     let _ = timeout(FAREWELL, rest).await;
     Ok(())

@@ -53,18 +53,22 @@ impl Peer {
         let (answer, answers) = mpsc::unbounded_channel();
         // Its poll is not cancel safe: it has a task of its own.
         let task = tokio::spawn(async move {
-            while let Ok(event) = events.poll().await {
-                let acknowledged = match event {
-                    v5::Event::Incoming(Packet::Publish(publish)) => {
+            loop {
+                let acknowledged = match events.poll().await {
+                    Ok(v5::Event::Incoming(Packet::Publish(publish))) => {
                         let _ = message.send(publish);
                         continue;
                     }
-                    v5::Event::Incoming(Packet::ConnAck(_)) => Acknowledged::Connect,
-                    v5::Event::Incoming(Packet::SubAck(_)) => Acknowledged::Subscribe,
-                    v5::Event::Incoming(Packet::PubAck(_) | Packet::PubComp(_)) => {
+                    Ok(v5::Event::Incoming(Packet::ConnAck(_))) => Acknowledged::Connect,
+                    Ok(v5::Event::Incoming(Packet::SubAck(_))) => Acknowledged::Subscribe,
+                    Ok(v5::Event::Incoming(Packet::PubAck(_) | Packet::PubComp(_))) => {
                         Acknowledged::Publish
                     }
-                    _ => continue,
+                    Ok(_) => continue,
+                    Err(error) => {
+                        println!("the peer's link: {error}");
+                        return;
+                    }
                 };
                 let _ = answer.send(acknowledged);
             }
@@ -85,9 +89,9 @@ impl Peer {
         let (message, messages) = mpsc::unbounded_channel();
         let (answer, answers) = mpsc::unbounded_channel();
         let task = tokio::spawn(async move {
-            while let Ok(event) = events.poll().await {
-                let acknowledged = match event {
-                    Event::Incoming(Packet::Publish(publish)) => {
+            loop {
+                let acknowledged = match events.poll().await {
+                    Ok(Event::Incoming(Packet::Publish(publish))) => {
                         let _ = message.send(Publish {
                             retain: publish.retain,
                             ..Publish::new(
@@ -99,12 +103,16 @@ impl Peer {
                         });
                         continue;
                     }
-                    Event::Incoming(Packet::ConnAck(_)) => Acknowledged::Connect,
-                    Event::Incoming(Packet::SubAck(_)) => Acknowledged::Subscribe,
-                    Event::Incoming(Packet::PubAck(_) | Packet::PubComp(_)) => {
+                    Ok(Event::Incoming(Packet::ConnAck(_))) => Acknowledged::Connect,
+                    Ok(Event::Incoming(Packet::SubAck(_))) => Acknowledged::Subscribe,
+                    Ok(Event::Incoming(Packet::PubAck(_) | Packet::PubComp(_))) => {
                         Acknowledged::Publish
                     }
-                    _ => continue,
+                    Ok(_) => continue,
+                    Err(error) => {
+                        println!("the peer's link: {error}");
+                        return;
+                    }
                 };
                 let _ = answer.send(acknowledged);
             }
