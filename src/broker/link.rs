@@ -331,6 +331,8 @@ impl Link<'_> {
                 Event::None => {}
                 Event::Deliver(publish, receipt) => self.hand_out(publish, receipt),
                 Event::Subscribed(filter, id) => self.member.subscribed(&filter, id),
+                Event::SubscribeAgain(request) => self.member.subscribe_again(request),
+                Event::UnsubscribeAgain(filter) => self.member.unsubscribe_again(filter),
                 Event::TooLarge(topic) => {
                     self.member.metrics().too_large.increment(1);
                     tracing::warn!(

@@ -358,6 +358,31 @@ impl Member {
         self.lock().table.confirm(filter, id);
     }
 
+    /// A SUBSCRIBE did not get through and is sent again if it is still of use: with the
+    /// QoS of now, for others may have asked meanwhile.
+    pub(super) fn subscribe_again(&self, mut request: SubscribeRequest) {
+        self.change(|shared| {
+            if shared.wants(&request) {
+                let (table, topics) = (&shared.table, &shared.topics);
+                let wanted = table.qos(&request.filter);
+                let wanted = wanted.or_else(|| topics.qos(&request.filter));
+                request.qos = wanted.unwrap_or(request.qos);
+                shared.restores += usize::from(request.waiter.is_none());
+                shared.control.push_front(Control::Subscribe(request));
+            }
+        });
+    }
+
+    /// An UNSUBSCRIBE did not get through and is sent again unless somebody has
+    /// subscribed meanwhile.
+    pub(super) fn unsubscribe_again(&self, filter: Arc<str>) {
+        self.change(|shared| {
+            if !shared.table.contains(&filter) && !shared.topics.holds(&filter) {
+                shared.ask(Control::Unsubscribe(filter));
+            }
+        });
+    }
+
     /// The broker refused to restore a subscription.
     pub(super) fn not_restored(&self, filter: &str, refusal: &Refusal) {
         self.lose(&mut self.lock(), filter, refusal);

@@ -101,6 +101,11 @@ pub(super) enum Event {
     Deliver(InboundPublish, Option<Receipt>),
     /// The broker accepted the SUBSCRIBE with this identifier.
     Subscribed(Arc<str>, u32),
+    /// The broker would not have the packet id: to be sent with another one if it is still
+    /// wanted, which only the owner knows.
+    SubscribeAgain(SubscribeRequest),
+    /// Likewise.
+    UnsubscribeAgain(Arc<str>),
     /// A message on this topic was larger than we take; it is acknowledged.
     TooLarge(Bytes),
     /// A lost subscription could not be restored.
@@ -139,8 +144,8 @@ pub(super) struct Session {
     /// How many may wait before the oldest is acknowledged untaken.
     max_waiting: usize,
     acknowledged_early: u64,
-    /// SUBSCRIBEs and UNSUBSCRIBEs that were sent again with another packet id, since
-    /// one was answered otherwise.
+    /// SUBSCRIBEs and UNSUBSCRIBEs whose packet ids the broker would not have, since it
+    /// answered one otherwise.
     renumbered: usize,
     /// The oldest unanswered packet when the broker last hung up, and how often in
     /// a row it was that one.
@@ -438,7 +443,7 @@ impl Session {
                 self.renumbered = 0;
                 self.on_unsuback(pkid)
             }
-            Inbound::PkidInUse(pkid) => self.on_pkid_in_use(pkid, out),
+            Inbound::PkidInUse(pkid) => self.on_pkid_in_use(pkid),
             Inbound::PingResp => Event::None,
             Inbound::Disconnect(notice) => Event::Ended(notice),
             Inbound::ConnAck(_) => Event::Unexpected("CONNACK"),
@@ -481,24 +486,21 @@ impl Session {
     }
 
     /// Both sides number for themselves (MQTT 5, 2.2.1), but mochi refuses what has the
-    /// number of a message that it has in flight itself. It is sent again with a number
-    /// from the other half of them.
-    fn on_pkid_in_use(&mut self, pkid: u16, out: &mut BytesMut) -> Event {
+    /// number of a message that it has in flight itself. The next ones come from the
+    /// other half of the numbers.
+    fn on_pkid_in_use(&mut self, pkid: u16) -> Event {
+        self.last_pkid = pkid ^ 0x8000;
         self.renumbered += 1;
         let gives_up = self.renumbered > MAX_RENUMBERED;
         match self.pending.remove(&pkid) {
             Some((_, Pending::Subscribe(request))) if !gives_up => {
                 self.filters_pending -= 1;
                 self.restoring -= usize::from(request.waiter.is_none());
-                self.last_pkid = pkid ^ 0x8000;
-                self.subscribe(request, out);
-                Event::None
+                Event::SubscribeAgain(request)
             }
             Some((_, Pending::Unsubscribe(filter))) if !gives_up => {
                 self.filters_pending -= 1;
-                self.last_pkid = pkid ^ 0x8000;
-                self.unsubscribe(filter, out);
-                Event::None
+                Event::UnsubscribeAgain(filter)
             }
             Some(pending @ (_, Pending::Unsubscribe(_))) => {
                 self.pending.insert(pkid, pending);

@@ -152,10 +152,13 @@ impl Table {
         let Some(entry) = self.entries.get_mut(filter) else {
             return;
         };
-        let Some(place) = entry.asked.iter().position(|asked| *asked == id) else {
-            return;
+        let place = entry.asked.iter().position(|asked| *asked == id);
+        let mut past: Vec<u32> = match place {
+            Some(place) => entry.asked.drain(..=place).collect(),
+            // Sent again behind a later one, it is what the broker uses now.
+            None if self.ids.contains_key(&id) && entry.confirmed != Some(id) => Vec::new(),
+            None => return,
         };
-        let mut past: Vec<u32> = entry.asked.drain(..=place).collect();
         past.pop();
         past.extend(entry.confirmed.replace(id));
         entry.confirmed_before = SubscriptionKey(self.next_key);
@@ -167,6 +170,11 @@ impl Table {
     /// Whether anybody is subscribed to the filter.
     pub(super) fn contains(&self, filter: &str) -> bool {
         self.entries.contains_key(filter)
+    }
+
+    /// The highest QoS that anybody subscribed to the filter asked for.
+    pub(super) fn qos(&self, filter: &str) -> Option<QoS> {
+        self.entries.get(filter).map(|entry| entry.group.qos())
     }
 
     /// Everything there is to subscribe.
@@ -257,9 +265,16 @@ impl Table {
         self.retired.push_back(id);
         if self.retired.len() > MAX_RETIRED_IDS
             && let Some(oldest) = self.retired.pop_front()
+            && !self.is_confirmed(oldest)
         {
             self.ids.remove(&oldest);
         }
+    }
+
+    fn is_confirmed(&self, id: u32) -> bool {
+        let target = self.ids.get(&id);
+        let entry = target.and_then(|target| self.entries.get(&target.filter));
+        entry.is_some_and(|entry| entry.confirmed == Some(id))
     }
 
     fn free_id(&mut self) -> u32 {

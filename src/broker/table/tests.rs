@@ -150,6 +150,22 @@ fn the_identifier_that_the_broker_uses_is_kept_whatever_fails_after_it() {
 }
 
 #[test]
+fn a_subscribe_that_was_sent_again_behind_a_later_one_counts() {
+    let mut table = Table::new(0);
+    let (_, first) = add(&mut table, "a", QoS::AtMostOnce);
+    let (_, second) = add(&mut table, "a", QoS::AtMostOnce);
+    table.confirm("a", second.id);
+    table.confirm("a", first.id);
+    for _ in 0..MAX_RETIRED_IDS + 100 {
+        let (key, other) = add(&mut table, "b", QoS::AtMostOnce);
+        table.confirm("b", other.id);
+        let _ = key;
+    }
+    assert_eq!(table.audience("a", false, &[first.id]).len(), 2);
+    assert!(table.audience("a", false, &[second.id]).is_empty());
+}
+
+#[test]
 fn the_next_in_turn_stands_in_for_one_that_has_ended() {
     let mut table = Table::new(0);
     let id = add(&mut table, "$share/g/t", QoS::AtMostOnce).1.id;
