@@ -6,7 +6,7 @@ use indexmap::IndexMap;
 
 use super::{QoS, Subscriber};
 
-/// Names one subscriber of one filter. Later ones are greater.
+/// Names one subscriber of one filter; a later one is greater.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct SubscriptionKey(pub(super) u64);
 

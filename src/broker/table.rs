@@ -27,8 +27,8 @@ struct Entry {
     filter: TopicFilter,
     /// Identifier of the newest SUBSCRIBE that the broker accepted.
     confirmed: Option<u32>,
-    /// The newest subscriber of any filter at the time.
-    confirmed_before: SubscriptionKey,
+    /// When that was: a number among the keys, which count up.
+    confirmed_at: u64,
     /// Identifiers of those after it, oldest first. Any of them may be the one that
     /// the broker uses.
     asked: VecDeque<u32>,
@@ -101,7 +101,7 @@ impl Table {
         let entry = self.entries.entry(name.clone()).or_insert_with(|| Entry {
             filter: filter.clone(),
             confirmed: None,
-            confirmed_before: key,
+            confirmed_at: key.0,
             asked: VecDeque::new(),
             group: Group::new(filter.is_shared()),
         });
@@ -161,7 +161,8 @@ impl Table {
         };
         past.pop();
         past.extend(entry.confirmed.replace(id));
-        entry.confirmed_before = SubscriptionKey(self.next_key);
+        self.next_key += 1;
+        entry.confirmed_at = self.next_key;
         for id in past {
             self.retire(id);
         }
@@ -226,7 +227,7 @@ impl Table {
 
     /// Whom a retained message without an identifier is for: it comes upon a SUBSCRIBE,
     /// and brokers work these off one after the other. One that sends the SUBACK first
-    /// means the newest that it accepted, one that does not the oldest that it has not.
+    /// means the one that it accepted last, one that does not the oldest that it has not.
     fn newcomer(&mut self, topic: &str) -> Option<Recipient> {
         let mut accepted: Option<(SubscriptionKey, &Entry)> = None;
         let mut asked: Option<(SubscriptionKey, &Entry)> = None;
@@ -238,7 +239,7 @@ impl Table {
             let newcomer = |id: &u32| self.ids.get(id)?.newcomer;
             // Also one that has left: what is for it is for nobody else.
             if let Some(key) = entry.confirmed.as_ref().and_then(newcomer)
-                && accepted.is_none_or(|(newest, _)| key > newest)
+                && accepted.is_none_or(|(_, last)| entry.confirmed_at > last.confirmed_at)
             {
                 accepted = Some((key, entry));
             }
@@ -253,8 +254,9 @@ impl Table {
         let retained_first = match (accepted, asked) {
             (Some((_, entry)), Some((key, _))) => {
                 // Who was accepted before the other asked has likely got everything.
-                self.retained_first.unwrap_or(key > entry.confirmed_before)
+                self.retained_first.unwrap_or(key.0 > entry.confirmed_at)
             }
+            (None, None) => return None,
             (accepted, _) => *self.retained_first.insert(accepted.is_none()),
         };
         let (key, entry) = if retained_first { asked } else { accepted }?;

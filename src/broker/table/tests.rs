@@ -114,7 +114,9 @@ fn without_identifiers_who_was_served_long_ago_gets_nothing_more() {
     assert_eq!(without_id(&mut table, "r"), [QoS::AtLeastOnce]);
     table.confirm("r", ask.id);
     assert_eq!(without_id(&mut table, "r"), [QoS::AtLeastOnce]);
-    // Nor when the one that it is for has left.
+    // One that was on its way for nobody shows nothing.
+    assert!(without_id(&mut table, "q").is_empty());
+    // Nor does anybody else when the one that it is for has left.
     table.remove(&filter("r"), second);
     assert!(without_id(&mut table, "r").is_empty());
     assert!(without_id(&mut table, "q").is_empty());
