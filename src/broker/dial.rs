@@ -30,6 +30,9 @@ const UNSENT: u32 = 256 * 1024;
 /// and hangs up at once is not worth more than an attempt a second.
 pub(super) const STEADY: Duration = Duration::from_secs(1);
 
+/// How long a broker may take to close a connection that we have ended.
+const FAREWELL: Duration = Duration::from_secs(1);
+
 /// Anything MQTT can run over.
 pub(super) trait Stream: AsyncRead + AsyncWrite + Unpin + Send {}
 impl<T: AsyncRead + AsyncWrite + Unpin + Send> Stream for T {}
@@ -65,6 +68,8 @@ pub(super) enum LinkError {
         "the broker took {0} and soon closed the connection, several times in a row: does a second gateway run with the same node_name and client_id_prefix?"
     )]
     Contested(String),
+    #[error("the broker still has the session that was ended")]
+    NotWiped,
     #[error("the broker sent {0} out of place")]
     Unexpected(&'static str),
     #[error("the broker took no bytes for {0:?}")]
@@ -257,5 +262,10 @@ pub(super) async fn wipe(
     options.protocol.disconnect(&mut out);
     stream.write_all(&out).await?;
     stream.shutdown().await?;
+    // The broker closes the connection when it is done with it (MQTT 3.1.1, 3.14.4). The
+    // next CONNECT must not come before: it could continue the session that is about to
+    // go.
+    let rest = async { while stream.read_buf(input).await.is_ok_and(|read| read > 0) {} };
+    let _ = timeout(FAREWELL, rest).await;
     Ok(())
 }

@@ -111,6 +111,7 @@ struct Connection {
     flush: bool,
     ticks: Interval,
     last_write: Instant,
+    last_read: Instant,
     /// Since when the broker owes an answer to a ping.
     ping_sent: Option<Instant>,
     /// Since when the broker takes no bytes.
@@ -184,6 +185,7 @@ impl Task {
             flush: false,
             ticks,
             last_write: Instant::now(),
+            last_read: Instant::now(),
             ping_sent: None,
             write_blocked: None,
         })
@@ -264,6 +266,7 @@ impl Task {
 
     fn receive(&mut self, connection: &mut Connection) -> Result<(), LinkError> {
         connection.ping_sent = None;
+        connection.last_read = Instant::now();
         let protocol = self.options.protocol;
         let Connection {
             input,
@@ -353,9 +356,12 @@ impl Task {
             return Err(LinkError::Unanswered);
         }
         let keep_alive = self.options.keep_alive;
-        let quiet = now - connection.last_write;
         // A second early, so that the broker never sees it late.
-        if !keep_alive.is_zero() && quiet + Duration::from_secs(1) >= keep_alive {
+        let is_due = |since: Instant| now - since + Duration::from_secs(1) >= keep_alive;
+        // A broker that hangs may leave us writing for long, into buffers on the way: one
+        // that says nothing is asked, whatever we wrote meanwhile.
+        let silent = is_due(connection.last_read) && connection.ping_sent.is_none();
+        if !keep_alive.is_zero() && (is_due(connection.last_write) || silent) {
             self.options.protocol.pingreq(&mut connection.output);
             connection.ping_sent.get_or_insert(now);
             connection.last_write = now;

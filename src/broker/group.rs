@@ -6,8 +6,8 @@ use indexmap::IndexMap;
 
 use super::{QoS, Subscriber};
 
-/// Names one subscriber of one filter.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+/// Names one subscriber of one filter; a later one is greater.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct SubscriptionKey(pub(super) u64);
 
 /// Whom a message is for, with the QoS of the subscription.

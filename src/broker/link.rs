@@ -99,6 +99,10 @@ const CONTESTED: u32 = 4;
 /// A link that has lived for longer was not contested.
 const SOON: Duration = Duration::from_secs(2);
 
+/// A broker that still has a session after it was ended so often in a row has some
+/// other reason to say so.
+const MAX_WIPES: u32 = 3;
+
 /// Where the session is.
 #[derive(Default)]
 struct Place {
@@ -111,6 +115,10 @@ struct Place {
     /// How often in a row that happened soon after the link was up, the broker being
     /// there all the time and knowing the session.
     hang_ups: u32,
+    /// How often in a row the broker still had the session that had just been ended
+    /// (Moquette, which closes the connection first). With the next broken link it would
+    /// be gone, and what waited in it.
+    wiped_in_vain: u32,
 }
 
 /// One connection, from dialling to its end. `Ok` when the member is drained.
@@ -123,12 +131,14 @@ async fn serve(
     place.welcomed = false;
     let (options, client_id) = (member.options(), member.client_id());
     let mut clean = place.url.is_none();
+    let mut wiped = false;
     if options.protocol == Protocol::V4 {
         // A session that is not to be kept is clean each time; one that is must begin
         // with one that is not.
         let kept = !options.session_expiry.is_zero();
         if kept && clean {
             dial::wipe(options, address, client_id).await?;
+            wiped = true;
         }
         clean = !kept;
     }
@@ -137,6 +147,11 @@ async fn serve(
     let mut input = BytesMut::new();
     let shake = dial::handshake(options, address, client_id, clean, &mut stream, &mut input);
     let welcome = shake.await?;
+    if wiped && welcome.session_present && place.wiped_in_vain < MAX_WIPES {
+        place.wiped_in_vain += 1;
+        return Err(LinkError::NotWiped);
+    }
+    place.wiped_in_vain = 0;
     if options.protocol == Protocol::V5 && !welcome.subscription_ids {
         // The topic decides then, which is exact where the broker sends one copy.
         tracing::warn!(
@@ -316,6 +331,8 @@ impl Link<'_> {
                 Event::None => {}
                 Event::Deliver(publish, receipt) => self.hand_out(publish, receipt),
                 Event::Subscribed(filter, id) => self.member.subscribed(&filter, id),
+                Event::SubscribeAgain(request) => self.member.subscribe_again(request),
+                Event::UnsubscribeAgain(filter) => self.member.unsubscribe_again(filter),
                 Event::TooLarge(topic) => {
                     self.member.metrics().too_large.increment(1);
                     tracing::warn!(
@@ -324,8 +341,7 @@ impl Link<'_> {
                     );
                 }
                 Event::NotRestored(filter, refusal) => {
-                    self.member.not_restored(&filter);
-                    tracing::error!(%filter, %refusal, "a subscription could not be restored");
+                    self.member.not_restored(&filter, &refusal);
                 }
                 Event::Ended(notice) if notice.taken_over => {
                     return Err(LinkError::TakenOver(self.member.client_id().to_owned()));

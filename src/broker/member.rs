@@ -358,10 +358,49 @@ impl Member {
         self.lock().table.confirm(filter, id);
     }
 
+    /// A SUBSCRIBE did not get through and is sent again if it is still of use: with the
+    /// QoS of now, for others may have asked meanwhile.
+    pub(super) fn subscribe_again(&self, mut request: SubscribeRequest) {
+        self.change(|shared| {
+            if shared.wants(&request) {
+                let (table, topics) = (&shared.table, &shared.topics);
+                let wanted = table.qos(&request.filter);
+                let wanted = wanted.or_else(|| topics.qos(&request.filter));
+                request.qos = wanted.unwrap_or(request.qos);
+                shared.restores += usize::from(request.waiter.is_none());
+                shared.control.push_front(Control::Subscribe(request));
+            }
+        });
+    }
+
+    /// An UNSUBSCRIBE did not get through and is sent again unless somebody has
+    /// subscribed meanwhile.
+    pub(super) fn unsubscribe_again(&self, filter: Arc<str>) {
+        self.change(|shared| {
+            if !shared.table.contains(&filter) && !shared.topics.holds(&filter) {
+                shared.ask(Control::Unsubscribe(filter));
+            }
+        });
+    }
+
     /// The broker refused to restore a subscription.
-    pub(super) fn not_restored(&self, filter: &str) {
+    pub(super) fn not_restored(&self, filter: &str, refusal: &Refusal) {
+        self.lose(&mut self.lock(), filter, refusal);
+    }
+
+    fn lose(&self, shared: &mut Shared, filter: &str, refusal: &Refusal) {
+        tracing::error!(filter, %refusal, "a subscription could not be restored");
         self.metrics.not_restored.increment(1);
-        self.lock().topics.not_restored(filter);
+        shared.topics.not_restored(filter);
+    }
+
+    /// Answers a SUBSCRIBE that the broker has said it will not take.
+    fn refuse(&self, shared: &mut Shared, request: SubscribeRequest, refusal: Refusal) {
+        match request.waiter {
+            // The caller may have left, and taken it back.
+            Some(waiter) => drop(waiter.send(Err(refusal))),
+            None => self.lose(shared, &request.filter, &refusal),
+        }
     }
 
     /// Moves work into the session, as far as it takes any, and remembers whom to
@@ -387,6 +426,11 @@ impl Member {
                 }
                 Some(Control::Subscribe(request)) => {
                     shared.restores -= usize::from(request.waiter.is_none());
+                    let welcome = shared.welcome.as_ref();
+                    if let Some(refusal) = welcome.and_then(|w| w.refuses(&request.filter)) {
+                        self.refuse(shared, request, refusal);
+                        continue;
+                    }
                     shared.at_broker.insert(request.filter.clone());
                     session.subscribe(request, out);
                 }

@@ -31,6 +31,10 @@ const MAX_PENDING_FILTERS: usize = 8192;
 /// subscriptions.
 const MAX_WINDOW: usize = 32_768;
 
+/// A broker that has said so often in a row that a packet id is in use will say so for
+/// ever. As many as may be on their way each get another chance.
+const MAX_RENUMBERED: usize = 2 * MAX_PENDING_FILTERS;
+
 /// A SUBSCRIBE on its way.
 #[derive(Debug)]
 pub(super) struct SubscribeRequest {
@@ -97,6 +101,11 @@ pub(super) enum Event {
     Deliver(InboundPublish, Option<Receipt>),
     /// The broker accepted the SUBSCRIBE with this identifier.
     Subscribed(Arc<str>, u32),
+    /// The broker would not have the packet id: to be sent with another one if it is still
+    /// wanted, which only the owner knows.
+    SubscribeAgain(SubscribeRequest),
+    /// Likewise.
+    UnsubscribeAgain(Arc<str>),
     /// A message on this topic was larger than we take; it is acknowledged.
     TooLarge(Bytes),
     /// A lost subscription could not be restored.
@@ -135,6 +144,9 @@ pub(super) struct Session {
     /// How many may wait before the oldest is acknowledged untaken.
     max_waiting: usize,
     acknowledged_early: u64,
+    /// SUBSCRIBEs and UNSUBSCRIBEs whose packet ids the broker would not have, since it
+    /// answered one otherwise.
+    renumbered: usize,
     /// The oldest unanswered packet when the broker last hung up, and how often in
     /// a row it was that one.
     suspect: Option<(u64, u32)>,
@@ -168,6 +180,7 @@ impl Session {
             // With one message allowed there is no other to be let through.
             max_waiting: (usize::from(broker_window) / 2).max(1),
             acknowledged_early: 0,
+            renumbered: 0,
             suspect: None,
         }
     }
@@ -254,6 +267,11 @@ impl Session {
                     self.filters_pending -= 1;
                 }
                 Some((_, Pending::Subscribe(request))) => {
+                    // It may be another broker than the one that was asked.
+                    if let Some(refusal) = welcome.refuses(&request.filter) {
+                        self.on_suback(pkid, Err(refusal));
+                        continue;
+                    }
                     let id = self.subscription_ids.then_some(request.id);
                     self.protocol.subscribe(
                         pkid,
@@ -417,39 +435,83 @@ impl Session {
                 Event::None
             }
             Inbound::PubComp(pkid, result) => self.on_acknowledged(pkid, result, out),
-            Inbound::SubAck(pkid, result) => match self.pending.remove(&pkid) {
-                Some((_, Pending::Subscribe(request))) => {
-                    self.filters_pending -= 1;
-                    let accepted = result.is_ok();
-                    match (request.waiter, result) {
-                        (Some(waiter), result) => {
-                            // The caller may have left, and taken it back.
-                            let _ = waiter.send(result);
-                        }
-                        (None, Ok(_)) => self.restoring -= 1,
-                        (None, Err(refusal)) => {
-                            self.restoring -= 1;
-                            return Event::NotRestored(request.filter, refusal);
-                        }
-                    }
-                    if accepted {
-                        Event::Subscribed(request.filter, request.id)
-                    } else {
-                        Event::None
-                    }
-                }
-                other => self.unexpected(pkid, other, "SUBACK"),
-            },
-            Inbound::UnsubAck(pkid) => match self.pending.remove(&pkid) {
-                Some((_, Pending::Unsubscribe(_))) => {
-                    self.filters_pending -= 1;
-                    Event::None
-                }
-                other => self.unexpected(pkid, other, "UNSUBACK"),
-            },
+            Inbound::SubAck(pkid, result) => {
+                self.renumbered = 0;
+                self.on_suback(pkid, result)
+            }
+            Inbound::UnsubAck(pkid) => {
+                self.renumbered = 0;
+                self.on_unsuback(pkid)
+            }
+            Inbound::PkidInUse(pkid) => self.on_pkid_in_use(pkid),
             Inbound::PingResp => Event::None,
             Inbound::Disconnect(notice) => Event::Ended(notice),
             Inbound::ConnAck(_) => Event::Unexpected("CONNACK"),
+        }
+    }
+
+    fn on_suback(&mut self, pkid: u16, result: Result<QoS, Refusal>) -> Event {
+        let request = match self.pending.remove(&pkid) {
+            Some((_, Pending::Subscribe(request))) => request,
+            other => return self.unexpected(pkid, other, "SUBACK"),
+        };
+        self.filters_pending -= 1;
+        let accepted = result.is_ok();
+        match (request.waiter, result) {
+            (Some(waiter), result) => {
+                // The caller may have left, and taken it back.
+                let _ = waiter.send(result);
+            }
+            (None, Ok(_)) => self.restoring -= 1,
+            (None, Err(refusal)) => {
+                self.restoring -= 1;
+                return Event::NotRestored(request.filter, refusal);
+            }
+        }
+        if accepted {
+            Event::Subscribed(request.filter, request.id)
+        } else {
+            Event::None
+        }
+    }
+
+    fn on_unsuback(&mut self, pkid: u16) -> Event {
+        match self.pending.remove(&pkid) {
+            Some((_, Pending::Unsubscribe(_))) => {
+                self.filters_pending -= 1;
+                Event::None
+            }
+            other => self.unexpected(pkid, other, "UNSUBACK"),
+        }
+    }
+
+    /// Both sides number for themselves (MQTT 5, 2.2.1), but mochi refuses what has the
+    /// number of a message that it has in flight itself. The next ones come from the
+    /// other half of the numbers.
+    fn on_pkid_in_use(&mut self, pkid: u16) -> Event {
+        self.last_pkid = pkid ^ 0x8000;
+        self.renumbered += 1;
+        let gives_up = self.renumbered > MAX_RENUMBERED;
+        match self.pending.remove(&pkid) {
+            Some((_, Pending::Subscribe(request))) if !gives_up => {
+                self.filters_pending -= 1;
+                self.restoring -= usize::from(request.waiter.is_none());
+                Event::SubscribeAgain(request)
+            }
+            Some((_, Pending::Unsubscribe(filter))) if !gives_up => {
+                self.filters_pending -= 1;
+                Event::UnsubscribeAgain(filter)
+            }
+            Some(pending @ (_, Pending::Unsubscribe(_))) => {
+                self.pending.insert(pkid, pending);
+                self.on_unsuback(pkid)
+            }
+            other => {
+                self.put_back(pkid, other);
+                let reason = "packet identifier in use".to_owned();
+                let denied = false;
+                self.on_suback(pkid, Err(Refusal { denied, reason }))
+            }
         }
     }
 

@@ -6,11 +6,15 @@
 //! is, so fan-out is exact whether a broker sends one copy for each overlapping
 //! filter or one copy with several identifiers. They also tell for which
 //! newcomer the retained messages of a repeated SUBSCRIBE are.
+//!
+//! A message without identifiers, from a broker that has none, is for whom its topic
+//! says; a retained one then is for the newcomer whose turn it is to be served, as
+//! far as the order of the broker's packets tells.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 
-use super::group::{Audience, Group, SubscriptionKey};
+use super::group::{Audience, Group, Recipient, SubscriptionKey};
 use super::topic::TopicFilter;
 use super::wire::MAX_SUBSCRIPTION_ID;
 use super::{QoS, Subscriber};
@@ -23,6 +27,8 @@ struct Entry {
     filter: TopicFilter,
     /// Identifier of the newest SUBSCRIBE that the broker accepted.
     confirmed: Option<u32>,
+    /// When that was: a number among the keys, which count up.
+    confirmed_at: u64,
     /// Identifiers of those after it, oldest first. Any of them may be the one that
     /// the broker uses.
     asked: VecDeque<u32>,
@@ -51,6 +57,9 @@ pub(super) struct Table {
     entries: HashMap<Arc<str>, Entry>,
     ids: HashMap<u32, Target>,
     retired: VecDeque<u32>,
+    /// Whether the broker sends retained messages before the SUBACK, once one without
+    /// an identifier has shown it: by coming when only one of the two was possible.
+    retained_first: Option<bool>,
     next_id: u32,
     next_key: u64,
 }
@@ -64,6 +73,7 @@ impl Table {
             entries: HashMap::new(),
             ids: HashMap::new(),
             retired: VecDeque::new(),
+            retained_first: None,
             next_id: seed % MAX_SUBSCRIPTION_ID,
             next_key: 0,
         }
@@ -91,6 +101,7 @@ impl Table {
         let entry = self.entries.entry(name.clone()).or_insert_with(|| Entry {
             filter: filter.clone(),
             confirmed: None,
+            confirmed_at: key.0,
             asked: VecDeque::new(),
             group: Group::new(filter.is_shared()),
         });
@@ -141,12 +152,17 @@ impl Table {
         let Some(entry) = self.entries.get_mut(filter) else {
             return;
         };
-        let Some(place) = entry.asked.iter().position(|asked| *asked == id) else {
-            return;
+        let place = entry.asked.iter().position(|asked| *asked == id);
+        let mut past: Vec<u32> = match place {
+            Some(place) => entry.asked.drain(..=place).collect(),
+            // Sent again behind a later one, it is what the broker uses now.
+            None if self.ids.contains_key(&id) && entry.confirmed != Some(id) => Vec::new(),
+            None => return,
         };
-        let mut past: Vec<u32> = entry.asked.drain(..=place).collect();
         past.pop();
         past.extend(entry.confirmed.replace(id));
+        self.next_key += 1;
+        entry.confirmed_at = self.next_key;
         for id in past {
             self.retire(id);
         }
@@ -155,6 +171,11 @@ impl Table {
     /// Whether anybody is subscribed to the filter.
     pub(super) fn contains(&self, filter: &str) -> bool {
         self.entries.contains_key(filter)
+    }
+
+    /// The highest QoS that anybody subscribed to the filter asked for.
+    pub(super) fn qos(&self, filter: &str) -> Option<QoS> {
+        self.entries.get(filter).map(|entry| entry.group.qos())
     }
 
     /// Everything there is to subscribe.
@@ -193,7 +214,9 @@ impl Table {
                 entry.group.collect(&mut audience);
             }
         }
-        if ids.is_empty() {
+        if ids.is_empty() && retained {
+            audience.extend(self.newcomer(topic));
+        } else if ids.is_empty() {
             let entries = self.entries.values_mut();
             for entry in entries.filter(|entry| entry.filter.matches(topic)) {
                 entry.group.collect(&mut audience);
@@ -202,13 +225,58 @@ impl Table {
         audience
     }
 
+    /// Whom a retained message without an identifier is for: it comes upon a SUBSCRIBE,
+    /// and brokers work these off one after the other. One that sends the SUBACK first
+    /// means the one that it accepted last, one that does not the oldest that it has not.
+    fn newcomer(&mut self, topic: &str) -> Option<Recipient> {
+        let mut accepted: Option<(SubscriptionKey, &Entry)> = None;
+        let mut asked: Option<(SubscriptionKey, &Entry)> = None;
+        for entry in self.entries.values() {
+            // The members of a group do not get what is retained (MQTT 5, 4.8.2).
+            if entry.filter.is_shared() || !entry.filter.matches(topic) {
+                continue;
+            }
+            let newcomer = |id: &u32| self.ids.get(id)?.newcomer;
+            // Also one that has left: what is for it is for nobody else.
+            if let Some(key) = entry.confirmed.as_ref().and_then(newcomer)
+                && accepted.is_none_or(|(_, last)| entry.confirmed_at > last.confirmed_at)
+            {
+                accepted = Some((key, entry));
+            }
+            // The broker may have refused it, or never seen it, when its caller left.
+            let waits = |key: &SubscriptionKey| entry.group.get(*key).is_some();
+            if let Some(key) = entry.asked.iter().filter_map(newcomer).find(waits)
+                && asked.is_none_or(|(oldest, _)| key < oldest)
+            {
+                asked = Some((key, entry));
+            }
+        }
+        let retained_first = match (accepted, asked) {
+            (Some((_, entry)), Some((key, _))) => {
+                // Who was accepted before the other asked has likely got everything.
+                self.retained_first.unwrap_or(key.0 > entry.confirmed_at)
+            }
+            (None, None) => return None,
+            (accepted, _) => *self.retained_first.insert(accepted.is_none()),
+        };
+        let (key, entry) = if retained_first { asked } else { accepted }?;
+        entry.group.get(key)
+    }
+
     fn retire(&mut self, id: u32) {
         self.retired.push_back(id);
         if self.retired.len() > MAX_RETIRED_IDS
             && let Some(oldest) = self.retired.pop_front()
+            && !self.is_confirmed(oldest)
         {
             self.ids.remove(&oldest);
         }
+    }
+
+    fn is_confirmed(&self, id: u32) -> bool {
+        let target = self.ids.get(&id);
+        let entry = target.and_then(|target| self.entries.get(&target.filter));
+        entry.is_some_and(|entry| entry.confirmed == Some(id))
     }
 
     fn free_id(&mut self) -> u32 {
@@ -222,174 +290,4 @@ impl Table {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::super::Delivery;
-    use super::*;
-
-    struct Nobody;
-
-    impl Subscriber for Nobody {
-        fn deliver(&self, _: Delivery) -> Result<(), Delivery> {
-            Ok(())
-        }
-    }
-
-    fn filter(text: &str) -> TopicFilter {
-        TopicFilter::parse(text).unwrap()
-    }
-
-    fn add(table: &mut Table, text: &str, qos: QoS) -> (SubscriptionKey, Ask) {
-        table.add(&filter(text), qos, Arc::new(Nobody), None)
-    }
-
-    #[test]
-    fn a_filter_is_asked_for_with_the_highest_qos_and_dropped_with_the_last() {
-        let mut table = Table::new(0);
-        let (first, ask) = add(&mut table, "a/#", QoS::AtMostOnce);
-        assert_eq!(ask.qos, QoS::AtMostOnce);
-        let (second, ask) = add(&mut table, "a/#", QoS::ExactlyOnce);
-        assert_eq!(ask.qos, QoS::ExactlyOnce);
-        let (third, ask) = add(&mut table, "a/#", QoS::AtLeastOnce);
-        assert_eq!(ask.qos, QoS::ExactlyOnce);
-        assert!(table.remove(&filter("a/#"), first).is_none());
-        assert!(table.remove(&filter("a/#"), first).is_none());
-        assert!(table.remove(&filter("a/#"), third).is_none());
-        assert_eq!(&*table.remove(&filter("a/#"), second).unwrap(), "a/#");
-        assert_eq!(table.len(), 0);
-    }
-
-    #[test]
-    fn overlapping_filters_each_get_their_copy_however_the_broker_sends_them() {
-        let mut table = Table::new(0);
-        let a = add(&mut table, "a/#", QoS::AtLeastOnce).1.id;
-        let b = add(&mut table, "a/b", QoS::AtLeastOnce).1.id;
-        assert_eq!(table.audience("a/b", false, &[a, b]).len(), 2);
-        assert_eq!(table.audience("a/b", false, &[a]).len(), 1);
-        assert_eq!(table.audience("a/b", false, &[b]).len(), 1);
-        // A broker that knows none.
-        assert_eq!(table.audience("a/b", false, &[]).len(), 2);
-        // One that somebody else used in the same session.
-        assert!(table.audience("b", false, &[a]).is_empty());
-    }
-
-    #[test]
-    fn retained_messages_go_to_the_newcomer_alone() {
-        let mut table = Table::new(0);
-        let first = add(&mut table, "r", QoS::AtMostOnce).1.id;
-        let second = add(&mut table, "r", QoS::AtMostOnce).1.id;
-        assert_eq!(table.audience("r", true, &[second]).len(), 1);
-        assert_eq!(table.audience("r", true, &[first]).len(), 1);
-        // A message queued under the replaced identifier is still for both.
-        assert_eq!(table.audience("r", false, &[first]).len(), 2);
-        assert_eq!(table.audience("r", false, &[second]).len(), 2);
-    }
-
-    #[test]
-    fn a_shared_subscription_takes_turns() {
-        let mut table = Table::new(0);
-        let id = add(&mut table, "$share/g/t", QoS::AtLeastOnce).1.id;
-        add(&mut table, "$share/g/t", QoS::AtLeastOnce);
-        add(&mut table, "$share/g/t", QoS::AtMostOnce);
-        let qos: Vec<_> = (0..6)
-            .map(|_| {
-                let audience = table.audience("t", false, &[id]);
-                assert_eq!(audience.len(), 1);
-                audience[0].qos
-            })
-            .collect();
-        let at_most_once = qos.iter().filter(|q| **q == QoS::AtMostOnce).count();
-        assert_eq!(at_most_once, 2, "each of three got two of six");
-    }
-
-    #[test]
-    fn the_identifier_that_the_broker_uses_is_kept_whatever_fails_after_it() {
-        let mut table = Table::new(0);
-        let (first, ask) = add(&mut table, "a", QoS::AtMostOnce);
-        table.confirm("a", ask.id);
-        for _ in 0..MAX_RETIRED_IDS + MAX_ASKED + 100 {
-            let (key, _) = table.add(&filter("a"), QoS::AtMostOnce, Arc::new(Nobody), Some(first));
-            table.remove(&filter("a"), key);
-        }
-        assert_eq!(table.audience("a", false, &[ask.id]).len(), 1);
-    }
-
-    #[test]
-    fn the_next_in_turn_stands_in_for_one_that_has_ended() {
-        let mut table = Table::new(0);
-        let id = add(&mut table, "$share/g/t", QoS::AtMostOnce).1.id;
-        add(&mut table, "$share/g/t", QoS::AtLeastOnce);
-        let audience = table.audience("t", false, &[id]);
-        assert_eq!(audience.len(), 1);
-        assert_eq!(audience[0].others.len(), 1);
-        assert_ne!(audience[0].others[0].1, audience[0].qos);
-    }
-
-    #[test]
-    fn a_repeated_subscription_takes_the_place_of_the_first() {
-        let mut table = Table::new(0);
-        let (first, _) = add(&mut table, "a", QoS::AtMostOnce);
-        let (second, ask) = table.add(
-            &filter("a"),
-            QoS::AtLeastOnce,
-            Arc::new(Nobody),
-            Some(first),
-        );
-        let id = ask.id;
-        let qos = |table: &mut Table| {
-            let audience = table.audience("a", false, &[id]);
-            audience.iter().map(|r| r.qos).collect::<Vec<_>>()
-        };
-        assert_eq!(
-            qos(&mut table),
-            [QoS::AtMostOnce],
-            "until the broker answered"
-        );
-        assert!(table.remove(&filter("a"), first).is_none());
-        assert_eq!(qos(&mut table), [QoS::AtLeastOnce]);
-        assert!(table.remove(&filter("a"), second).is_some());
-    }
-
-    #[test]
-    fn a_repeated_subscription_that_fails_leaves_the_first() {
-        let mut table = Table::new(0);
-        let (first, _) = add(&mut table, "$share/g/a", QoS::AtMostOnce);
-        let (second, ask) = table.add(
-            &filter("$share/g/a"),
-            QoS::AtLeastOnce,
-            Arc::new(Nobody),
-            Some(first),
-        );
-        for _ in 0..3 {
-            let audience = table.audience("a", false, &[ask.id]);
-            assert_eq!(audience.len(), 1);
-            assert_eq!(audience[0].qos, QoS::AtMostOnce);
-        }
-        assert!(table.remove(&filter("$share/g/a"), second).is_none());
-        assert_eq!(table.audience("a", false, &[ask.id]).len(), 1);
-    }
-
-    #[test]
-    fn an_ended_subscription_gets_nothing_more() {
-        let mut table = Table::new(0);
-        let (key, ask) = add(&mut table, "a", QoS::AtMostOnce);
-        table.remove(&filter("a"), key);
-        assert!(table.audience("a", false, &[ask.id]).is_empty());
-    }
-
-    #[test]
-    fn retired_identifiers_are_bounded() {
-        let mut table = Table::new(0);
-        for _ in 0..MAX_RETIRED_IDS + 100 {
-            let (key, _) = add(&mut table, "a", QoS::AtMostOnce);
-            let (other, ask) = add(&mut table, "b", QoS::AtMostOnce);
-            table.confirm("b", ask.id);
-            table.remove(&filter("a"), key);
-            let _ = other;
-        }
-        assert!(table.ids.len() <= MAX_RETIRED_IDS + 2);
-        for _ in 0..MAX_RETIRED_IDS + 100 {
-            add(&mut table, "c", QoS::AtMostOnce);
-        }
-        assert!(table.ids.len() <= MAX_RETIRED_IDS + MAX_ASKED + 2);
-    }
-}
+mod tests;

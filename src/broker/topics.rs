@@ -68,6 +68,11 @@ impl Topics {
         self.held.contains_key(filter)
     }
 
+    /// The QoS that the filter is subscribed with at the broker, or to be.
+    pub(super) fn qos(&self, filter: &str) -> Option<QoS> {
+        self.held.get(filter).map(|held| held.asked)
+    }
+
     /// Adds a subscriber, to take the place of `replaced` when that is removed, to a
     /// filter whose messages come through `held`. Its subscription is good when the
     /// answer is; there is a question to be asked where `held` is new here or its QoS

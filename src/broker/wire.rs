@@ -59,8 +59,29 @@ pub(super) struct Welcome {
     /// Bytes; `None`: no limit but the protocol's.
     pub max_packet_size: Option<u32>,
     pub subscription_ids: bool,
+    pub shared_subscriptions: bool,
+    /// Whether filters may have `+` and `#`.
+    pub wildcards: bool,
     /// Seconds; the broker's wish overrides ours.
     pub keep_alive: Option<u16>,
+}
+
+impl Welcome {
+    /// What the broker has said it has not: it may end the connection upon a SUBSCRIBE
+    /// for it (MQTT 5, 3.2.2.3.11 and 13).
+    pub(super) fn refuses(&self, filter: &str) -> Option<Refusal> {
+        let missing = if !self.shared_subscriptions && filter.starts_with("$share/") {
+            "shared subscriptions"
+        } else if !self.wildcards && filter.contains(['+', '#']) {
+            "subscriptions with wildcards"
+        } else {
+            return None;
+        };
+        Some(Refusal {
+            denied: false,
+            reason: format!("it offers no {missing}"),
+        })
+    }
 }
 
 /// A publish from the broker.
@@ -93,6 +114,8 @@ pub(super) enum Inbound {
     PubComp(u16, Result<(), Refusal>),
     SubAck(u16, Result<QoS, Refusal>),
     UnsubAck(u16),
+    /// The broker did not take a SUBSCRIBE or UNSUBSCRIBE for its packet id.
+    PkidInUse(u16),
     PingResp,
     Disconnect(DisconnectNotice),
 }

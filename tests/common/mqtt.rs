@@ -2,19 +2,33 @@
 
 use std::time::Duration;
 
-use rumqttc::v5::mqttbytes::QoS;
 use rumqttc::v5::mqttbytes::v5::{ConnectProperties, Packet, Publish, PublishProperties};
-use rumqttc::v5::{AsyncClient, Event, MqttOptions};
+use rumqttc::v5::mqttbytes::{self, QoS};
+use rumqttc::{mqttbytes as mqttbytes4, v5};
 use tokio::sync::mpsc;
 
 use super::{node_name, within};
 
 /// A client of the broker, connected.
 pub struct Peer {
-    client: AsyncClient,
+    client: Client,
     messages: mpsc::UnboundedReceiver<Publish>,
-    answers: mpsc::UnboundedReceiver<Packet>,
+    answers: mpsc::UnboundedReceiver<Acknowledged>,
     task: tokio::task::JoinHandle<()>,
+}
+
+enum Client {
+    V4(rumqttc::AsyncClient),
+    V5(v5::AsyncClient),
+}
+
+/// What the broker answered, in either version.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Acknowledged {
+    Connect,
+    Subscribe,
+    /// PUBACK or PUBCOMP: a broker without QoS 2 answers such a publish with PUBACK.
+    Publish,
 }
 
 impl Peer {
@@ -24,7 +38,7 @@ impl Peer {
 
     /// With user name and password.
     pub async fn connect_as(port: u16, login: Option<(&str, &str)>) -> Self {
-        let mut options = MqttOptions::new(node_name("peer"), "127.0.0.1", port);
+        let mut options = v5::MqttOptions::new(node_name("peer"), "127.0.0.1", port);
         if let Some((username, password)) = login {
             options.set_credentials(username, password);
         }
@@ -34,41 +48,99 @@ impl Peer {
             receive_maximum: Some(u16::MAX),
             ..ConnectProperties::new()
         });
-        let (client, mut events) = AsyncClient::new(options, 100);
+        let (client, mut events) = v5::AsyncClient::new(options, 100);
         let (message, messages) = mpsc::unbounded_channel();
-        let (answer, mut answers) = mpsc::unbounded_channel();
+        let (answer, answers) = mpsc::unbounded_channel();
         // Its poll is not cancel safe: it has a task of its own.
         let task = tokio::spawn(async move {
             loop {
-                match events.poll().await {
-                    Ok(Event::Incoming(Packet::Publish(publish))) => {
+                let acknowledged = match events.poll().await {
+                    Ok(v5::Event::Incoming(Packet::Publish(publish))) => {
                         let _ = message.send(publish);
+                        continue;
                     }
-                    Ok(Event::Incoming(packet)) => {
-                        let _ = answer.send(packet);
+                    Ok(v5::Event::Incoming(Packet::ConnAck(_))) => Acknowledged::Connect,
+                    Ok(v5::Event::Incoming(Packet::SubAck(_))) => Acknowledged::Subscribe,
+                    Ok(v5::Event::Incoming(Packet::PubAck(_) | Packet::PubComp(_))) => {
+                        Acknowledged::Publish
                     }
-                    Ok(Event::Outgoing(_)) => {}
-                    Err(_) => return,
-                }
+                    Ok(_) => continue,
+                    Err(error) => {
+                        println!("the peer's link: {error}");
+                        return;
+                    }
+                };
+                let _ = answer.send(acknowledged);
             }
         });
-        let connected = within("CONNACK", answers.recv()).await;
-        assert!(
-            matches!(connected, Some(Packet::ConnAck(_))),
-            "{connected:?}"
-        );
-        Self {
+        Self::connected(Client::V5(client), messages, answers, task).await
+    }
+
+    /// With MQTT 3.1.1, for brokers that speak nothing else.
+    pub async fn connect_v4(port: u16, login: Option<(&str, &str)>) -> Self {
+        use rumqttc::{Event, Packet};
+        let mut options = rumqttc::MqttOptions::new(node_name("peer"), "127.0.0.1", port);
+        if let Some((username, password)) = login {
+            options.set_credentials(username, password);
+        }
+        options.set_keep_alive(Duration::from_secs(60));
+        options.set_max_packet_size(4 << 20, 4 << 20);
+        let (client, mut events) = rumqttc::AsyncClient::new(options, 100);
+        let (message, messages) = mpsc::unbounded_channel();
+        let (answer, answers) = mpsc::unbounded_channel();
+        let task = tokio::spawn(async move {
+            loop {
+                let acknowledged = match events.poll().await {
+                    Ok(Event::Incoming(Packet::Publish(publish))) => {
+                        let _ = message.send(Publish {
+                            retain: publish.retain,
+                            ..Publish::new(
+                                publish.topic,
+                                mqttbytes::qos(publish.qos as u8).unwrap(),
+                                publish.payload,
+                                None,
+                            )
+                        });
+                        continue;
+                    }
+                    Ok(Event::Incoming(Packet::ConnAck(_))) => Acknowledged::Connect,
+                    Ok(Event::Incoming(Packet::SubAck(_))) => Acknowledged::Subscribe,
+                    Ok(Event::Incoming(Packet::PubAck(_) | Packet::PubComp(_))) => {
+                        Acknowledged::Publish
+                    }
+                    Ok(_) => continue,
+                    Err(error) => {
+                        println!("the peer's link: {error}");
+                        return;
+                    }
+                };
+                let _ = answer.send(acknowledged);
+            }
+        });
+        Self::connected(Client::V4(client), messages, answers, task).await
+    }
+
+    async fn connected(
+        client: Client,
+        messages: mpsc::UnboundedReceiver<Publish>,
+        answers: mpsc::UnboundedReceiver<Acknowledged>,
+        task: tokio::task::JoinHandle<()>,
+    ) -> Self {
+        let mut peer = Self {
             client,
             messages,
             answers,
             task,
-        }
+        };
+        peer.answer(Acknowledged::Connect).await;
+        peer
     }
 
-    async fn answer(&mut self, what: &str, is_it: impl Fn(&Packet) -> bool) {
+    async fn answer(&mut self, expected: Acknowledged) {
+        let what = format!("the answer to a {expected:?}");
         loop {
-            let packet = within(what, self.answers.recv()).await;
-            if is_it(&packet.expect("the peer's link broke")) {
+            let answer = within(&what, self.answers.recv()).await;
+            if answer.expect("the peer's link broke") == expected {
                 return;
             }
         }
@@ -76,12 +148,14 @@ impl Peer {
 
     /// Subscribes at QoS 2, so that messages come as they were published.
     pub async fn subscribe(&mut self, filter: &str) {
-        self.client
-            .subscribe(filter, QoS::ExactlyOnce)
-            .await
-            .unwrap();
-        self.answer("SUBACK", |p| matches!(p, Packet::SubAck(_)))
-            .await;
+        match &self.client {
+            Client::V5(client) => client.subscribe(filter, QoS::ExactlyOnce).await.unwrap(),
+            Client::V4(client) => {
+                let qos = mqttbytes4::QoS::ExactlyOnce;
+                client.subscribe(filter, qos).await.unwrap();
+            }
+        }
+        self.answer(Acknowledged::Subscribe).await;
     }
 
     /// Publishes; from QoS 1 on returns when the broker has it.
@@ -116,26 +190,22 @@ impl Peer {
         properties: Option<PublishProperties>,
     ) {
         let payload = payload.into();
-        let level = match qos {
-            0 => QoS::AtMostOnce,
-            1 => QoS::AtLeastOnce,
-            _ => QoS::ExactlyOnce,
-        };
-        let properties = properties.unwrap_or_default();
-        self.client
-            .publish_with_properties(topic, level, retain, payload, properties)
-            .await
-            .unwrap();
-        match qos {
-            0 => {}
-            1 => {
-                self.answer("PUBACK", |p| matches!(p, Packet::PubAck(_)))
+        match &self.client {
+            Client::V5(client) => {
+                let properties = properties.unwrap_or_default();
+                let qos = mqttbytes::qos(qos).unwrap();
+                client
+                    .publish_with_properties(topic, qos, retain, payload, properties)
                     .await
+                    .unwrap();
             }
-            _ => {
-                self.answer("PUBCOMP", |p| matches!(p, Packet::PubComp(_)))
-                    .await
+            Client::V4(client) => {
+                let qos = mqttbytes4::qos(qos).unwrap();
+                client.publish(topic, qos, retain, payload).await.unwrap();
             }
+        }
+        if qos > 0 {
+            self.answer(Acknowledged::Publish).await;
         }
     }
 

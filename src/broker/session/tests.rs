@@ -12,6 +12,8 @@ fn welcome(session_present: bool, receive_maximum: u16) -> Welcome {
         max_qos: QoS::ExactlyOnce,
         max_packet_size: None,
         subscription_ids: true,
+        shared_subscriptions: true,
+        wildcards: true,
         keep_alive: None,
     }
 }
@@ -281,20 +283,24 @@ fn a_packet_that_makes_the_broker_hang_up_fails_after_three_times() {
     assert_eq!(innocent.try_recv().unwrap(), Ok(()));
 }
 
+/// To `a/#`, with the identifier 3.
+fn subscribe(session: &mut Session, out: &mut BytesMut) -> oneshot::Receiver<Result<QoS, Refusal>> {
+    let (waiter, answer) = oneshot::channel();
+    let request = SubscribeRequest {
+        filter: "a/#".into(),
+        qos: QoS::AtLeastOnce,
+        id: 3,
+        retained: Retained::Send,
+        waiter: Some(waiter),
+    };
+    session.subscribe(request, out);
+    answer
+}
+
 #[test]
 fn a_subscription_is_answered_by_its_suback_across_a_broken_link() {
     let (mut session, mut out) = (connected(10), BytesMut::new());
-    let (waiter, mut answer) = oneshot::channel();
-    session.subscribe(
-        SubscribeRequest {
-            filter: "a/#".into(),
-            qos: QoS::AtLeastOnce,
-            id: 3,
-            retained: Retained::Send,
-            waiter: Some(waiter),
-        },
-        &mut out,
-    );
+    let mut answer = subscribe(&mut session, &mut out);
     out.clear();
     session.disconnected();
     session.connected(&welcome(false, 10), &mut out);
@@ -307,6 +313,77 @@ fn a_subscription_is_answered_by_its_suback_across_a_broken_link() {
     let event = session.receive(granted, &mut out);
     assert!(matches!(event, Event::Subscribed(_, 3)));
     assert_eq!(answer.try_recv().unwrap(), Ok(QoS::AtLeastOnce));
+}
+
+#[test]
+fn a_subscription_is_refused_by_another_broker_that_has_none_of_its_kind() {
+    let (mut session, mut out) = (connected(10), BytesMut::new());
+    let mut answer = subscribe(&mut session, &mut out);
+    out.clear();
+    session.disconnected();
+    let other = Welcome {
+        wildcards: false,
+        ..welcome(false, 10)
+    };
+    session.connected(&other, &mut out);
+    assert!(out.is_empty() && session.is_idle());
+    let refusal = answer.try_recv().unwrap().unwrap_err();
+    assert!(refusal.reason.contains("wildcards"), "{refusal}");
+}
+
+/// The packet ids of what the session wrote about filters.
+fn about_filters(out: &mut BytesMut) -> Vec<u16> {
+    let pkids = written(out).into_iter().map(|packet| match packet {
+        Packet::Subscribe(subscribe) => subscribe.pkid,
+        Packet::Unsubscribe(unsubscribe) => unsubscribe.pkid,
+        other => panic!("{other:?}"),
+    });
+    pkids.collect()
+}
+
+#[test]
+fn a_packet_id_that_the_broker_uses_itself_is_changed() {
+    let (mut session, mut out) = (connected(10), BytesMut::new());
+    let mut answer = subscribe(&mut session, &mut out);
+    session.unsubscribe("b".into(), &mut out);
+    let first = about_filters(&mut out);
+    let event = session.receive(Inbound::PkidInUse(first[0]), &mut out);
+    let Event::SubscribeAgain(request) = event else {
+        panic!("{event:?}");
+    };
+    let event = session.receive(Inbound::PkidInUse(first[1]), &mut out);
+    assert!(matches!(&event, Event::UnsubscribeAgain(filter) if &**filter == "b"));
+    assert!(out.is_empty() && session.is_idle());
+    session.subscribe(request, &mut out);
+    session.unsubscribe("b".into(), &mut out);
+    let second = about_filters(&mut out);
+    let far = |(a, b): (&u16, &u16)| a.abs_diff(*b) > 10_000;
+    assert!(first.iter().zip(&second).all(far), "{first:?} {second:?}");
+    let granted = Inbound::SubAck(second[0], Ok(QoS::AtLeastOnce));
+    let event = session.receive(granted, &mut out);
+    assert!(matches!(event, Event::Subscribed(_, 3)));
+    assert_eq!(answer.try_recv().unwrap(), Ok(QoS::AtLeastOnce));
+}
+
+#[test]
+fn a_broker_that_takes_no_packet_id_is_not_asked_for_ever() {
+    let (mut session, mut out) = (connected(10), BytesMut::new());
+    let mut answer = subscribe(&mut session, &mut out);
+    for _ in 0..MAX_RENUMBERED {
+        let pkid = about_filters(&mut out)[0];
+        match session.receive(Inbound::PkidInUse(pkid), &mut out) {
+            Event::SubscribeAgain(request) => session.subscribe(request, &mut out),
+            other => panic!("{other:?}"),
+        }
+    }
+    session.unsubscribe("b".into(), &mut out);
+    for pkid in about_filters(&mut out) {
+        let event = session.receive(Inbound::PkidInUse(pkid), &mut out);
+        assert!(matches!(event, Event::None));
+    }
+    assert!(session.is_idle());
+    let refusal = answer.try_recv().unwrap().unwrap_err();
+    assert_eq!(refusal.reason, "packet identifier in use");
 }
 
 #[test]

@@ -1,6 +1,6 @@
 //! MQTT 3.1.1 on the wire; rumqttc's codec does the work.
 
-use bytes::{Bytes, BytesMut};
+use bytes::{Buf, Bytes, BytesMut};
 use rumqttc::mqttbytes::v4::{
     ConnAck, Connect, ConnectReturnCode, Login, Packet, PubAck, PubComp, PubRec, PubRel, Publish,
     Subscribe, SubscribeReasonCode, Unsubscribe,
@@ -122,6 +122,9 @@ pub(super) fn decode(
     buffer: &mut BytesMut,
     max_packet_size: u32,
 ) -> Result<Option<Inbound>, WireError> {
+    if let Some(answer) = refused_as_in_5(buffer) {
+        return Ok(Some(answer));
+    }
     let before = buffer.len();
     let limit = usize::try_from(max_packet_size).unwrap_or(usize::MAX);
     let packet = match Packet::read(buffer, limit) {
@@ -175,6 +178,26 @@ pub(super) fn decode(
     }))
 }
 
+/// A SUBACK with a failure of MQTT 5, which mochi sends to clients of 3.1.1 too. The codec
+/// knows 0x80 alone, and the link would break each time.
+fn refused_as_in_5(buffer: &mut BytesMut) -> Option<Inbound> {
+    let [0x90, 0x03, high, low, code @ 0x81..=0xff, ..] = buffer[..] else {
+        return None;
+    };
+    buffer.advance(5);
+    let pkid = u16::from_be_bytes([high, low]);
+    Some(match code {
+        0x91 => Inbound::PkidInUse(pkid),
+        _ => Inbound::SubAck(
+            pkid,
+            Err(Refusal {
+                denied: code == 0x87,
+                reason: format!("failure {code:#x}"),
+            }),
+        ),
+    })
+}
+
 fn welcome(ack: &ConnAck) -> Result<Welcome, Refusal> {
     match ack.code {
         ConnectReturnCode::Success => Ok(Welcome {
@@ -183,6 +206,8 @@ fn welcome(ack: &ConnAck) -> Result<Welcome, Refusal> {
             max_qos: QoS::ExactlyOnce,
             max_packet_size: None,
             subscription_ids: false,
+            shared_subscriptions: true,
+            wildcards: true,
             keep_alive: None,
         }),
         ConnectReturnCode::NotAuthorized | ConnectReturnCode::BadUserNamePassword => {
@@ -360,6 +385,24 @@ mod tests {
 
     /// However the bytes come: the publish is named, its payload is skipped, and what
     /// comes behind it is read.
+    /// As mochi 2.7 sends them.
+    #[test]
+    fn a_suback_of_mqtt_5_is_understood() {
+        let mut two = BytesMut::from(&b"\x90\x03\x00\x07\x91\x90\x03\x00\x08\x87\xd0"[..]);
+        let first = decode(&mut two, 1024);
+        assert!(
+            matches!(first, Ok(Some(Inbound::PkidInUse(7)))),
+            "{first:?}"
+        );
+        let second = decode(&mut two, 1024);
+        let Ok(Some(Inbound::SubAck(8, Err(refusal)))) = second else {
+            panic!("{second:?}");
+        };
+        assert!(refusal.denied);
+        assert_eq!(&two[..], b"\xd0");
+        assert!(matches!(decode_all(b"\x90\x03\x00\x07"), Ok(None)));
+    }
+
     #[test]
     fn a_publish_too_large_is_skipped() {
         let payload = Bytes::from(vec![7; 5000]);

@@ -4,10 +4,11 @@ mod inbound;
 
 use bytes::{Buf, Bytes, BytesMut};
 use rumqttc::v5::mqttbytes::v5::{
-    ConnAck, Connect, ConnectProperties, ConnectReturnCode, Disconnect, DisconnectProperties,
-    DisconnectReasonCode, Filter, Login, Packet, PingReq, PubAck, PubAckReason, PubComp,
-    PubCompReason, PubRec, PubRecReason, PubRel, Publish, PublishProperties, RetainForwardRule,
-    Subscribe, SubscribeProperties, SubscribeReasonCode, Unsubscribe,
+    ConnAck, ConnAckProperties, Connect, ConnectProperties, ConnectReturnCode, Disconnect,
+    DisconnectProperties, DisconnectReasonCode, Filter, Login, Packet, PingReq, PubAck,
+    PubAckReason, PubComp, PubCompReason, PubRec, PubRecReason, PubRel, Publish, PublishProperties,
+    RetainForwardRule, Subscribe, SubscribeProperties, SubscribeReasonCode, UnsubAckReason,
+    Unsubscribe,
 };
 use rumqttc::v5::mqttbytes::{self, QoS as WireQoS};
 
@@ -126,6 +127,9 @@ pub(super) fn decode(
                 PubCompReason::PacketIdentifierNotFound => Err(Refusal::other(&comp.reason)),
             },
         ),
+        Packet::SubAck(ack) if ack.return_codes == [SubscribeReasonCode::PkidInUse] => {
+            Inbound::PkidInUse(ack.pkid)
+        }
         Packet::SubAck(ack) => Inbound::SubAck(
             ack.pkid,
             // Every SUBSCRIBE of ours holds one filter.
@@ -136,6 +140,9 @@ pub(super) fn decode(
                 _ => return Err(invalid("a SUBACK of another length")),
             },
         ),
+        Packet::UnsubAck(ack) if ack.reasons == [UnsubAckReason::PacketIdentifierInUse] => {
+            Inbound::PkidInUse(ack.pkid)
+        }
         Packet::UnsubAck(ack) => Inbound::UnsubAck(ack.pkid),
         Packet::PingResp(_) => Inbound::PingResp,
         Packet::Disconnect(disconnect) => Inbound::Disconnect(DisconnectNotice {
@@ -189,6 +196,8 @@ fn welcome(ack: ConnAck) -> Result<Welcome, Refusal> {
         _ => return Err(Refusal::other(&ack.code)),
     }
     let properties = ack.properties.as_ref();
+    // What is not mentioned is there.
+    let offers = |said: fn(&ConnAckProperties) -> Option<u8>| properties.and_then(said) != Some(0);
     Ok(Welcome {
         session_present: ack.session_present,
         receive_maximum: properties
@@ -201,7 +210,9 @@ fn welcome(ack: ConnAck) -> Result<Welcome, Refusal> {
             _ => QoS::ExactlyOnce,
         },
         max_packet_size: properties.and_then(|p| p.max_packet_size),
-        subscription_ids: properties.and_then(|p| p.subscription_identifiers_available) != Some(0),
+        subscription_ids: offers(|p| p.subscription_identifiers_available),
+        shared_subscriptions: offers(|p| p.shared_subscription_available),
+        wildcards: offers(|p| p.wildcard_subscription_available),
         keep_alive: properties.and_then(|p| p.server_keep_alive),
     })
 }
@@ -361,6 +372,40 @@ mod tests {
         for code in [0, 1] {
             let error = decode_all(&[0x20, 0x02, 0x00, code]).unwrap_err();
             assert!(error.to_string().contains("broker.protocol = 4"));
+        }
+    }
+
+    #[test]
+    fn what_the_broker_does_not_offer_is_refused() {
+        let welcome = |bytes: &[u8]| match decode_all(bytes) {
+            Ok(Some(Inbound::ConnAck(Ok(welcome)))) => welcome,
+            other => panic!("{other:?}"),
+        };
+        let all = welcome(b"\x20\x03\x00\x00\x00");
+        for filter in ["a", "a/#", "+", "$share/g/a"] {
+            assert_eq!(all.refuses(filter), None);
+        }
+        let less = welcome(b"\x20\x07\x00\x00\x04\x28\x00\x2a\x00");
+        for (filter, what) in [
+            ("$share/g/a", "shared"),
+            ("a/#", "wildcards"),
+            ("+", "wild"),
+        ] {
+            assert!(less.refuses(filter).unwrap().reason.contains(what));
+        }
+        assert_eq!(less.refuses("a"), None);
+        let explicit = welcome(b"\x20\x07\x00\x00\x04\x28\x01\x2a\x01");
+        assert_eq!(explicit.refuses("$share/g/#"), None);
+    }
+
+    #[test]
+    fn a_packet_id_in_use_is_no_refusal() {
+        for bytes in [b"\x90\x04\x00\x07\x00\x91", b"\xb0\x04\x00\x07\x00\x91"] {
+            let decoded = decode_all(bytes);
+            assert!(
+                matches!(decoded, Ok(Some(Inbound::PkidInUse(7)))),
+                "{decoded:?}"
+            );
         }
     }
 

@@ -1,0 +1,243 @@
+//! What a broker of MQTT 5 says in its CONNACK that it has not, on a scripted one: the
+//! gateway does without it, or refuses what needs it and keeps the link.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing
+)]
+
+mod common;
+
+use std::net::Ipv4Addr;
+
+use common::{Broker, Device, Stage, within};
+use exproto_sidecar::proto::ResultCode;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::mpsc;
+
+/// No subscription identifiers (MQTT 5, 3.2.2.3.12).
+const NO_IDENTIFIERS: &[u8] = b"\x20\x05\x00\x00\x02\x29\x00";
+
+/// No subscriptions with wildcards, no shared ones (3.2.2.3.11 and 13).
+const PLAIN_FILTERS_ONLY: &[u8] = b"\x20\x07\x00\x00\x04\x28\x00\x2a\x00";
+
+/// A SUBSCRIBE that came.
+#[derive(Debug, PartialEq, Eq)]
+struct Subscribe {
+    filter: String,
+    /// Whether with properties.
+    has_properties: bool,
+}
+
+/// A broker that takes every SUBSCRIBE, for one connection at a time.
+struct Scripted {
+    port: u16,
+    subscribes: mpsc::UnboundedReceiver<Subscribe>,
+    /// Sent to the client.
+    packets: mpsc::UnboundedSender<Vec<u8>>,
+    task: tokio::task::JoinHandle<()>,
+}
+
+/// What the broker sends upon a SUBSCRIBE.
+#[derive(Clone, Copy)]
+enum Answer {
+    SubAck,
+    /// And one retained message, on the topic `state`.
+    SubAckRetained,
+    /// The other way round.
+    RetainedSubAck,
+}
+
+/// A PUBLISH of QoS 0 without properties.
+fn publish(topic: &str, retain: bool, payload: &str) -> Vec<u8> {
+    let length = 2 + topic.len() + 1 + payload.len();
+    let mut packet = vec![0x30 | u8::from(retain), length as u8, 0, topic.len() as u8];
+    packet.extend(topic.as_bytes());
+    packet.push(0);
+    packet.extend(payload.as_bytes());
+    packet
+}
+
+/// First byte and body of the next packet. Not cancel safe.
+async fn packet(stream: &mut (impl AsyncReadExt + Unpin)) -> Option<(u8, Vec<u8>)> {
+    let first = stream.read_u8().await.ok()?;
+    let (mut length, mut shift) = (0, 0);
+    loop {
+        let byte = stream.read_u8().await.ok()?;
+        length |= usize::from(byte & 0x7f) << shift;
+        shift += 7;
+        if byte < 0x80 {
+            break;
+        }
+    }
+    let mut body = vec![0; length];
+    stream.read_exact(&mut body).await.ok()?;
+    Some((first, body))
+}
+
+impl Scripted {
+    async fn start(connack: &'static [u8], answer: Answer) -> Self {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let (subscribed, subscribes) = mpsc::unbounded_channel();
+        let (packets, mut to_send) = mpsc::unbounded_channel::<Vec<u8>>();
+        let task = tokio::spawn(async move {
+            loop {
+                let (stream, _) = listener.accept().await.unwrap();
+                serve(stream, connack, answer, &subscribed, &mut to_send).await;
+            }
+        });
+        Self {
+            port,
+            subscribes,
+            packets,
+            task,
+        }
+    }
+
+    async fn stage(&self) -> Stage {
+        let url = format!("mqtt://127.0.0.1:{}", self.port);
+        let keys = [("BROKER__URL", url.as_str()), ("BROKER__POOL_SIZE", "1")];
+        Stage::around(Broker::absent(""), &keys).await
+    }
+
+    async fn subscribe(&mut self) -> Subscribe {
+        let subscribe = within("a SUBSCRIBE", self.subscribes.recv());
+        subscribe.await.unwrap()
+    }
+
+    fn send(&self, packet: Vec<u8>) {
+        self.packets.send(packet).unwrap();
+    }
+}
+
+impl Drop for Scripted {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+async fn serve(
+    stream: TcpStream,
+    connack: &[u8],
+    answer: Answer,
+    subscribed: &mpsc::UnboundedSender<Subscribe>,
+    to_send: &mut mpsc::UnboundedReceiver<Vec<u8>>,
+) {
+    let (mut reader, mut writer) = stream.into_split();
+    let (read, mut incoming) = mpsc::unbounded_channel();
+    tokio::spawn(async move {
+        while let Some(packet) = packet(&mut reader).await {
+            let _ = read.send(packet);
+        }
+    });
+    loop {
+        let bytes = tokio::select! {
+            Some(packet) = to_send.recv() => packet,
+            packet = incoming.recv() => match packet {
+                Some((0x10, _)) => connack.to_vec(),
+                Some((0x82, body)) => {
+                    let properties = usize::from(body[2]);
+                    let filter = &body[3 + properties + 2..body.len() - 1];
+                    let _ = subscribed.send(Subscribe {
+                        filter: String::from_utf8(filter.to_vec()).unwrap(),
+                        has_properties: properties > 0,
+                    });
+                    let suback = vec![0x90, 0x04, body[0], body[1], 0, 1];
+                    let retained = publish("state", true, "kept");
+                    match answer {
+                        Answer::SubAck => suback,
+                        Answer::SubAckRetained => [suback, retained].concat(),
+                        Answer::RetainedSubAck => [retained, suback].concat(),
+                    }
+                }
+                Some((0xa2, body)) => vec![0xb0, 0x04, body[0], body[1], 0, 0],
+                Some((0xc0, _)) => vec![0xd0, 0x00],
+                // A DISCONNECT, or the end.
+                Some((0xe0, _)) | None => return,
+                Some(_) => continue,
+            },
+        };
+        if writer.write_all(&bytes).await.is_err() {
+            return;
+        }
+    }
+}
+
+async fn got(stage: &Stage, device: &Device, expected: &[&str]) {
+    let payloads = stage.handler.payloads(&device.conn, expected.len()).await;
+    assert_eq!(payloads, expected);
+}
+
+/// Without subscription identifiers the topic says for whom a message is.
+#[tokio::test]
+async fn without_identifiers_the_topic_decides() {
+    let mut broker = Scripted::start(NO_IDENTIFIERS, Answer::SubAck).await;
+    let stage = broker.stage().await;
+    let mut devices = Vec::new();
+    for (name, filter) in [("wide", "a/#"), ("one", "a/b"), ("same", "a/b")] {
+        devices.push(stage.subscriber(name, filter, 1).await);
+        let expected = Subscribe {
+            filter: filter.to_owned(),
+            has_properties: false,
+        };
+        assert_eq!(broker.subscribe().await, expected);
+    }
+    broker.send(publish("a/b", false, "for all"));
+    broker.send(publish("a/c", false, "for one"));
+    broker.send(publish("a/b", false, "the end"));
+    got(&stage, &devices[0], &["for all", "for one", "the end"]).await;
+    got(&stage, &devices[1], &["for all", "the end"]).await;
+    got(&stage, &devices[2], &["for all", "the end"]).await;
+    stage.finish().await;
+}
+
+/// Rule 4 there: what is retained is for the newcomer, whether the broker sends it
+/// before or after the SUBACK.
+#[tokio::test]
+async fn without_identifiers_retained_messages_are_the_newcomers() {
+    for answer in [Answer::SubAckRetained, Answer::RetainedSubAck] {
+        let mut broker = Scripted::start(NO_IDENTIFIERS, answer).await;
+        let stage = broker.stage().await;
+        let mut devices = Vec::new();
+        for name in ["first", "second", "third"] {
+            let device = stage.subscriber(name, "state", 1).await;
+            broker.subscribe().await;
+            got(&stage, &device, &["kept"]).await;
+            devices.push(device);
+        }
+        broker.send(publish("state", false, "live"));
+        for device in &devices {
+            got(&stage, device, &["kept", "live"]).await;
+        }
+        stage.finish().await;
+    }
+}
+
+/// What the broker has not is refused at once, and nothing is sent: it could end the
+/// connection upon it, as ejabberd does.
+#[tokio::test]
+async fn a_subscription_of_a_kind_that_the_broker_has_not_is_refused() {
+    let mut broker = Scripted::start(PLAIN_FILTERS_ONLY, Answer::SubAck).await;
+    let stage = broker.stage().await;
+    let device = stage.client("c").await;
+    for (filter, missing) in [
+        ("$share/g/a", "shared subscriptions"),
+        ("a/#", "wildcards"),
+        ("+/b", "wildcards"),
+    ] {
+        let answer = stage.subscribe(&device, filter, 1).await;
+        let message = answer.refused(ResultCode::Unknown);
+        assert!(message.contains(missing), "{message}");
+    }
+    stage.subscribe(&device, "a/b", 1).await.ok();
+    assert_eq!(broker.subscribe().await.filter, "a/b");
+    broker.send(publish("a/b", false, "x"));
+    got(&stage, &device, &["x"]).await;
+    let reconnects = stage.admin.metric("exproto_broker_reconnects_total").await;
+    assert!(reconnects < 0.5);
+    stage.finish().await;
+}
