@@ -6,6 +6,7 @@
 
 pub mod proxy_protocol;
 pub mod tcp;
+pub mod udp;
 
 use std::io;
 use std::net::SocketAddr;
