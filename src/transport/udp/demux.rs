@@ -98,6 +98,11 @@ impl<D: Door> Demux<D> {
         })
     }
 
+    #[cfg(test)]
+    pub(super) fn shared(&self) -> &Arc<Shared> {
+        &self.entrance.shared
+    }
+
     /// Receives until `stop` is cancelled, or the future is dropped; sockets that are
     /// left then fail. From `draining` on strangers are refused.
     ///
@@ -253,7 +258,7 @@ impl<D: Door> Entrance<D> {
 
 /// Whether somebody can have sent from there and can be answered: the kernel hands up
 /// whatever was written on the packet.
-fn is_possible(peer: SocketAddr) -> bool {
+pub(super) fn is_possible(peer: SocketAddr) -> bool {
     let ip = peer.ip().to_canonical();
     peer.port() != 0
         && !ip.is_unspecified()

@@ -75,6 +75,16 @@ impl Shared {
         self.blocked.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    #[cfg(test)]
+    pub fn waiting_to_send(&self) -> usize {
+        self.blocked().len()
+    }
+
+    #[cfg(test)]
+    pub fn queued(&self) -> usize {
+        self.queued.load(Ordering::SeqCst)
+    }
+
     /// Puts a datagram into a peer's queue and wakes its task; one that does not fit is
     /// dropped and counted.
     pub fn push(&self, peer: &Peer, datagram: &[u8]) -> Result<(), Gone> {
