@@ -3,7 +3,7 @@
 use std::io;
 use std::net::{SocketAddr, UdpSocket};
 
-use socket2::{Domain, Protocol, SockFilter, Socket, Type};
+use socket2::{Domain, Protocol, Socket, Type};
 
 use super::Options;
 
@@ -30,28 +30,11 @@ pub fn bind(address: SocketAddr, count: usize, options: &Options) -> io::Result<
     for _ in 1..count {
         let socket = open(address, options)?;
         socket.set_reuse_port(true)?;
-        socket.attach_filter(&TO_THIS_HOST)?;
         socket.bind(&bound)?;
         sockets.push(socket.into());
     }
     Ok(sockets)
 }
-
-/// Takes what was sent to an address of this host alone.
-///
-/// A datagram to a broadcast or multicast address is given to every socket of the port,
-/// and would make a connection on every shard. All but the first leave it alone.
-#[rustfmt::skip]
-const TO_THIS_HOST: [SockFilter; 4] = [
-    // The kind of packet, from the kernel's own notes (SKF_AD_OFF + SKF_AD_PKTTYPE).
-    SockFilter::new((libc::BPF_LD | libc::BPF_B | libc::BPF_ABS) as u16, 0, 0, (libc::SKF_AD_OFF + libc::SKF_AD_PKTTYPE) as u32),
-    // PACKET_HOST: the next line, else the one after it.
-    SockFilter::new((libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K) as u16, 0, 1, 0),
-    // Take all of it.
-    SockFilter::new((libc::BPF_RET | libc::BPF_K) as u16, 0, 0, u32::MAX),
-    // Take nothing.
-    SockFilter::new((libc::BPF_RET | libc::BPF_K) as u16, 0, 0, 0),
-];
 
 fn open(address: SocketAddr, options: &Options) -> io::Result<Socket> {
     let domain = Domain::for_address(address);

@@ -93,6 +93,7 @@ impl<D: Door> Demux<D> {
                 shared,
                 capacity,
                 door,
+                asked: None,
             },
             batch: Batch::new(),
         })
@@ -173,6 +174,9 @@ struct Entrance<D> {
     shared: Arc<Shared>,
     capacity: Arc<Capacity>,
     door: D,
+    /// The address of ours that was asked last, and whether it can answer. Most hosts
+    /// have few, and devices know one.
+    asked: Option<(IpAddr, bool)>,
 }
 
 impl<D: Door> Entrance<D> {
@@ -202,15 +206,28 @@ impl<D: Door> Entrance<D> {
         count
     }
 
+    fn can_answer(&mut self, ip: IpAddr) -> bool {
+        match self.asked {
+            Some((asked, can)) if asked == ip => can,
+            _ => {
+                let can = is_unicast(ip);
+                self.asked = Some((ip, can));
+                can
+            }
+        }
+    }
+
     /// Asks the door, and does what it says. The peer, if there is one now.
     fn stranger(&mut self, flow: Flow, datagram: &[u8], now: Instant) -> Option<Arc<Peer>> {
-        let counters = &self.shared.counters;
         let mut local = self.shared.bound;
         if let Some(ip) = flow.local {
             local.set_ip(ip);
         }
-        if !is_possible(flow.peer) || flow.peer == local {
-            counters.bad_source.increment(1);
+        let possible = is_possible(flow.peer) && flow.peer != local;
+        let possible = possible && self.can_answer(local.ip());
+        let counters = &self.shared.counters;
+        if !possible {
+            counters.bad_address.increment(1);
             return None;
         }
         let stranger = Stranger {
@@ -228,11 +245,7 @@ impl<D: Door> Entrance<D> {
             }
             Verdict::Answer(answer) => {
                 // What cannot be sent at once is not kept for somebody unknown.
-                if self
-                    .shared
-                    .send(flow.peer, &mut { flow.local }, &answer)
-                    .is_err()
-                {
+                if self.shared.send(flow.peer, flow.local, &answer).is_err() {
                     counters.send_failed.increment(1);
                 }
                 return None;
@@ -255,6 +268,22 @@ impl<D: Door> Entrance<D> {
         Some(peer)
     }
 }
+
+/// Whether datagrams to this address are for this host alone. The kernel's answer is in
+/// its refusal to connect to a broadcast address (EACCES, ip(7)); what else may go wrong
+/// says nothing about the address.
+fn is_unicast(ip: IpAddr) -> bool {
+    let IpAddr::V4(v4) = ip.to_canonical() else {
+        return !ip.is_multicast();
+    };
+    let probe = RawSocket::bind((Ipv4Addr::UNSPECIFIED, 0));
+    let connected = probe.and_then(|probe| probe.connect((v4, DISCARD)));
+    let refused = connected.is_err_and(|e| e.kind() == io::ErrorKind::PermissionDenied);
+    !v4.is_multicast() && !refused
+}
+
+/// A port to connect to; nothing is sent.
+const DISCARD: u16 = 9;
 
 /// Whether somebody can have sent from there and can be answered: the kernel hands up
 /// whatever was written on the packet.

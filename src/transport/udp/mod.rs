@@ -93,8 +93,9 @@ pub struct Counters {
     pub address_full: Counter,
     /// From strangers while the gateway drains.
     pub draining: Counter,
-    /// From addresses that nobody can have, such as port 0 or a broadcast address.
-    pub bad_source: Counter,
+    /// From addresses that nobody can have, such as port 0, or to a broadcast address:
+    /// the kernel gives that to every shard, and nobody can answer from it.
+    pub bad_address: Counter,
     /// Not sent because no such datagram fits on the way to the peer.
     pub too_large: Counter,
     /// Not sent because the system refused, for want of a route or by its firewall.
@@ -123,7 +124,7 @@ impl Counters {
             table_full: none(),
             address_full: none(),
             draining: none(),
-            bad_source: none(),
+            bad_address: none(),
             too_large: none(),
             send_failed: none(),
             receive_errors: none(),

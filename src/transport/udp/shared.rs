@@ -156,38 +156,42 @@ impl Shared {
         drop((queue, receiver));
     }
 
-    /// Sends one datagram. Whatever becomes of it on the way is nobody's error with UDP:
-    /// it is counted, and the peer goes on.
+    /// Sends one datagram, from `source` if this host has it. Whatever becomes of it is
+    /// nobody's error with UDP: it is counted, and the peer goes on.
     pub fn send(
         &self,
         peer: SocketAddr,
-        source: &mut Option<IpAddr>,
+        mut source: Option<IpAddr>,
         datagram: &[u8],
     ) -> Result<(), Blocked> {
         let mut again = true;
         loop {
-            let Err(error) = self.io.send(peer, *source, datagram) else {
+            let Err(error) = self.io.send(peer, source, datagram) else {
                 self.counters.sent.increment(1);
                 return Ok(());
             };
             match error.kind() {
                 ErrorKind::WouldBlock => return Err(Blocked),
-                // Not an address that can be sent from: a broadcast address that the
-                // peer called us by, or one that this host no longer has.
-                ErrorKind::InvalidInput | ErrorKind::AddrNotAvailable if source.is_some() => {
-                    *source = None;
-                    continue;
-                }
+                // What the kernel says, depending on its version, of a source that this
+                // host no longer has; it may be there again for the next datagram.
+                ErrorKind::NetworkUnreachable
+                | ErrorKind::InvalidInput
+                | ErrorKind::AddrNotAvailable
+                    if source.take().is_some() => {}
                 // About an earlier datagram, to whatever peer; it stood in the way of
                 // this one.
-                ErrorKind::ConnectionRefused if std::mem::take(&mut again) => continue,
-                _ if error.raw_os_error() == Some(libc::EMSGSIZE) => {
-                    self.counters.too_large.increment(1);
+                ErrorKind::ConnectionRefused if std::mem::take(&mut again) => {}
+                _ => {
+                    let counters = &self.counters;
+                    match error.raw_os_error() {
+                        Some(libc::EMSGSIZE) => counters.too_large.increment(1),
+                        _ => counters.send_failed.increment(1),
+                    }
+                    let bytes = datagram.len();
+                    tracing::debug!(%peer, bytes, %error, "a datagram was not sent");
+                    return Ok(());
                 }
-                _ => self.counters.send_failed.increment(1),
             }
-            tracing::debug!(%peer, bytes = datagram.len(), %error, "a datagram was not sent");
-            return Ok(());
         }
     }
 

@@ -1,13 +1,13 @@
 //! A peer's end.
 
 use std::io;
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 
 use super::capacity::Permit;
 use super::shared::Shared;
-use super::table::Peer;
+use super::table::{Flow, Peer};
 use crate::transport::{Received, Socket};
 
 /// What connects one peer: its queue, and the shard's socket to send through.
@@ -16,8 +16,6 @@ use crate::transport::{Received, Socket};
 pub struct UdpSocket {
     shared: Arc<Shared>,
     peer: Arc<Peer>,
-    /// The address to send from; `None` leaves it to the kernel.
-    source: Option<IpAddr>,
     /// Whether its task waits until it can send.
     blocked: bool,
     /// After the table's entry: whoever sees room finds the entry gone.
@@ -28,7 +26,6 @@ impl UdpSocket {
     pub(super) fn new(shared: Arc<Shared>, peer: Arc<Peer>, permit: Permit) -> Self {
         Self {
             shared,
-            source: peer.flow.local,
             peer,
             blocked: false,
             _permit: permit,
@@ -95,8 +92,8 @@ impl Socket for UdpSocket {
         let Some(datagram) = chunks.first() else {
             return Poll::Ready(Ok(0));
         };
-        let peer = self.peer.flow.peer;
-        if self.shared.send(peer, &mut self.source, datagram).is_ok() {
+        let Flow { peer, local } = self.peer.flow;
+        if self.shared.send(peer, local, datagram).is_ok() {
             if std::mem::take(&mut self.blocked) {
                 self.shared.unblock(&self.peer);
             }

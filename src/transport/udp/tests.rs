@@ -1,6 +1,7 @@
 //! Over real sockets on loopback.
 
 mod limits;
+mod namespace;
 mod peers;
 
 use std::future::poll_fn;
@@ -85,7 +86,7 @@ impl Counted {
             ("table_full", &mut all.table_full),
             ("address_full", &mut all.address_full),
             ("draining", &mut all.draining),
-            ("bad_source", &mut all.bad_source),
+            ("bad_address", &mut all.bad_address),
             ("too_large", &mut all.too_large),
             ("send_failed", &mut all.send_failed),
             ("receive_errors", &mut all.receive_errors),

@@ -248,6 +248,18 @@ async fn our_own_address_is_no_peers() {
         }
     };
     soon(sent).await;
-    gateway.counters.reach("bad_source", 1).await;
+    gateway.counters.reach("bad_address", 1).await;
+    assert_eq!(gateway.entries(), 0);
+}
+
+/// The kernel gives it to every socket of the port, which would be a connection each.
+#[tokio::test]
+async fn a_broadcast_makes_no_connections() {
+    let gateway = Gateway::start("0.0.0.0:0", 2, &Options::default());
+    let device = tokio::net::UdpSocket::bind("127.0.0.1:0").await.unwrap();
+    device.set_broadcast(true).unwrap();
+    let everybody = ("127.255.255.255", gateway.address.port());
+    device.send_to(b"anybody?", everybody).await.unwrap();
+    gateway.counters.reach("bad_address", 2).await;
     assert_eq!(gateway.entries(), 0);
 }
