@@ -263,3 +263,80 @@ async fn a_broadcast_makes_no_connections() {
     gateway.counters.reach("bad_address", 2).await;
     assert_eq!(gateway.entries(), 0);
 }
+
+/// As many strangers as a thread can send, all the time: the kernel loses some of the
+/// peer's datagrams, as any network may, but the peer is served.
+#[tokio::test]
+async fn a_flood_that_never_ends_does_not_starve_a_peer() {
+    let mut gateway = Gateway::start("127.0.0.1:0", 1, &Options::default());
+    let (device, mut socket) = gateway.peer().await;
+    let (address, over) = (gateway.address, gateway.stop.clone());
+    let flood = std::thread::spawn(move || {
+        let socket = RawSocket::bind("127.0.0.1:0").unwrap();
+        while !over.is_cancelled() {
+            socket.send_to(b"no", address).unwrap();
+        }
+    });
+    tokio::spawn(async move {
+        while let Ok(datagram) = receive(&mut socket).await {
+            send(&mut socket, &datagram).await.unwrap();
+        }
+    });
+    let answered = async {
+        for round in 0..100u8 {
+            let mut buffer = [0; 1];
+            loop {
+                device.send(&[round]).await;
+                let patience = Duration::from_millis(20);
+                let answer = tokio::time::timeout(patience, device.0.recv(&mut buffer)).await;
+                if answer.is_ok() && buffer == [round] {
+                    break;
+                }
+            }
+        }
+    };
+    soon(answered).await;
+    gateway.stop.cancel();
+    flood.join().unwrap();
+}
+
+/// Ends are dropped on other threads while datagrams for them come in.
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn peers_that_leave_while_they_are_spoken_to_leave_nothing() {
+    let options = Options {
+        queue_datagrams: 3,
+        ..Options::default()
+    };
+    let mut gateway = Gateway::start("127.0.0.1:0", 2, &options);
+    for _ in 0..4 {
+        let (device, over) = (Device::to(gateway.address), gateway.stop.clone());
+        tokio::spawn(async move {
+            while !over.is_cancelled() {
+                device.send(b"something").await;
+                tokio::task::yield_now().await;
+            }
+        });
+    }
+    let mut connections = JoinSet::new();
+    while connections.len() < 2000 {
+        let mut socket = gateway.entered().await;
+        connections.spawn(async move {
+            for _ in 0..3 {
+                receive(&mut socket).await?;
+            }
+            io::Result::Ok(())
+        });
+    }
+    // The last ones wait for more; their listener's end is theirs.
+    gateway.stop.cancel();
+    while let Some(ended) = soon(gateway.tasks.join_next()).await {
+        ended.unwrap();
+    }
+    gateway.entered.close();
+    while gateway.entered.recv().await.is_some() {}
+    let ended = soon(connections.join_all()).await;
+    assert_eq!(ended.len(), 2000);
+    assert_eq!(gateway.entries(), 0);
+    assert_eq!(gateway.capacity.peers(), 0);
+    assert!(gateway.shards.iter().all(|shard| shard.queued() == 0));
+}
