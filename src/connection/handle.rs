@@ -72,6 +72,12 @@ struct Outgoing {
     waiters: VecDeque<(u64, oneshot::Sender<()>)>,
 }
 
+/// What bytes for the device count: an empty datagram as one byte, or they could pile
+/// up without end.
+pub(super) fn weight(bytes: &Bytes) -> usize {
+    bytes.len().max(1)
+}
+
 struct Inbox {
     /// Nothing is accepted any more.
     closed: bool,
@@ -99,6 +105,8 @@ pub(super) struct Wishes {
 struct Shared {
     id: ConnId,
     peer: SocketAddr,
+    /// Whether what is sent is a stream, or each piece a datagram of its own.
+    stream: bool,
     caller: Arc<Caller>,
     context: Arc<ListenerContext>,
     inbox: Mutex<Inbox>,
@@ -109,10 +117,16 @@ struct Shared {
 pub struct Handle(Arc<Shared>);
 
 impl Handle {
-    pub(super) fn new(id: ConnId, peer: SocketAddr, context: Arc<ListenerContext>) -> Self {
+    pub(super) fn new(
+        id: ConnId,
+        peer: SocketAddr,
+        stream: bool,
+        context: Arc<ListenerContext>,
+    ) -> Self {
         Self(Arc::new(Shared {
             id,
             peer,
+            stream,
             caller: Arc::new(Caller::new(id.to_string())),
             context,
             inbox: Mutex::new(Inbox {
@@ -183,12 +197,16 @@ impl Handle {
         let answer = self.change(|inbox| {
             let outgoing = &mut inbox.outgoing;
             let waiting = outgoing.accepted - outgoing.sent;
-            let size = bytes.len() as u64;
+            let size = match self.0.stream {
+                true => bytes.len(),
+                false => weight(&bytes),
+            } as u64;
             // What is larger than all room is taken when nothing waits.
             if waiting > 0 && waiting + size > MAX_WATERMARKS * watermark {
                 return Err(Refused::SendBufferFull);
             }
             outgoing.accepted += size;
+            // Nothing is nothing in a stream, but a datagram.
             if size > 0 {
                 outgoing.chunks.push_back(bytes);
             }

@@ -24,7 +24,7 @@ use tokio::time::Sleep;
 use tracing::{Instrument, Span};
 
 use super::context::ListenerContext;
-use super::handle::{Client, Handle};
+use super::handle::{Client, Handle, weight};
 use super::linger::linger;
 use super::machine::{Action, Call, Input, Machine, Outcome};
 use super::rates::Rates;
@@ -82,7 +82,7 @@ fn begin<S: Socket>(
 ) -> (Box<Driver<S>>, Entry, Span) {
     let span =
         tracing::error_span!("connection", conn = %id, peer = %peer.peer, listener = %context.name);
-    let handle = Handle::new(id, peer.peer, context.clone());
+    let handle = Handle::new(id, peer.peer, S::STREAM, context.clone());
     let entry = context.registry.enter(handle.clone());
     // A gateway that began to drain before this line has not seen the entry.
     if context.draining.is_cancelled() {
@@ -351,7 +351,8 @@ impl<S: Socket> Driver<S> {
             let empty = IoSlice::new(&[]);
             let mut slices = [empty; MAX_SLICES];
             let mut count = 0;
-            for (slice, chunk) in slices.iter_mut().zip(&self.outgoing) {
+            let most = if S::STREAM { MAX_SLICES } else { 1 };
+            for (slice, chunk) in slices.iter_mut().zip(&self.outgoing).take(most) {
                 *slice = IoSlice::new(chunk);
                 count += 1;
             }
@@ -383,6 +384,16 @@ impl<S: Socket> Driver<S> {
     /// Takes sent bytes off the front and tells those who wait for it.
     fn consume(&mut self, sent: usize) {
         self.context.metrics.sent_bytes.increment(sent as u64);
+        if !S::STREAM {
+            // A chunk is a datagram, which is sent whole; it may be empty.
+            if let Some(datagram) = self.outgoing.pop_front() {
+                self.handle.sent(weight(&datagram));
+            }
+            if self.outgoing.is_empty() {
+                self.outgoing = VecDeque::new();
+            }
+            return;
+        }
         self.handle.sent(sent);
         let mut left = sent;
         while let Some(chunk) = self.outgoing.front_mut() {

@@ -8,6 +8,7 @@ pub mod proxy_protocol;
 pub mod scratch;
 pub mod tcp;
 pub mod tls;
+pub mod udp;
 
 use std::io;
 use std::net::SocketAddr;
@@ -83,6 +84,9 @@ pub trait Socket: Send + Unpin + 'static {
     ) -> Poll<io::Result<Received>>;
 
     /// Sends from the start of `chunks` and says how many bytes were taken.
+    ///
+    /// With datagrams the first chunk is one, also an empty one, and is taken whole or
+    /// not at all; the others are left alone.
     fn poll_send(
         &mut self,
         cx: &mut Context<'_>,
