@@ -16,7 +16,7 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use exproto_sidecar::transport::udp::{
-    Capacity, Counters, Demux, Door, Options, Stranger, UdpSocket, Verdict, bind,
+    Counters, Demux, Door, Options, Stranger, UdpSocket, Verdict, bind,
 };
 use exproto_sidecar::transport::{Received, Socket};
 use metrics::{Counter, CounterFn};
@@ -136,9 +136,8 @@ impl Shard {
                 .build()
                 .unwrap();
             runtime.block_on(async {
-                let capacity = Capacity::new(&options);
                 let door = Bench(purpose, Vec::with_capacity(PEERS as usize));
-                let demux = Demux::new(socket, door, capacity, &options, counters).unwrap();
+                let demux = Demux::new(socket, door, &options, counters).unwrap();
                 demux.run(CancellationToken::new(), stopped).await;
             });
             cpu_time()

@@ -5,7 +5,7 @@
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv6Addr};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -89,6 +89,15 @@ pub struct Permit {
 #[derive(Debug)]
 pub struct AddressPermit(Option<(IpAddr, Addresses)>);
 
+/// Who is counted as one: whoever has an IPv6 address usually has all of its /64. An
+/// IPv4-mapped IPv6 address counts as the IPv4 address.
+fn network(address: IpAddr) -> IpAddr {
+    match address.to_canonical() {
+        IpAddr::V6(v6) => Ipv6Addr::from_bits(v6.to_bits() & !u128::from(u64::MAX)).into(),
+        v4 => v4,
+    }
+}
+
 /// No code under one of the locks can leave its data half changed.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
@@ -139,13 +148,12 @@ impl Admission {
             .map_err(|_| Refused::Connections)
     }
 
-    /// Room for one more connection of a peer's address. An IPv4-mapped IPv6 address
-    /// counts as the IPv4 address.
+    /// Room for one more connection of a peer's address.
     pub fn enter_from(&self, peer: IpAddr) -> Result<AddressPermit, Refused> {
         let Some(most) = self.options.max_connections_per_address else {
             return Ok(AddressPermit(None));
         };
-        let peer = peer.to_canonical();
+        let peer = network(peer);
         let mut addresses = lock(&self.addresses);
         let count = addresses.entry(peer).or_default();
         // Never zero in the map, so nothing is left behind here.
@@ -162,11 +170,17 @@ impl Drop for AddressPermit {
         let Some((peer, addresses)) = self.0.take() else {
             return;
         };
-        if let Entry::Occupied(mut entry) = lock(&addresses).entry(peer) {
+        let mut addresses = lock(&addresses);
+        if let Entry::Occupied(mut entry) = addresses.entry(peer) {
             *entry.get_mut() -= 1;
             if *entry.get() == 0 {
                 entry.remove();
             }
+        }
+        // What a flood made grow must not stay for ever.
+        if addresses.len() < addresses.capacity() / 8 {
+            let room = addresses.len() * 2;
+            addresses.shrink_to(room);
         }
     }
 }
@@ -214,6 +228,14 @@ mod tests {
         drop(permits);
         assert!(admission.enter_from(one).is_ok());
         assert!(lock(&admission.addresses).is_empty());
+    }
+
+    #[test]
+    fn addresses_of_one_network_count_as_one() {
+        let same = |a: &str, b: &str| network(a.parse().unwrap()) == network(b.parse().unwrap());
+        assert!(same("2001:db8::1", "2001:db8::ffff:0:0:1"));
+        assert!(!same("2001:db8::1", "2001:db8:0:1::1"));
+        assert!(!same("192.0.2.1", "192.0.2.2"));
     }
 
     #[test]

@@ -13,13 +13,14 @@ use crate::admission;
 use crate::broker;
 use crate::config::{
     ClientTls, Config, Files, Handler, Limit, ListenerView, OnUnavailable, Protocol, ProxyProtocol,
-    QueuePolicy, Rate, ServiceName, SslOptions, TcpOptions, Verify,
+    QueuePolicy, Rate, ServiceName, SslOptions, TcpOptions, UdpOptions,
+    Verify,
 };
 use crate::connection::machine::Timeouts;
 use crate::connection::{Limits, Policy, Settings};
 use crate::handler::{client, link};
 use crate::tls::{self, Identity, PeerCheck};
-use crate::transport::tcp;
+use crate::transport::{tcp, udp};
 
 /// A part of the configuration that cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -263,6 +264,20 @@ impl From<&TcpOptions> for Sending {
     }
 }
 
+/// How long a socket that takes no datagrams is borne with: the system's own buffers are
+/// full, which passes soon or not at all.
+const DATAGRAM_SEND_TIMEOUT: Duration = Duration::from_secs(15);
+
+impl From<&UdpOptions> for Sending {
+    fn from(options: &UdpOptions) -> Self {
+        let watermark = options.high_watermark.bytes();
+        Self {
+            timeout: DATAGRAM_SEND_TIMEOUT,
+            high_watermark: u32::try_from(watermark).unwrap_or(u32::MAX),
+        }
+    }
+}
+
 /// How the sockets of a listener are set up.
 pub fn tcp(options: &TcpOptions) -> tcp::Options {
     tcp::Options {
@@ -270,6 +285,17 @@ pub fn tcp(options: &TcpOptions) -> tcp::Options {
         nodelay: options.nodelay,
         recbuf: options.recbuf.map(|size| size.bytes()),
         sndbuf: options.sndbuf.map(|size| size.bytes()),
+    }
+}
+
+/// UDP sockets of a listener.
+pub fn udp(options: &UdpOptions) -> udp::Options {
+    udp::Options {
+        recbuf: options.recbuf.map(|size| size.bytes()),
+        sndbuf: options.sndbuf.map(|size| size.bytes()),
+        queue_datagrams: options.queue_max_datagrams,
+        queue_bytes: options.queue_max_bytes.bytes(),
+        ..udp::Options::default()
     }
 }
 

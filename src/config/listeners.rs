@@ -87,7 +87,8 @@ section! {
         /// The most connections at a time, at least 1, or "infinity".
         max_connections: Limit<usize> = Within("1024000", Limit::Finite(1)..),
 
-        /// The most connections of one IP address at a time, at least 1, or "infinity".
+        /// The most connections of one IPv4 address or IPv6 /64 at a time, at least 1, or
+        /// "infinity".
         max_connections_per_address: Limit<usize> = Within("infinity", Limit::Finite(1)..),
 
         /// The most new connections, a number per second, or "infinity".

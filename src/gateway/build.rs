@@ -2,56 +2,86 @@
 //! what serves them.
 
 use std::io;
-use std::net::SocketAddr;
+use std::net::{SocketAddr, UdpSocket};
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use tokio::net::TcpListener;
+use bytes::Bytes;
+use tokio::net::TcpListener as Acceptors;
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 
 use super::{BindError, Error, Pools};
 use crate::admission::Admission;
-use crate::config::{Config, Kind, ListenerView};
+use crate::config::{
+    Config, DtlsListener, Kind, ListenerView, ProxyProtocol, SslListener, TcpListener, TcpOptions, UdpListener, UdpOptions,
+};
 use crate::connection::{ListenerContext, Registry, Settings};
-use crate::listener::{StreamListener, Tls};
+use crate::listener::{DatagramListener, Protocol, StreamListener, Tls};
 use crate::metrics::{ListenerMetrics, Metrics};
 use crate::options::{self, Sending};
 use crate::reload::{Current, Watch};
 use crate::shard::Shard;
 use crate::transport::tcp::Acceptor;
+use crate::transport::udp;
 
 /// Every socket that listens.
 pub(super) struct Sockets<'a> {
     /// Of the listeners that are enabled.
     pub devices: Vec<(ListenerView<'a>, Bound)>,
-    pub adapter: TcpListener,
-    pub admin: Option<TcpListener>,
+    pub adapter: Acceptors,
+    pub admin: Option<Acceptors>,
+}
+
+/// The section of one listener.
+enum Found<'a> {
+    Tcp(&'a TcpListener),
+    Ssl(&'a SslListener),
+    Udp(&'a UdpListener),
+    Dtls(&'a DtlsListener),
+}
+
+impl<'a> Found<'a> {
+    fn new(config: &'a Config, listener: &ListenerView<'_>) -> Option<Self> {
+        let (all, name) = (&config.listeners, listener.name);
+        match listener.kind {
+            Kind::Tcp => all.tcp.get(name).map(Self::Tcp),
+            Kind::Ssl => all.ssl.get(name).map(Self::Ssl),
+            Kind::Udp => all.udp.get(name).map(Self::Udp),
+            Kind::Dtls => all.dtls.get(name).map(Self::Dtls),
+        }
+    }
 }
 
 /// The sockets of one listener.
 pub(super) enum Bound {
     Stream(Acceptor),
+    /// One for each shard.
+    Datagram(Vec<UdpSocket>),
 }
 
 impl Bound {
-    fn new(config: &Config, listener: &ListenerView<'_>, _shards: usize) -> io::Result<Self> {
-        let listeners = &config.listeners;
-        let tcp = match listener.kind {
-            Kind::Tcp => listeners.tcp.get(listener.name).map(|l| &l.tcp_options),
-            Kind::Ssl => listeners.ssl.get(listener.name).map(|l| &l.tcp_options),
-            Kind::Udp | Kind::Dtls => None,
-        };
-        let Some(tcp) = tcp else {
-            return Err(io::Error::other("not available"));
-        };
-        Acceptor::bind(listener.bind, &options::tcp(tcp)).map(Self::Stream)
+    fn new(config: &Config, listener: &ListenerView<'_>, shards: usize) -> io::Result<Self> {
+        let bind = listener.bind;
+        match Found::new(config, listener) {
+            Some(Found::Tcp(TcpListener { tcp_options, .. }) | Found::Ssl(SslListener { tcp_options, .. })) => {
+                Acceptor::bind(bind, &options::tcp(tcp_options)).map(Self::Stream)
+            }
+            Some(Found::Udp(UdpListener { udp_options, .. }) | Found::Dtls(DtlsListener { udp_options, .. })) => {
+                udp::bind(bind, shards, &options::udp(udp_options)).map(Self::Datagram)
+            }
+            None => Err(io::Error::from(io::ErrorKind::NotFound)),
+        }
     }
 
     /// The address, with the real port where 0 was asked for.
     pub fn local_addr(&self) -> io::Result<SocketAddr> {
         match self {
             Self::Stream(acceptor) => acceptor.local_addr(),
+            Self::Datagram(sockets) => match sockets.first() {
+                Some(socket) => socket.local_addr(),
+                None => Err(io::Error::from(io::ErrorKind::NotFound)),
+            },
         }
     }
 }
@@ -74,13 +104,13 @@ impl<'a> Sockets<'a> {
                 Err(error) => note(format!("{}.bind", listener.key()), listener.bind, error),
             }
         }
-        let adapter = TcpListener::bind(config.server.bind).await;
+        let adapter = Acceptors::bind(config.server.bind).await;
         let adapter = adapter
             .map_err(|error| note("server.bind".to_owned(), config.server.bind, error))
             .ok();
         let mut admin = None;
         if let Some(address) = config.admin.bind {
-            match TcpListener::bind(address).await {
+            match Acceptors::bind(address).await {
                 Ok(listener) => admin = Some(listener),
                 Err(error) => note("admin.bind".to_owned(), address, error),
             }
@@ -111,51 +141,103 @@ pub(super) struct Build<'a> {
 /// A listener that has not begun.
 pub(super) enum Listener {
     Stream(StreamListener),
+    Datagram(DatagramListener),
 }
 
 impl Listener {
-    /// Lets peers in until `stop` is cancelled.
-    pub fn start(self, shards: &[Shard], stop: &CancellationToken) {
+    /// Lets peers in until `closed` is cancelled; what they share lasts until `stop` is.
+    pub fn start(
+        self,
+        shards: &[Shard],
+        closed: &CancellationToken,
+        stop: &CancellationToken,
+    ) -> Result<(), Error> {
         match self {
             Self::Stream(listener) => {
-                tokio::spawn(listener.run(shards.to_vec(), stop.clone()));
+                tokio::spawn(listener.run(shards.to_vec(), closed.clone()));
             }
+            Self::Datagram(listener) => listener.start(shards, closed, stop)?,
         }
+        Ok(())
     }
 }
 
 impl Build<'_> {
     /// What serves a listener's sockets.
     pub fn listener(&self, listener: &ListenerView<'_>, bound: Bound) -> Result<Listener, Error> {
+        let found = Found::new(self.config, listener);
         let metrics = ListenerMetrics::new(self.metrics, &listener.full_name());
-        let listeners = &self.config.listeners;
-        let missing = || options::Error::new(&listener.key(), "it is not configured");
-        match bound {
-            Bound::Stream(acceptor) => {
-                let (tcp, proxy, ssl) = match listener.kind {
-                    Kind::Ssl => {
-                        let found = listeners.ssl.get(listener.name).ok_or_else(missing)?;
-                        (&found.tcp_options, &found.proxy, Some(&found.ssl_options))
-                    }
-                    _ => {
-                        let found = listeners.tcp.get(listener.name).ok_or_else(missing)?;
-                        (&found.tcp_options, &found.proxy, None)
-                    }
-                };
-                let settings = options::connection(self.config, listener, Sending::from(tcp));
-                let tls = ssl
-                    .map(|ssl| self.tls(listener, ssl, &metrics))
-                    .transpose()?;
-                Ok(Listener::Stream(StreamListener::new(
-                    acceptor,
-                    options::tcp(tcp),
-                    tls,
-                    Admission::new(options::admission(listener, Some(proxy))),
-                    self.contexts(listener, &settings, &metrics),
-                    metrics,
-                )))
+        match (found, bound) {
+            (Some(Found::Tcp(found)), Bound::Stream(acceptor)) => {
+                let parts = (acceptor, None);
+                Ok(self.stream(listener, parts, &found.tcp_options, &found.proxy, metrics))
             }
+            (Some(Found::Ssl(found)), Bound::Stream(acceptor)) => {
+                let tls = self.tls(listener, &found.ssl_options, &metrics)?;
+                let parts = (acceptor, Some(tls));
+                Ok(self.stream(listener, parts, &found.tcp_options, &found.proxy, metrics))
+            }
+            (Some(Found::Udp(found)), Bound::Datagram(sockets)) => {
+                let check = &found.health_check;
+                let copied = |text: &String| Bytes::copy_from_slice(text.as_bytes());
+                let protocol = Protocol::Plain {
+                    health_check: (!check.request.is_empty())
+                        .then(|| (copied(&check.request), copied(&check.reply))),
+                };
+                let parts = (sockets, protocol);
+                Ok(self.datagram(listener, parts, &found.udp_options, &metrics))
+            }
+            _ => Err(options::Error::new(&listener.key(), "it is not available").into()),
         }
+    }
+
+    fn stream(
+        &self,
+        listener: &ListenerView<'_>,
+        (acceptor, tls): (Acceptor, Option<Tls>),
+        tcp: &TcpOptions,
+        proxy: &ProxyProtocol,
+        metrics: ListenerMetrics,
+    ) -> Listener {
+        let settings = options::connection(self.config, listener, Sending::from(tcp));
+        Listener::Stream(StreamListener::new(
+            acceptor,
+            options::tcp(tcp),
+            tls,
+            Admission::new(options::admission(listener, Some(proxy))),
+            self.contexts(listener, &settings, &metrics),
+            metrics,
+        ))
+    }
+
+    fn datagram(
+        &self,
+        listener: &ListenerView<'_>,
+        (sockets, protocol): (Vec<UdpSocket>, Protocol),
+        udp: &UdpOptions,
+        metrics: &ListenerMetrics,
+    ) -> Listener {
+        let settings = options::connection(self.config, listener, Sending::from(udp));
+        let [received, sent, receive_errors] = metrics.datagrams();
+        let dropped = |reason| metrics.datagrams_dropped(reason);
+        Listener::Datagram(DatagramListener {
+            sockets,
+            options: options::udp(udp),
+            counters: udp::Counters {
+                received,
+                sent,
+                receive_errors,
+                queue_full: dropped("queue_full"),
+                queues_full: dropped("queues_full"),
+                draining: dropped("draining"),
+                bad_address: dropped("bad_address"),
+                too_large: dropped("too_large"),
+                send_failed: dropped("send_failed"),
+            },
+            protocol,
+            admission: Arc::new(Admission::new(options::admission(listener, None))),
+            contexts: self.contexts(listener, &settings, metrics),
+        })
     }
 
     /// One for each shard.

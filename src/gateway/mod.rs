@@ -273,7 +273,7 @@ impl Gateway {
         );
         tokio::spawn(accept);
         for listener in listeners {
-            listener.start(&shards, &stops.listeners);
+            listener.start(&shards, &stops.listeners, &stops.adapter)?;
         }
         if let Some(listener) = admin_listener {
             let handle = metrics.handle();

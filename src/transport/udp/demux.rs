@@ -11,7 +11,6 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use tokio_util::sync::CancellationToken;
 
-use super::capacity::{Capacity, Full};
 use super::io::{Batch, Io, Packet};
 use super::shared::Shared;
 use super::socket::UdpSocket;
@@ -37,8 +36,6 @@ pub struct Stranger<'a> {
     pub local: SocketAddr,
     /// What it says.
     pub datagram: &'a [u8],
-    /// What there is no room for: it can be answered, but not become a peer now.
-    pub full: Option<Full>,
 }
 
 /// What is to become of a stranger.
@@ -49,10 +46,7 @@ pub enum Verdict<T> {
     /// This is sent back, and nothing is kept. An answer that is longer than the question
     /// lends strength to whoever writes somebody else's address on his datagrams.
     Answer(Bytes),
-    /// Would be admitted if there were room. Counted here by [`Stranger::full`].
-    Full,
-    /// A peer from now on. The token goes to [`Door::enter`]; where there is no room it
-    /// is dropped, and that is counted here.
+    /// A peer from now on. The token goes to [`Door::enter`].
     Admit(T),
 }
 
@@ -83,7 +77,6 @@ impl<D: Door> Demux<D> {
     pub fn new(
         socket: RawSocket,
         door: D,
-        capacity: Arc<Capacity>,
         options: &Options,
         counters: Counters,
     ) -> io::Result<Self> {
@@ -91,7 +84,6 @@ impl<D: Door> Demux<D> {
         Ok(Self {
             entrance: Entrance {
                 shared,
-                capacity,
                 door,
                 asked: None,
             },
@@ -172,7 +164,6 @@ impl Drop for Closing {
 /// All that a datagram passes.
 struct Entrance<D> {
     shared: Arc<Shared>,
-    capacity: Arc<Capacity>,
     door: D,
     /// The address of ours that was asked last, and whether it can answer. Most hosts
     /// have few, and devices know one.
@@ -234,15 +225,9 @@ impl<D: Door> Entrance<D> {
             peer: flow.peer,
             local,
             datagram,
-            full: self.capacity.look(flow.peer.ip()),
         };
-        let full = stranger.full;
         let token = match self.door.admit(&stranger, now) {
             Verdict::Refuse => return None,
-            Verdict::Full => {
-                counters.full(full);
-                return None;
-            }
             Verdict::Answer(answer) => {
                 // What cannot be sent at once is not kept for somebody unknown.
                 if self.shared.send(flow.peer, flow.local, &answer).is_err() {
@@ -252,16 +237,9 @@ impl<D: Door> Entrance<D> {
             }
             Verdict::Admit(token) => token,
         };
-        let permit = match self.capacity.take(flow.peer.ip()) {
-            Ok(permit) => permit,
-            Err(full) => {
-                counters.full(Some(full));
-                return None;
-            }
-        };
         let peer = Peer::new(flow);
         self.shared.table().enter(peer.clone());
-        let socket = UdpSocket::new(self.shared.clone(), peer.clone(), permit);
+        let socket = UdpSocket::new(self.shared.clone(), peer.clone());
         // A peer that was just made is not gone.
         let _ = self.shared.push(&peer, datagram);
         self.door.enter(socket, token);

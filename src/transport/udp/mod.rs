@@ -16,7 +16,6 @@
 //! [`Door`]'s, who must know the rules of admission or the cookies of DTLS.
 
 mod bind;
-mod capacity;
 mod demux;
 mod io;
 mod queue;
@@ -27,7 +26,6 @@ mod table;
 mod tests;
 
 pub use bind::bind;
-pub use capacity::{Capacity, Full};
 pub use demux::{Demux, Door, Stranger, Verdict};
 pub use socket::UdpSocket;
 
@@ -46,11 +44,6 @@ pub struct Options {
     pub recbuf: Option<usize>,
     /// SO_SNDBUF in bytes, each shard; `None` leaves it to the kernel.
     pub sndbuf: Option<usize>,
-    /// Peers at a time, over all shards.
-    pub max_peers: usize,
-    /// Peers at a time from one IPv4 address or one IPv6 /64, over all shards; `None`
-    /// for no limit. Many devices may stand behind one address.
-    pub max_peers_per_address: Option<u32>,
     /// Datagrams that wait for a peer's connection, whose callback in flight may take
     /// a while.
     pub queue_datagrams: usize,
@@ -67,8 +60,6 @@ impl Default for Options {
         Self {
             recbuf: None,
             sndbuf: None,
-            max_peers: 1_024_000,
-            max_peers_per_address: None,
             queue_datagrams: 64,
             queue_bytes: 64 * 1024,
             queues_bytes: 64 * 1024 * 1024,
@@ -87,10 +78,6 @@ pub struct Counters {
     pub queue_full: Counter,
     /// Dropped on arrival because the queues of the shard were full.
     pub queues_full: Counter,
-    /// From strangers, with `max_peers` there.
-    pub table_full: Counter,
-    /// From strangers, with `max_peers_per_address` there.
-    pub address_full: Counter,
     /// From strangers while the gateway drains.
     pub draining: Counter,
     /// From addresses that nobody can have, such as port 0, or to a broadcast address:
@@ -105,14 +92,6 @@ pub struct Counters {
 }
 
 impl Counters {
-    fn full(&self, full: Option<Full>) {
-        match full {
-            Some(Full::Table) => self.table_full.increment(1),
-            Some(Full::Address) => self.address_full.increment(1),
-            None => {}
-        }
-    }
-
     /// Counters that nobody reads.
     pub fn noop() -> Self {
         let none = Counter::noop;
@@ -121,8 +100,6 @@ impl Counters {
             sent: none(),
             queue_full: none(),
             queues_full: none(),
-            table_full: none(),
-            address_full: none(),
             draining: none(),
             bad_address: none(),
             too_large: none(),

@@ -5,7 +5,6 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 
-use super::capacity::Permit;
 use super::shared::Shared;
 use super::table::{Flow, Peer};
 use crate::transport::{Received, Socket};
@@ -18,17 +17,14 @@ pub struct UdpSocket {
     peer: Arc<Peer>,
     /// Whether its task waits until it can send.
     blocked: bool,
-    /// After the table's entry: whoever sees room finds the entry gone.
-    _permit: Permit,
 }
 
 impl UdpSocket {
-    pub(super) fn new(shared: Arc<Shared>, peer: Arc<Peer>, permit: Permit) -> Self {
+    pub(super) fn new(shared: Arc<Shared>, peer: Arc<Peer>) -> Self {
         Self {
             shared,
             peer,
             blocked: false,
-            _permit: permit,
         }
     }
 

@@ -8,7 +8,7 @@ use std::future::poll_fn;
 use std::io;
 use std::net::{IpAddr, SocketAddr, UdpSocket as RawSocket};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -22,11 +22,14 @@ use super::shared::Shared;
 use super::*;
 use crate::transport::{Received, Socket};
 
-/// A listener whose door lets everybody in but those who say `health` or `no`.
+/// A listener whose door lets everybody in, while there is room, but those who say `health` or `no`.
 struct Gateway {
     address: SocketAddr,
     entered: mpsc::UnboundedReceiver<UdpSocket>,
-    capacity: Arc<Capacity>,
+    /// Peers that the door still lets in.
+    room: Arc<AtomicI64>,
+    /// Strangers that found no room.
+    refused: Arc<AtomicU64>,
     counters: Counted,
     shards: Vec<Arc<Shared>>,
     draining: CancellationToken,
@@ -34,7 +37,11 @@ struct Gateway {
     tasks: JoinSet<()>,
 }
 
-struct OpenDoor(mpsc::UnboundedSender<UdpSocket>);
+struct OpenDoor {
+    entered: mpsc::UnboundedSender<UdpSocket>,
+    room: Arc<AtomicI64>,
+    refused: Arc<AtomicU64>,
+}
 
 impl Door for OpenDoor {
     type Token = ();
@@ -43,14 +50,17 @@ impl Door for OpenDoor {
         match stranger.datagram {
             b"health" => Verdict::Answer(Bytes::from_static(b"alive")),
             b"no" => Verdict::Refuse,
-            _ if stranger.full.is_some() => Verdict::Full,
+            _ if self.room.fetch_sub(1, Ordering::SeqCst) <= 0 => {
+                self.refused.fetch_add(1, Ordering::SeqCst);
+                Verdict::Refuse
+            }
             _ => Verdict::Admit(()),
         }
     }
 
     fn enter(&mut self, socket: UdpSocket, (): ()) {
         // The test may have seen enough.
-        let _ = self.0.send(socket);
+        let _ = self.entered.send(socket);
     }
 }
 
@@ -83,8 +93,6 @@ impl Counted {
             ("sent", &mut all.sent),
             ("queue_full", &mut all.queue_full),
             ("queues_full", &mut all.queues_full),
-            ("table_full", &mut all.table_full),
-            ("address_full", &mut all.address_full),
             ("draining", &mut all.draining),
             ("bad_address", &mut all.bad_address),
             ("too_large", &mut all.too_large),
@@ -124,7 +132,8 @@ impl Gateway {
         let mut gateway = Self {
             address,
             entered,
-            capacity: Capacity::new(options),
+            room: Arc::new(AtomicI64::new(i64::MAX)),
+            refused: Arc::default(),
             counters: Counted::new(),
             shards: Vec::new(),
             draining: CancellationToken::new(),
@@ -132,10 +141,13 @@ impl Gateway {
             tasks: JoinSet::new(),
         };
         for socket in sockets {
-            let capacity = gateway.capacity.clone();
             let counters = gateway.counters.all.clone();
-            let door = OpenDoor(sender.clone());
-            let demux = Demux::new(socket, door, capacity, options, counters).unwrap();
+            let door = OpenDoor {
+                entered: sender.clone(),
+                room: gateway.room.clone(),
+                refused: gateway.refused.clone(),
+            };
+            let demux = Demux::new(socket, door, options, counters).unwrap();
             gateway.shards.push(demux.shared().clone());
             let (draining, stop) = (gateway.draining.clone(), gateway.stop.clone());
             gateway.tasks.spawn(demux.run(draining, stop));
