@@ -16,17 +16,17 @@ use super::psk::Keys;
 use super::{Error, MAX_MESSAGE, ffi};
 use crate::tls::Identity;
 
-/// Forward secrecy and authenticated encryption where certificates are used. Devices
-/// with pre-shared keys speak what their chip can: CCM_8 is what CoAP asks for (RFC
-/// 7252, 9.1.3.1), the two with CBC are those that LwM2M 1.0 names. The device's order
-/// of preference counts: it knows which ciphers are cheap for it.
+/// Authenticated encryption only, and forward secrecy where certificates are used.
+/// Devices with pre-shared keys speak what their chip can: CCM_8 is what CoAP and LwM2M
+/// ask for (RFC 7252, 9.1.3.1). `record.rs` knows every one. The device's order of
+/// preference counts: it knows which are cheap for it.
 const CIPHERS: &str = "ECDHE-ECDSA-AES128-GCM-SHA256:ECDHE-RSA-AES128-GCM-SHA256:\
     ECDHE-ECDSA-AES256-GCM-SHA384:ECDHE-RSA-AES256-GCM-SHA384:\
     ECDHE-ECDSA-CHACHA20-POLY1305:ECDHE-RSA-CHACHA20-POLY1305:\
-    ECDHE-ECDSA-AES128-CCM:ECDHE-ECDSA-AES128-CCM8:\
+    ECDHE-ECDSA-AES128-CCM:ECDHE-ECDSA-AES256-CCM:\
+    ECDHE-ECDSA-AES128-CCM8:ECDHE-ECDSA-AES256-CCM8:\
     ECDHE-PSK-CHACHA20-POLY1305:PSK-AES128-GCM-SHA256:PSK-AES256-GCM-SHA384:\
-    PSK-CHACHA20-POLY1305:PSK-AES128-CCM:PSK-AES128-CCM8:PSK-AES256-CCM:PSK-AES256-CCM8:\
-    ECDHE-PSK-AES128-CBC-SHA256:PSK-AES128-CBC-SHA256";
+    PSK-CHACHA20-POLY1305:PSK-AES128-CCM:PSK-AES256-CCM:PSK-AES128-CCM8:PSK-AES256-CCM8";
 
 /// Nothing with SHA-1.
 const SIGNATURES: &str = "ECDSA+SHA256:ECDSA+SHA384:ECDSA+SHA512:ed25519:\
@@ -37,9 +37,6 @@ const GROUPS: &str = "X25519:P-256:P-384:P-521";
 /// The largest handshake message from a device, which is its certificate chain; ten
 /// of them may wait for one that was lost.
 const MAX_HANDSHAKE_MESSAGE: i64 = 16 * 1024;
-
-/// `SSL_OP_NO_ENCRYPT_THEN_MAC` of `openssl/ssl.h`.
-const NO_ENCRYPT_THEN_MAC: SslOptions = SslOptions::from_bits_retain(1 << 19);
 
 /// Where a datagram of the handshake may end. Below, certificates would take too many
 /// datagrams; above, OpenSSL would cut a flight where its buffer of 4 KiB ends.
@@ -181,12 +178,8 @@ fn rules() -> Result<SslContextBuilder, ErrorStack> {
     // No resumption: every handshake shows certificate or key anew, so that a reload
     // of either reaches every device; and no session outlives its connection.
     builder.set_session_cache_mode(SslSessionCacheMode::OFF);
-    // Encrypt-then-MAC is off because OpenSSL 3.2 and later take one bad record for the
-    // end of the session with it (`dtls_process_record`): anybody could end it. It
-    // concerns the suites with CBC alone, whose padding OpenSSL checks in constant time.
     builder.set_options(
-        NO_ENCRYPT_THEN_MAC
-            | SslOptions::NO_TICKET
+        SslOptions::NO_TICKET
             | SslOptions::NO_RENEGOTIATION
             | SslOptions::NO_COMPRESSION
             | SslOptions::NO_QUERY_MTU,

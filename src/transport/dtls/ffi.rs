@@ -9,6 +9,8 @@ use std::time::Duration;
 use foreign_types::ForeignTypeRef;
 use openssl::ssl::{SslContextBuilder, SslStream};
 
+use super::MAX_MESSAGE;
+
 /// `BIO_ADDR`, of which nothing is known here.
 #[repr(C)]
 struct BioAddr {
@@ -19,7 +21,7 @@ unsafe extern "C" {
     fn BIO_ADDR_new() -> *mut BioAddr;
     fn BIO_ADDR_free(address: *mut BioAddr);
     fn DTLSv1_listen(ssl: *mut openssl_sys::SSL, client: *mut BioAddr) -> c_int;
-    fn SSL_free_buffers(ssl: *mut openssl_sys::SSL) -> c_int;
+    fn SSL_SESSION_get_max_fragment_length(session: *const openssl_sys::SSL_SESSION) -> u8;
 }
 
 // Of `openssl/ssl.h`, where these are macros around SSL_ctrl and SSL_CTX_ctrl.
@@ -78,12 +80,16 @@ pub(super) fn handle_timeout<S>(stream: &mut SslStream<S>) -> bool {
     outcome >= 0
 }
 
-/// `SSL_free_buffers`: gives back the buffers for records, unless one is in use. They
-/// come back when they are needed.
-pub(super) fn free_buffers<S>(stream: &mut SslStream<S>) {
-    // SAFETY: the stream owns its SSL and is borrowed alone; nothing points into its buffers
-    // between two calls.
-    unsafe { SSL_free_buffers(stream.ssl().as_ptr()) };
+/// The most bytes of a message that the device wants in a record (RFC 6066, 4).
+pub(super) fn max_fragment<S>(stream: &SslStream<S>) -> usize {
+    let code = stream.ssl().session().map_or(0, |session| {
+        // SAFETY: the session is alive and only read.
+        unsafe { SSL_SESSION_get_max_fragment_length(session.as_ptr()) }
+    });
+    match code {
+        1..=4 => 256 << code,
+        _ => MAX_MESSAGE,
+    }
 }
 
 /// `SSL_CTX_set_max_cert_list`: the largest handshake message taken from a device.

@@ -36,6 +36,7 @@ mod ffi;
 mod gate;
 mod hello;
 mod psk;
+mod record;
 mod session;
 mod wire;
 

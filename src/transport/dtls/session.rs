@@ -5,20 +5,39 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use openssl::error::ErrorStack;
-use openssl::ssl::{Error as SslError, ErrorCode, Ssl, SslStream};
+use openssl::ssl::{Error as SslError, ErrorCode, Ssl, SslRef, SslStream};
 
 use super::context::Context;
 use super::hello::ClientHello;
-use super::wire::Wire;
+use super::record::{ALERT, APPLICATION_DATA, HANDSHAKE, Records};
+use super::wire::{self, Wire};
 use super::{MAX_MESSAGE, ffi};
+
+// Alerts (RFC 5246, 7.2).
+const WARNING: u8 = 1;
+const FATAL: u8 = 2;
+const CLOSE_NOTIFY: u8 = 0;
+
+/// The message that ends a handshake (RFC 5246, 7.4).
+const FINISHED: u8 = 20;
 
 /// A peer that has shown that it receives at its address.
 ///
 /// Its owner hands in what comes from the peer and sends what waits after each call;
 /// it keeps the clock, and gives a handshake that does not end an end.
+///
+/// OpenSSL does the handshake and is gone when that is done (see [`super::record`]).
 pub struct Session {
-    stream: SslStream<Wire>,
     state: State,
+    /// While OpenSSL is at work the datagrams are in its hands.
+    handshake: Option<Box<SslStream<Wire>>>,
+    wire: Wire,
+    records: Option<Box<Records>>,
+    /// Our last flight, until the device has shown that it has it: what the handshake
+    /// would send again.
+    last_flight: Vec<Bytes>,
+    peer: Option<PeerIdentity>,
+    cipher: Option<&'static str>,
     max_message: usize,
     /// Of the ClientHello it began with.
     random: [u8; 32],
@@ -96,18 +115,24 @@ impl Session {
         ssl.set_mtu(context.mtu.into())?;
         let mut wire = Wire::default();
         wire.push(datagram);
+        let mut stream = Box::new(SslStream::new(ssl, wire)?);
+        if !ffi::listen(&mut stream) {
+            forget_errors();
+            return Ok(None);
+        }
         let mut session = Box::new(Self {
-            stream: SslStream::new(ssl, wire)?,
             state: State::Handshake,
+            handshake: Some(stream),
+            wire: Wire::default(),
+            records: None,
+            last_flight: Vec::new(),
+            peer: None,
+            cipher: None,
             max_message: context.max_message,
             random: hello.random,
             failure: None,
         });
-        if !ffi::listen(&mut session.stream) {
-            forget_errors();
-            return Ok(None);
-        }
-        session.handshake();
+        session.advance();
         Ok(Some(session))
     }
 
@@ -116,10 +141,10 @@ impl Session {
     pub fn receive(&mut self, datagram: &[u8]) {
         match self.state {
             State::Handshake => {
-                self.stream.get_mut().push(datagram);
-                self.handshake();
+                self.wire().push(datagram);
+                self.advance();
             }
-            State::Established => self.stream.get_mut().push(datagram),
+            State::Established => self.wire.push(datagram),
             State::Ended | State::Closed => {}
         }
     }
@@ -133,7 +158,7 @@ impl Session {
 
     /// The next datagram to send.
     pub fn next_datagram(&mut self) -> Option<Bytes> {
-        let wire = self.stream.get_mut();
+        let wire = self.wire();
         let datagram = wire.pop();
         if datagram.is_none() {
             wire.shrink();
@@ -141,14 +166,13 @@ impl Session {
         datagram
     }
 
-    /// Reads one message: one record of the peer, never joined and never split. A
-    /// message that is longer than `buffer` is cut off; with `MAX_MESSAGE` bytes none
-    /// is. There are no empty messages: OpenSSL drops records without data.
+    /// Reads one message: one record of the peer, never joined and never split, also
+    /// an empty one. A message that is longer than `buffer` is cut off; with
+    /// `MAX_MESSAGE` bytes none is.
     pub fn read(&mut self, buffer: &mut [u8]) -> Read {
         if buffer.len() >= MAX_MESSAGE {
             return self.read_whole(buffer);
         }
-        // OpenSSL would give the rest as the next message.
         let mut whole = [0; MAX_MESSAGE];
         match self.read_whole(&mut whole) {
             Read::Data(count) => {
@@ -162,52 +186,65 @@ impl Session {
     }
 
     fn read_whole(&mut self, buffer: &mut [u8]) -> Read {
-        loop {
-            match self.state {
-                State::Handshake => return Read::Pending,
-                State::Established => {}
-                State::Ended | State::Closed => return Read::Closed,
-            }
-            forget_errors();
-            match self.stream.ssl_read(buffer) {
-                Ok(count) => return Read::Data(count),
-                Err(error) => match error.code() {
-                    // A record that was dropped, and more may follow it.
-                    ErrorCode::WANT_READ if self.stream.get_ref().has_incoming() => {}
-                    ErrorCode::WANT_READ => {
-                        self.shrink();
-                        return Read::Pending;
+        let records = match (self.state, &mut self.records) {
+            (State::Handshake, _) => return Read::Pending,
+            (State::Established, Some(records)) => records,
+            _ => return Read::Closed,
+        };
+        while let Some(record) = self.wire.next_record() {
+            let Some((kind, length)) = records.open(record, buffer) else {
+                forget_errors();
+                continue;
+            };
+            match (kind, buffer.get(..length).unwrap_or_default()) {
+                (APPLICATION_DATA, _) => {
+                    self.last_flight = Vec::new();
+                    return Read::Data(length);
+                }
+                (HANDSHAKE, [FINISHED, ..]) => {
+                    for datagram in &self.last_flight {
+                        self.wire.send(datagram.clone());
                     }
-                    ErrorCode::ZERO_RETURN => self.state = State::Ended,
-                    _ => self.fail(&error),
-                },
+                }
+                (ALERT, [_, CLOSE_NOTIFY]) => {
+                    self.state = State::Ended;
+                    return Read::Closed;
+                }
+                (ALERT, [FATAL, description]) => {
+                    self.failure = Some(format!("the device's alert {description}").into());
+                    self.state = State::Ended;
+                    return Read::Closed;
+                }
+                // Other warnings, and a handshake: there is no second one.
+                _ => {}
             }
         }
+        self.wire.shrink();
+        Read::Pending
     }
 
-    /// Sends a message as one record. An empty one is not sent: OpenSSL has no records
-    /// without data.
+    /// Sends a message as one record, also an empty one.
     pub fn write(&mut self, message: &[u8]) -> Result<(), WriteError> {
-        match self.state {
-            State::Handshake => return Err(WriteError::NotEstablished),
+        let records = match (self.state, &mut self.records) {
+            (State::Handshake, _) => return Err(WriteError::NotEstablished),
+            (State::Established, Some(records)) => records,
             // After the peer's close_notify as well: it reads nothing more.
-            State::Ended | State::Closed => return Err(WriteError::Closed),
-            State::Established => {}
-        }
+            _ => return Err(WriteError::Closed),
+        };
         if message.len() > self.max_message {
             let limit = self.max_message;
             return Err(WriteError::TooLarge { limit });
         }
-        if !self.stream.get_ref().has_room() {
+        if !self.wire.has_room() {
             return Err(WriteError::Full);
         }
-        forget_errors();
-        match self.stream.ssl_write(message) {
-            Ok(_) => Ok(()),
-            Err(error) => {
-                self.fail(&error);
-                Err(WriteError::Closed)
+        match records.seal(APPLICATION_DATA, message) {
+            Ok(record) => {
+                self.wire.send(record.into());
+                Ok(())
             }
+            // All numbers are used up, or there is no memory.
+            Err(_) => Err(WriteError::Closed),
         }
     }
 
@@ -230,85 +267,121 @@ impl Session {
     /// How long until [`elapsed`](Self::elapsed) is to be called. `None` when nothing
     /// waits for an answer.
     pub fn deadline(&self) -> Option<Duration> {
-        match self.state {
-            State::Handshake => ffi::timeout(&self.stream),
-            _ => None,
-        }
+        ffi::timeout(self.handshake.as_deref()?)
     }
 
     /// The time has come: what the peer has not answered is sent again, after 1, 2, 4
     /// and more seconds. Does nothing when called early.
     pub fn elapsed(&mut self) {
-        if self.state != State::Handshake {
+        let Some(stream) = &mut self.handshake else {
             return;
-        }
+        };
         forget_errors();
-        if !ffi::handle_timeout(&mut self.stream) {
-            self.failure = Some("the device does not answer".into());
-            self.state = State::Ended;
-        }
+        let on = ffi::handle_timeout(stream);
         forget_errors();
+        if !on {
+            self.end("the device does not answer".into());
+        }
     }
 
     /// Tells the peer that nothing more comes, with a close_notify that waits to be
     /// sent. Nothing is read or written afterwards.
     pub fn close(&mut self) {
-        let was = std::mem::replace(&mut self.state, State::Closed);
-        let established = was == State::Established || was == State::Ended;
-        if established && self.failure.is_none() {
-            forget_errors();
-            let _ = self.stream.shutdown();
-            forget_errors();
+        if self.state == State::Closed {
+            return;
         }
+        if self.failure.is_none()
+            && let Some(records) = &mut self.records
+            && let Ok(record) = records.seal(ALERT, &[WARNING, CLOSE_NOTIFY])
+        {
+            self.wire.send(record.into());
+        }
+        self.stop();
+        self.state = State::Closed;
     }
 
     /// Who the peer has shown to be, once the session is established.
-    pub fn peer(&self) -> Option<PeerIdentity> {
-        let ssl = self.stream.ssl();
-        ssl.is_init_finished().then(|| PeerIdentity {
-            certificate: ssl
-                .peer_certificate()
-                .and_then(|certificate| certificate.to_der().ok())
-                .map(Bytes::from),
-            psk_identity: ssl.psk_identity().map(Bytes::copy_from_slice),
-        })
+    pub fn peer(&self) -> Option<&PeerIdentity> {
+        self.peer.as_ref()
     }
 
-    /// The name of the cipher suite, for the log.
+    /// The name of the cipher suite, once the session is established.
     pub fn cipher(&self) -> Option<&'static str> {
-        self.stream
-            .ssl()
-            .current_cipher()
-            .map(|cipher| cipher.name())
+        self.cipher
     }
 
-    fn handshake(&mut self) {
-        forget_errors();
-        match self.stream.do_handshake() {
-            Ok(()) => {
-                self.state = State::Established;
-                let cipher = self.cipher().unwrap_or_default();
-                self.stream.get_mut().set_established(cipher);
-            }
-            Err(error) if error.code() == ErrorCode::WANT_READ => {}
-            Err(error) => self.fail(&error),
+    fn wire(&mut self) -> &mut Wire {
+        match &mut self.handshake {
+            Some(stream) => stream.get_mut(),
+            None => &mut self.wire,
         }
     }
 
-    fn fail(&mut self, error: &SslError) {
-        let reason = error
-            .ssl_error()
-            .and_then(|errors| errors.errors().first()?.reason())
-            .map_or_else(|| error.to_string(), str::to_owned);
-        self.failure = Some(reason.into());
+    /// Goes on with the handshake.
+    fn advance(&mut self) {
+        let Some(stream) = &mut self.handshake else {
+            return;
+        };
+        forget_errors();
+        let waiting = stream.get_ref().outgoing().len();
+        match stream.do_handshake() {
+            Ok(()) => self.take_over(waiting),
+            Err(error) if error.code() == ErrorCode::WANT_READ => {}
+            Err(error) => self.end(reason(&error)),
+        }
+    }
+
+    /// The handshake is done; the flight that did it starts at `waiting`.
+    fn take_over(&mut self, waiting: usize) {
+        let Some(stream) = &mut self.handshake else {
+            return;
+        };
+        let flight = stream.get_ref().outgoing().iter().skip(waiting);
+        let flight: Vec<Bytes> = flight.cloned().collect();
+        let ssl = stream.ssl();
+        let records = Records::take_over(ssl, wire::next_number(&flight));
+        let Ok(Some(records)) = records else {
+            forget_errors();
+            return self.end("the cipher cannot be used".into());
+        };
+        self.records = Some(Box::new(records));
+        self.last_flight = flight;
+        self.peer = Some(identity(ssl));
+        self.cipher = ssl.current_cipher().map(|cipher| cipher.name());
+        self.max_message = self.max_message.min(ffi::max_fragment(stream));
+        self.stop();
+        self.state = State::Established;
+    }
+
+    fn end(&mut self, failure: Box<str>) {
+        self.failure = Some(failure);
+        self.stop();
         self.state = State::Ended;
     }
 
-    fn shrink(&mut self) {
-        self.stream.get_mut().shrink();
-        ffi::free_buffers(&mut self.stream);
-        forget_errors();
+    /// Lets go of OpenSSL and keeps what waits.
+    fn stop(&mut self) {
+        if let Some(mut stream) = self.handshake.take() {
+            self.wire = std::mem::take(stream.get_mut());
+        }
     }
+}
+
+fn identity(ssl: &SslRef) -> PeerIdentity {
+    PeerIdentity {
+        certificate: ssl
+            .peer_certificate()
+            .and_then(|certificate| certificate.to_der().ok())
+            .map(Bytes::from),
+        psk_identity: ssl.psk_identity().map(Bytes::copy_from_slice),
+    }
+}
+
+fn reason(error: &SslError) -> Box<str> {
+    error
+        .ssl_error()
+        .and_then(|errors| errors.errors().first()?.reason())
+        .map_or_else(|| error.to_string().into(), Into::into)
 }
 
 /// Empties the thread's list of errors: what is left of one session would be taken

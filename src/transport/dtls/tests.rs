@@ -1,5 +1,6 @@
 //! A device in the same process: OpenSSL's client, datagrams carried by hand.
 
+use std::collections::VecDeque;
 use std::io;
 use std::net::SocketAddr;
 use std::path::Path;
@@ -9,7 +10,6 @@ use bytes::Bytes;
 use openssl::ssl::{ErrorCode, Ssl, SslContext, SslMethod, SslStream, SslVerifyMode, SslVersion};
 use rcgen::{CertificateParams, KeyPair, PKCS_ECDSA_P256_SHA256};
 
-use super::wire::Wire;
 use super::*;
 use crate::tls::Identity;
 
@@ -57,9 +57,35 @@ fn address(port: u16) -> SocketAddr {
     ([192, 0, 2, 1], port).into()
 }
 
+/// The device's datagrams.
+#[derive(Default)]
+struct Pipe {
+    incoming: VecDeque<Bytes>,
+    outgoing: VecDeque<Bytes>,
+}
+
+impl io::Read for Pipe {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let datagram = self.incoming.pop_front().ok_or(io::ErrorKind::WouldBlock)?;
+        buffer[..datagram.len()].copy_from_slice(&datagram);
+        Ok(datagram.len())
+    }
+}
+
+impl io::Write for Pipe {
+    fn write(&mut self, datagram: &[u8]) -> io::Result<usize> {
+        self.outgoing.push_back(Bytes::copy_from_slice(datagram));
+        Ok(datagram.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
 /// The device.
 struct Device {
-    stream: SslStream<Wire>,
+    stream: SslStream<Pipe>,
 }
 
 impl Device {
@@ -86,29 +112,28 @@ impl Device {
         ssl.set_mtu(1200).unwrap();
         ssl.set_connect_state();
         Self {
-            stream: SslStream::new(ssl, Wire::default()).unwrap(),
+            stream: SslStream::new(ssl, Pipe::default()).unwrap(),
         }
     }
 
     /// Goes on with the handshake; true when it is done.
     fn go_on(&mut self) -> bool {
         match self.stream.do_handshake() {
-            Ok(()) => {
-                let cipher = self.stream.ssl().current_cipher().unwrap().name();
-                self.stream.get_mut().set_established(cipher);
-                true
-            }
+            Ok(()) => true,
             Err(error) if error.code() == ErrorCode::WANT_READ => false,
             Err(error) => panic!("device: {error:?}"),
         }
     }
 
     fn receive(&mut self, datagram: &[u8]) {
-        self.stream.get_mut().push(datagram);
+        self.stream
+            .get_mut()
+            .incoming
+            .push_back(Bytes::copy_from_slice(datagram));
     }
 
     fn next_datagram(&mut self) -> Option<Bytes> {
-        self.stream.get_mut().pop()
+        self.stream.get_mut().outgoing.pop_front()
     }
 
     /// The datagram that carries this message.
