@@ -4,6 +4,7 @@
 //! knows nothing of connections. The task of a connection drives its socket by
 //! polling, so that nothing is held for an idle device but the socket itself.
 
+pub mod dtls;
 pub mod proxy_protocol;
 pub mod scratch;
 pub mod tcp;
