@@ -12,14 +12,14 @@ use tokio_rustls::rustls::{ClientConfig, ServerConfig};
 use crate::admission;
 use crate::broker;
 use crate::config::{
-    ClientTls, Config, Files, Handler, Limit, ListenerView, OnUnavailable, Protocol, ProxyProtocol,
-    QueuePolicy, Rate, ServiceName, SslOptions, TcpOptions, UdpOptions,
-    Verify,
+    ClientTls, Config, DtlsOptions, Files, Handler, Limit, ListenerView, OnUnavailable, Protocol,
+    ProxyProtocol, QueuePolicy, Rate, ServiceName, SslOptions, TcpOptions, UdpOptions, Verify,
 };
 use crate::connection::machine::Timeouts;
 use crate::connection::{Limits, Policy, Settings};
 use crate::handler::{client, link};
 use crate::tls::{self, Identity, PeerCheck};
+use crate::transport::dtls::{self, ClientCertificates};
 use crate::transport::{tcp, udp};
 
 /// A part of the configuration that cannot be used.
@@ -53,6 +53,11 @@ pub fn check(config: &Config) -> Vec<Error> {
     for (name, listener) in &config.listeners.ssl {
         if listener.common.enable {
             errors.extend(ssl(&format!("listeners.ssl.{name}"), &listener.ssl_options).err());
+        }
+    }
+    for (name, listener) in &config.listeners.dtls {
+        if listener.common.enable {
+            errors.extend(dtls(&format!("listeners.dtls.{name}"), &listener.dtls_options).err());
         }
     }
     errors
@@ -187,6 +192,33 @@ pub fn ssl(key: &str, options: &SslOptions) -> Result<Arc<ServerConfig>, Error> 
     });
     tls::devices(&identities, peers.as_ref())
         .map_err(|error| Error::new(&format!("{key}.ssl_options"), error))
+}
+
+/// DTLS of a listener whose table is `key`.
+pub fn dtls(key: &str, options: &DtlsOptions) -> Result<Arc<dtls::Context>, Error> {
+    let client_certificates = match (options.verify, options.fail_if_no_peer_cert) {
+        (Verify::None, _) => ClientCertificates::NotAsked,
+        (Verify::Peer, false) => ClientCertificates::Asked,
+        (Verify::Peer, true) => ClientCertificates::Required,
+    };
+    let options = dtls::Options {
+        identities: identities(&options.certfile, &options.keyfile),
+        client_authorities: options.cacertfile.to_vec(),
+        client_certificates,
+        psk_file: options.psk_file.clone(),
+        ..dtls::Options::default()
+    };
+    dtls::Context::new(&options)
+        .map(Arc::new)
+        .map_err(|error| Error::new(&format!("{key}.dtls_options"), error))
+}
+
+/// The files that DTLS of a listener is made of.
+pub fn dtls_files(options: &DtlsOptions) -> Vec<PathBuf> {
+    let (certs, keys) = (&options.certfile, &options.keyfile);
+    let files = [certs, keys, &options.cacertfile].into_iter();
+    let files = files.flat_map(|files| files.to_vec());
+    files.chain(options.psk_file.clone()).collect()
 }
 
 /// The files that TLS of a listener is made of.

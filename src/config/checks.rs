@@ -212,10 +212,14 @@ impl Checks<'_> {
             let options = &listener.dtls_options;
             if listener.common.enable {
                 let [certs, keys] = [&options.certfile, &options.keyfile];
-                if options.psk_file.is_empty() || !certs.is_empty() || !keys.is_empty() {
+                if options.psk_file.is_none() || !certs.is_empty() || !keys.is_empty() {
                     self.identities(&table, certs, keys, ", or a psk_file");
                 }
-                self.all_readable(&table, "psk_file", &options.psk_file);
+                if let Some(path) = &options.psk_file
+                    && let Err(error) = readable(path)
+                {
+                    self.unreadable(&format!("{table}.psk_file"), path, &error);
+                }
                 self.peers(
                     &table,
                     options.verify,

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use super::access::{AccessRules, PeerList};
@@ -298,7 +299,7 @@ section! {
 
         /// File with the devices' pre-shared keys: a line is IDENTITY:KEY, the key in hexadecimal.
         /// "" for none.
-        psk_file: Files = "",
+        psk_file: Option<PathBuf> = "",
 
         /// "verify_none", or "verify_peer": a device's certificate must be one that cacertfile
         /// vouches for.

@@ -14,10 +14,11 @@ use tokio_util::sync::CancellationToken;
 use super::{BindError, Error, Pools};
 use crate::admission::Admission;
 use crate::config::{
-    Config, DtlsListener, Kind, ListenerView, ProxyProtocol, SslListener, TcpListener, TcpOptions, UdpListener, UdpOptions,
+    Config, DtlsListener, DtlsOptions, Kind, ListenerView, ProxyProtocol, SslListener, SslOptions,
+    TcpListener, TcpOptions, UdpListener, UdpOptions,
 };
 use crate::connection::{ListenerContext, Registry, Settings};
-use crate::listener::{DatagramListener, Protocol, StreamListener, Tls};
+use crate::listener::{DatagramListener, Dtls, Protocol, StreamListener, Tls};
 use crate::metrics::{ListenerMetrics, Metrics};
 use crate::options::{self, Sending};
 use crate::reload::{Current, Watch};
@@ -64,12 +65,14 @@ impl Bound {
     fn new(config: &Config, listener: &ListenerView<'_>, shards: usize) -> io::Result<Self> {
         let bind = listener.bind;
         match Found::new(config, listener) {
-            Some(Found::Tcp(TcpListener { tcp_options, .. }) | Found::Ssl(SslListener { tcp_options, .. })) => {
-                Acceptor::bind(bind, &options::tcp(tcp_options)).map(Self::Stream)
-            }
-            Some(Found::Udp(UdpListener { udp_options, .. }) | Found::Dtls(DtlsListener { udp_options, .. })) => {
-                udp::bind(bind, shards, &options::udp(udp_options)).map(Self::Datagram)
-            }
+            Some(
+                Found::Tcp(TcpListener { tcp_options, .. })
+                | Found::Ssl(SslListener { tcp_options, .. }),
+            ) => Acceptor::bind(bind, &options::tcp(tcp_options)).map(Self::Stream),
+            Some(
+                Found::Udp(UdpListener { udp_options, .. })
+                | Found::Dtls(DtlsListener { udp_options, .. }),
+            ) => udp::bind(bind, shards, &options::udp(udp_options)).map(Self::Datagram),
             None => Err(io::Error::from(io::ErrorKind::NotFound)),
         }
     }
@@ -187,7 +190,12 @@ impl Build<'_> {
                 let parts = (sockets, protocol);
                 Ok(self.datagram(listener, parts, &found.udp_options, &metrics))
             }
-            _ => Err(options::Error::new(&listener.key(), "it is not available").into()),
+            (Some(Found::Dtls(found)), Bound::Datagram(sockets)) => {
+                let dtls = self.dtls(listener, &found.dtls_options, &metrics)?;
+                let parts = (sockets, Protocol::Dtls(dtls));
+                Ok(self.datagram(listener, parts, &found.udp_options, &metrics))
+            }
+            _ => Err(options::Error::new(&listener.key(), "it is not there").into()),
         }
     }
 
@@ -266,7 +274,7 @@ impl Build<'_> {
     fn tls(
         &self,
         listener: &ListenerView<'_>,
-        options: &crate::config::SslOptions,
+        options: &SslOptions,
         metrics: &ListenerMetrics,
     ) -> Result<Tls, Error> {
         let (key, owned) = (listener.key(), options.clone());
@@ -275,6 +283,22 @@ impl Build<'_> {
             config: self.watched(listener, options::ssl_files(options), make, metrics)?,
             handshake_timeout: options.handshake_timeout,
             handshakes: Semaphore::new(options.max_handshakes.min(Semaphore::MAX_PERMITS)),
+        })
+    }
+
+    fn dtls(
+        &self,
+        listener: &ListenerView<'_>,
+        options: &DtlsOptions,
+        metrics: &ListenerMetrics,
+    ) -> Result<Dtls, Error> {
+        let (key, owned) = (listener.key(), options.clone());
+        let make = move || options::dtls(&key, &owned);
+        let handshakes = options.max_handshakes.min(Semaphore::MAX_PERMITS);
+        Ok(Dtls {
+            context: self.watched(listener, options::dtls_files(options), make, metrics)?,
+            handshake_timeout: options.handshake_timeout,
+            handshakes: Arc::new(Semaphore::new(handshakes)),
         })
     }
 

@@ -64,6 +64,9 @@ pub enum Error {
     /// The system refuses a thread, a runtime or randomness.
     #[error("the system refuses what the gateway needs: {0}")]
     System(#[from] io::Error),
+    /// DTLS cannot be set up.
+    #[error("DTLS cannot be set up: {0}")]
+    Dtls(#[from] crate::transport::dtls::Error),
     /// The metrics contradict each other.
     #[error("metrics cannot be set up: {0}")]
     Metrics(String),

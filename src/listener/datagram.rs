@@ -3,7 +3,6 @@
 //! Each shard has a socket of its own and a door beside it; the doors of a listener
 //! share its admission.
 
-use std::io;
 use std::net::UdpSocket as RawSocket;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -87,10 +86,13 @@ impl DatagramListener {
                     receive(shard, socket, door, options, counters, tokens);
                 }
                 Protocol::Dtls(dtls) => {
-                    let gate = Arc::new(Mutex::new(Gate::new(Instant::now())?));
+                    let used = dtls.context.get();
+                    let gate = Gate::new((*used).clone(), Instant::now())?;
+                    let gate = Arc::new(Mutex::new(gate));
                     let door = DtlsDoor {
                         entrance,
                         dtls,
+                        used,
                         gate,
                     };
                     receive(shard, socket, door, options, counters, tokens);
@@ -199,6 +201,8 @@ impl Door for PlainDoor {
 struct DtlsDoor {
     entrance: Entrance,
     dtls: Dtls,
+    /// The context that the gate has.
+    used: Arc<dtls::Context>,
     gate: Arc<Mutex<Gate>>,
 }
 
@@ -217,12 +221,11 @@ impl Door for DtlsDoor {
             return Verdict::Refuse;
         }
         let mut gate = self.gate.lock().unwrap_or_else(PoisonError::into_inner);
-        let hello = match gate.look(now, stranger.peer, stranger.datagram) {
+        let shown = match gate.look(now, stranger.peer, stranger.datagram) {
             Look::Answer(answer) => return Verdict::Answer(answer),
             Look::Ignored => return Verdict::Refuse,
-            Look::Shown(hello) => hello,
+            Look::Shown(shown) => shown,
         };
-        drop(gate);
         let metrics = &self.entrance.context.metrics;
         let Ok(turn) = self.dtls.handshakes.clone().try_acquire_owned() else {
             metrics.refused("max_handshakes");
@@ -231,8 +234,12 @@ impl Door for DtlsDoor {
         let Some(room) = self.entrance.enter(stranger, now) else {
             return Verdict::Refuse;
         };
-        let context = self.dtls.context.get();
-        match Session::accept(&context, &hello, stranger.datagram) {
+        let newest = self.dtls.context.get();
+        if !Arc::ptr_eq(&newest, &self.used) {
+            gate.replace_context((*newest).clone());
+            self.used = newest;
+        }
+        match gate.accept(&shown) {
             Some(session) => Verdict::Admit(Accepted {
                 session,
                 room,
@@ -250,38 +257,35 @@ impl Door for DtlsDoor {
         let mut info = self.entrance.info(Kind::Dtls, &socket);
         let limit = self.dtls.handshake_timeout;
         let mut socket = DtlsSocket::new(socket, accepted.session, self.gate.clone());
-        self.entrance.shard.spawn_connection(async move {
-            let _room = accepted.room;
-            let failed = {
-                let _turn = accepted.turn;
-                let handshake = timeout(limit, socket.handshake());
-                tokio::select! {
-                    biased;
-                    () = context.draining.cancelled() => return,
-                    done = handshake => match done {
-                        Ok(Ok(())) => None,
-                        Ok(Err(error)) => Some(error),
-                        Err(_) => Some(format!("not done within {limit:?}")),
-                    },
-                }
+        let (room, turn) = (accepted.room, accepted.turn);
+        let enter = async move {
+            let _turn = turn;
+            // Somebody who has not become a connection is not waited for.
+            let done = tokio::select! {
+                biased;
+                () = context.draining.cancelled() => return None,
+                done = timeout(limit, socket.handshake()) => done,
             };
-            if let Some(error) = failed {
-                context.metrics.refused("handshake_failed");
-                let (listener, peer) = (&context.name, info.peer);
-                tracing::debug!(listener, %peer, error, "connection refused");
-                return;
+            let failed = match done {
+                Ok(Ok(())) => {
+                    info.certificate = socket.certificate().and_then(|der| Subject::of(&der));
+                    return Some(Box::pin(connection::serve(socket, info, context)));
+                }
+                Ok(Err(error)) => error,
+                Err(_) => format!("not done within {limit:?}"),
+            };
+            context.metrics.refused("handshake_failed");
+            let (listener, peer) = (&context.name, info.peer);
+            tracing::debug!(listener, %peer, failed, "connection refused");
+            None
+        };
+        self.entrance.shard.spawn_connection(async move {
+            let _room = room;
+            // What the handshake takes is given back before the connection begins.
+            let entered = Box::pin(enter).await;
+            if let Some(connection) = entered {
+                connection.await;
             }
-            info.certificate = socket.certificate().and_then(|der| Subject::of(&der));
-            connection::serve(socket, info, context).await;
         });
     }
-}
-
-/// Binds a socket for each shard. All or none.
-pub fn bind(
-    address: std::net::SocketAddr,
-    shards: usize,
-    options: &udp::Options,
-) -> io::Result<Vec<RawSocket>> {
-    udp::bind(address, shards, options)
 }

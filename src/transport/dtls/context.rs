@@ -49,7 +49,7 @@ pub struct Options {
     /// `psk_file`.
     pub identities: Vec<Identity>,
     /// PEM with the authorities that vouch for devices.
-    pub client_authorities: Option<PathBuf>,
+    pub client_authorities: Vec<PathBuf>,
     /// Whether devices show a certificate.
     pub client_certificates: ClientCertificates,
     /// The devices' pre-shared keys: `identity:hexkey` a line.
@@ -65,7 +65,7 @@ impl Default for Options {
     fn default() -> Self {
         Self {
             identities: Vec::new(),
-            client_authorities: None,
+            client_authorities: Vec::new(),
             client_certificates: ClientCertificates::NotAsked,
             psk_file: None,
             // Gets through IPv6's smallest link and most tunnels; QUIC's choice too.
@@ -124,15 +124,20 @@ impl Context {
             let earlier = options.identities.get(..at).unwrap_or_default();
             add_identity(&mut builder, identity, earlier)?;
         }
-        match (options.client_certificates, &options.client_authorities) {
+        match (
+            options.client_certificates,
+            options.client_authorities.as_slice(),
+        ) {
             (ClientCertificates::NotAsked, _) => builder.set_verify(SslVerifyMode::NONE),
-            (_, None) => {
+            (_, []) => {
                 return Err(Error::Options(
                     "to verify devices their authorities are needed",
                 ));
             }
-            (asked, Some(authorities)) => {
-                trust(&mut builder, authorities)?;
+            (asked, authorities) => {
+                for path in authorities {
+                    trust(&mut builder, path)?;
+                }
                 let mut mode = SslVerifyMode::PEER;
                 if asked == ClientCertificates::Required {
                     mode |= SslVerifyMode::FAIL_IF_NO_PEER_CERT;

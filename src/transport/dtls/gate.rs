@@ -24,6 +24,24 @@ pub enum Offer {
     Ignored,
 }
 
+/// What a datagram from a peer that is not known is.
+#[derive(Debug)]
+pub enum Look<'a> {
+    /// To be sent back; see [`Offer::Answer`].
+    Answer(Bytes),
+    /// The peer has shown its address, and may be let in.
+    Shown(Shown<'a>),
+    /// No business of anybody.
+    Ignored,
+}
+
+/// A ClientHello whose cookie is good, and the datagram that it is in.
+#[derive(Debug)]
+pub struct Shown<'a> {
+    hello: ClientHello<'a>,
+    datagram: &'a [u8],
+}
+
 /// Answers peers that are not known. One for each shard; its cookies are its own.
 #[derive(Debug)]
 pub struct Gate {
@@ -44,32 +62,49 @@ impl Gate {
     }
 
     /// A datagram from a peer without session, or one that starts again:
-    /// [`Session::is_restart`]. Costs some microseconds until the peer has shown its
-    /// address, and about a millisecond for the one that brings the cookie: its
-    /// signature is made here.
-    pub fn offer(&mut self, now: Instant, peer: SocketAddr, datagram: &[u8]) -> Offer {
+    /// [`Session::is_restart`]. Costs some microseconds.
+    pub fn look<'a>(&mut self, now: Instant, peer: SocketAddr, datagram: &'a [u8]) -> Look<'a> {
         let Some(hello) = ClientHello::parse(datagram) else {
-            return Offer::Ignored;
+            return Look::Ignored;
         };
         // Fails only where OpenSSL has no memory: as good as a datagram lost.
-        self.answer(now, peer, &hello, datagram)
-            .unwrap_or(Offer::Ignored)
+        match self.answer(now, peer, &hello) {
+            Ok(None) => Look::Shown(Shown { hello, datagram }),
+            Ok(Some(answer)) => Look::Answer(answer),
+            Err(_) => Look::Ignored,
+        }
     }
 
+    /// What the device is to be asked; `None` when its cookie is good.
     fn answer(
         &mut self,
         now: Instant,
         peer: SocketAddr,
         hello: &ClientHello<'_>,
-        datagram: &[u8],
-    ) -> Result<Offer, ErrorStack> {
+    ) -> Result<Option<Bytes>, ErrorStack> {
         // OpenSSL goes on with message 1. A device that brings a cookie in message 0,
         // or one that has become too old, is asked again.
         if hello.message_number == 1 && self.secrets.verify(now, peer, hello)? {
-            let session = Session::accept(&self.context, hello, datagram)?;
-            return Ok(session.map_or(Offer::Ignored, Offer::Accepted));
+            return Ok(None);
         }
         let cookie = self.secrets.cookie(now, peer, hello)?;
-        Ok(Offer::Answer(hello.verify_request(&cookie)))
+        Ok(Some(hello.verify_request(&cookie)))
+    }
+
+    /// Begins the session of a peer that has shown its address; `None` when OpenSSL does
+    /// not take what it says. Costs about a millisecond: the signature is made here.
+    pub fn accept(&self, shown: &Shown<'_>) -> Option<Box<Session>> {
+        Session::accept(&self.context, &shown.hello, shown.datagram)
+            .ok()
+            .flatten()
+    }
+
+    /// [`look`](Self::look), and [`accept`](Self::accept) whoever has shown its address.
+    pub fn offer(&mut self, now: Instant, peer: SocketAddr, datagram: &[u8]) -> Offer {
+        match self.look(now, peer, datagram) {
+            Look::Answer(answer) => Offer::Answer(answer),
+            Look::Ignored => Offer::Ignored,
+            Look::Shown(shown) => self.accept(&shown).map_or(Offer::Ignored, Offer::Accepted),
+        }
     }
 }

@@ -38,14 +38,16 @@ mod hello;
 mod psk;
 mod record;
 mod session;
+mod socket;
 mod wire;
 
 #[cfg(test)]
 mod tests;
 
 pub use context::{ClientCertificates, Context, Options};
-pub use gate::{Gate, Offer};
+pub use gate::{Gate, Look, Offer, Shown};
 pub use session::{PeerIdentity, Read, Session, WriteError};
+pub use socket::DtlsSocket;
 
 use std::path::PathBuf;
 

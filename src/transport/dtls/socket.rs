@@ -70,7 +70,8 @@ impl DtlsSocket {
             }
             let received = with_scratch(|scratch| match self.udp.poll_receive(cx, scratch) {
                 Poll::Ready(Ok(Received::Bytes(count))) => {
-                    self.session.receive(scratch.get(..count).unwrap_or_default());
+                    self.session
+                        .receive(scratch.get(..count).unwrap_or_default());
                     Poll::Ready(Ok(()))
                 }
                 Poll::Ready(Ok(Received::End)) => Poll::Ready(Ok(())),
@@ -86,13 +87,8 @@ impl DtlsSocket {
                 return Poll::Pending;
             };
             let at = tokio::time::Instant::now() + left;
-            let timer = match timer {
-                Some(timer) => {
-                    timer.as_mut().reset(at);
-                    timer
-                }
-                none => none.insert(Box::pin(tokio::time::sleep_until(at))),
-            };
+            let timer = timer.get_or_insert_with(|| Box::pin(tokio::time::sleep_until(at)));
+            timer.as_mut().reset(at);
             ready!(timer.as_mut().poll(cx));
             self.session.elapsed();
         }
