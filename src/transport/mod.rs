@@ -1,7 +1,7 @@
 //! What carries a device's bytes, behind one trait.
 //!
-//! A transport accepts peers and yields a [`Socket`] for each; it owns no task and
-//! knows nothing of connections. The task of a connection drives its socket by
+//! A transport accepts peers and yields a [`Socket`] for each; it knows nothing of
+//! connections, and owns no task but UDP's receiving one. The task of a connection drives its socket by
 //! polling, so that nothing is held for an idle device but the socket itself.
 
 pub mod dtls;

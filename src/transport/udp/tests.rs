@@ -203,11 +203,15 @@ impl Device {
     }
 }
 
-/// For what must come: long enough for a machine that is busy with other things.
+/// For what must come, in a time that is long enough for a machine that is busy with
+/// other things.
 async fn soon<T>(event: impl Future<Output = T>) -> T {
-    tokio::time::timeout(Duration::from_secs(10), event)
-        .await
-        .expect("it did not happen in time")
+    const SOON: Duration = Duration::from_secs(10);
+    let begun = Instant::now();
+    let event = tokio::time::timeout(SOON, event).await;
+    // At its end the timeout looks once more, which would hide that nobody was woken.
+    assert!(begun.elapsed() < SOON, "it did not happen in time");
+    event.unwrap()
 }
 
 async fn receive(socket: &mut UdpSocket) -> io::Result<Vec<u8>> {
