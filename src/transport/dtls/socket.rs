@@ -96,7 +96,7 @@ impl DtlsSocket {
 
     /// The certificate that the device has shown, in DER.
     pub fn certificate(&self) -> Option<Bytes> {
-        self.session.peer()?.certificate
+        self.session.peer()?.certificate.clone()
     }
 
     /// Sends all that the session has to send.

@@ -52,7 +52,7 @@ fn problems_name_the_file() {
         (
             with(&|o| {
                 o.client_certificates = ClientCertificates::Required;
-                o.client_authorities = Some(nothing.clone());
+                o.client_authorities = vec![nothing.clone()];
             }),
             "nothing: a certificate in PEM is needed: ",
         ),
