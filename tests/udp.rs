@@ -193,32 +193,25 @@ async fn replies_come_from_where_the_question_went() {
 async fn close_forgets_the_peer() {
     let stage = stage(&[]).await;
     let mut device = Device::hello(&stage).await;
-    for _ in 0..20 {
+    let port = u32::from(device.port());
+    for known in 1..20 {
         stage.adapter.close(&device.conn).await.ok();
-        assert_eq!(
-            stage.handler.closed(&device.conn).await,
-            "closed_by_handler"
-        );
-        let old = std::mem::take(&mut device.conn);
+        let reason = stage.handler.closed(&device.conn).await;
+        assert_eq!(reason, "closed_by_handler");
         // It may come while the last connection is still about to go.
         device.conn = until("a new connection", || async {
             device.send("again").await;
-            let port = device.port();
-            let told = tokio::time::timeout(
-                Duration::from_millis(200),
-                stage.handler.wait("another", |log| {
-                    log.events.iter().rev().find_map(|event| match &event.call {
-                        Call::Created(info)
-                            if info.peername.as_ref()?.port == u32::from(port)
-                                && event.conn != old =>
-                        {
-                            Some(event.conn.clone())
-                        }
-                        _ => None,
-                    })
-                }),
-            );
-            told.await.ok()
+            let next = stage.handler.wait("one more connection", |log| {
+                let created = log.events.iter().filter(|event| match &event.call {
+                    Call::Created(info) => info.peername.as_ref().unwrap().port == port,
+                    _ => false,
+                });
+                let conns: Vec<_> = created.map(|event| event.conn.clone()).collect();
+                (conns.len() > known).then(|| conns[known].clone())
+            });
+            tokio::time::timeout(Duration::from_millis(200), next)
+                .await
+                .ok()
         })
         .await;
     }
