@@ -52,6 +52,9 @@ pub(super) struct Wire {
 impl Wire {
     /// A datagram came. What follows a record that is cut off is dropped.
     pub fn push(&mut self, datagram: &[u8]) {
+        // What was read goes here at the latest: a caller need not read to the end.
+        self.incoming.drain(..self.next.min(self.incoming.len()));
+        self.next = 0;
         if self.incoming.len() + datagram.len() <= MAX_INCOMING {
             // Cut off here, so that the next datagram starts with a record.
             let whole = Records(datagram).map(<[u8]>::len).sum();
