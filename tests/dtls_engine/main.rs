@@ -166,6 +166,50 @@ fn openssl_shows_a_certificate() {
     assert_eq!(server.established().0.certificate, None);
 }
 
+/// Both sides have a certificate of an authority that the other one trusts only
+/// through a second one.
+#[test]
+fn openssl_with_chains() {
+    let files = Files::new();
+    std::fs::write(files.path("ca.ext"), "basicConstraints=critical,CA:TRUE\n").unwrap();
+    files.issue("ca", "middle", "ec -pkeyopt ec_paramgen_curve:P-256");
+    files.openssl(
+        "x509 -req -in middle.csr -CA ca.pem -CAkey ca-key.pem -CAcreateserial -days 2 \
+         -extfile ca.ext -out middle.pem",
+    );
+    for name in ["server-far", "device-far"] {
+        files.issue("middle", name, "rsa:2048");
+        let chain = ["middle.pem", &format!("{name}.pem")]
+            .map(|name| std::fs::read_to_string(files.path(name)).unwrap());
+        std::fs::write(
+            files.path(&format!("{name}.pem")),
+            chain[1].clone() + &chain[0],
+        )
+        .unwrap();
+    }
+    let options = Options {
+        identities: vec![files.identity("server-far")],
+        client_certificates: ClientCertificates::Required,
+        ..files.options()
+    };
+    let server = Server::start(&options);
+    let mut device = openssl(server.address, "-verify_return_error -CAfile")
+        .also(text(&files.path("ca.pem")))
+        .also("-cert")
+        .also(text(&files.path("device-far.pem")))
+        .also("-key")
+        .also(text(&files.path("device-far-key.pem")))
+        .also("-cert_chain")
+        .also(text(&files.path("middle.pem")))
+        .start();
+    device.expect_echo("far from home");
+    let (peer, _) = server.established();
+    assert_eq!(
+        peer.certificate.as_deref(),
+        Some(&files.der("device-far")[..])
+    );
+}
+
 #[test]
 fn openssl_with_a_key() {
     let files = Files::new();

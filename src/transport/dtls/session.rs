@@ -26,7 +26,7 @@ const FINISHED: u8 = 20;
 /// Its owner hands in what comes from the peer and sends what waits after each call;
 /// it keeps the clock, and gives a handshake that does not end an end.
 ///
-/// OpenSSL does the handshake and is gone when that is done (see [`super::record`]).
+/// OpenSSL does the handshake and is gone when that is done (see `record.rs`).
 pub struct Session {
     state: State,
     /// While OpenSSL is at work the datagrams are in its hands.
