@@ -18,6 +18,10 @@ missing=()
 command -v mosquitto >/dev/null || missing+=(mosquitto)
 command -v mosquitto_sub >/dev/null || missing+=(mosquitto-clients)
 command -v cc >/dev/null || missing+=(build-essential)
+# Devices of the DTLS tests.
+command -v openssl >/dev/null || missing+=(openssl)
+command -v gnutls-cli >/dev/null || missing+=(gnutls-bin)
+[ -e /usr/include/mbedtls/ssl.h ] || missing+=(libmbedtls-dev)
 command -v python3 >/dev/null || missing+=(python3)
 python3 -c 'import venv, ensurepip' 2>/dev/null || missing+=(python3-venv)
 if [ "${#missing[@]}" -gt 0 ]; then

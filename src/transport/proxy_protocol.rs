@@ -150,6 +150,10 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
+    fn address(text: &str) -> SocketAddr {
+        text.parse().unwrap()
+    }
+
     async fn read_all(mut bytes: &[u8]) -> Result<Announced, Error> {
         read(&mut bytes).await
     }
@@ -172,7 +176,7 @@ mod tests {
         assert_eq!(announced.unwrap(), expected);
         let announced = read_all(b"PROXY TCP6 2001:db8::1 2001:db8::2 1 2\r\n").await;
         let peer = announced.unwrap().addresses.unwrap().0;
-        assert_eq!(peer, "[2001:db8::1]:1".parse().unwrap());
+        assert_eq!(peer, address("[2001:db8::1]:1"));
         let announced = read_all(b"PROXY UNKNOWN\r\nx").await.unwrap();
         assert_eq!(announced.addresses, None);
         assert_eq!(&announced.rest[..], b"x");
@@ -186,8 +190,8 @@ mod tests {
         bytes.extend(b"rest");
         let announced = read_all(&bytes).await.unwrap();
         let (peer, local) = announced.addresses.unwrap();
-        assert_eq!(peer, "192.0.2.1:5000".parse().unwrap());
-        assert_eq!(local, "192.0.2.2:7993".parse().unwrap());
+        assert_eq!(peer, address("192.0.2.1:5000"));
+        assert_eq!(local, address("192.0.2.2:7993"));
         assert_eq!(&announced.rest[..], b"rest");
         let announced = read_all(&v2(0, 0x00, &[])).await.unwrap();
         assert_eq!(announced.addresses, None);

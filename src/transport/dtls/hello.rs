@@ -80,7 +80,7 @@ impl<'a> ClientHello<'a> {
     }
 
     /// The datagram that asks for the same again with this cookie. Never longer than
-    /// what it answers, if the cookie has no more than 17 bytes.
+    /// what it answers, which has 61 bytes at least, if the cookie has no more than 33.
     pub fn verify_request(&self, cookie: &[u8; super::cookie::LENGTH]) -> Bytes {
         const BODY: usize = 2 + 1 + super::cookie::LENGTH;
         let [_, body_length] = (BODY as u16).to_be_bytes();

@@ -18,12 +18,15 @@
 //!   |----------------------------------------------------------------->|
 //! ```
 //!
-//! The cookie exchange (RFC 6347, 4.2.1) is our own code in [`hello`] and [`cookie`]:
-//! what anybody on the internet may send is read by some hundred lines of Rust, costs
-//! a microsecond and no allocation but the answer. OpenSSL could do it
-//! (`DTLSv1_listen`), at the price of an `SSL_clear`, 32 KiB of buffers and C code for
-//! every stray datagram; it is called only for a ClientHello whose cookie is good, to
-//! put the handshake where the exchange has left it.
+//! OpenSSL does the handshake, and is kept away from everybody else:
+//!
+//! - The cookie exchange (RFC 6347, 4.2.1) is our own code in `hello.rs` and `cookie.rs`:
+//!   what anybody on the internet may send is read by some hundred lines of Rust and
+//!   costs some microseconds. OpenSSL could do it (`DTLSv1_listen`), at the price of an
+//!   `SSL_clear`, 32 KiB of buffers and C code for every stray datagram; it is called
+//!   for a ClientHello whose cookie is good, to put the handshake where the exchange
+//!   has left it.
+//! - The records after the handshake are our own code in `record.rs`, which says why.
 //!
 //! A first ClientHello may come in fragments, as those with post-quantum keys do: the
 //! first fragment holds all that the gate wants to know. The others are dropped while

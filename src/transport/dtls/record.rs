@@ -142,8 +142,10 @@ impl Records {
     pub fn open(&mut self, record: &[u8], buffer: &mut [u8]) -> Option<(u8, usize)> {
         let (header, body) = record.split_first_chunk::<RECORD_HEADER>()?;
         let [kind, major, minor, rest @ ..] = *header;
-        let number: [u8; 8] = *rest.first_chunk()?;
-        if [major, minor] != VERSION_1_2 || number.first_chunk() != Some(&EPOCH) {
+        let (number, length) = rest.split_first_chunk::<8>()?;
+        let number = *number;
+        let whole = length == (u16::try_from(body.len()).ok()?).to_be_bytes();
+        if !whole || [major, minor] != VERSION_1_2 || number.first_chunk() != Some(&EPOCH) {
             return None;
         }
         let counted = u64::from_be_bytes(number) & MAX_NUMBER;
@@ -154,8 +156,7 @@ impl Records {
         }
         let (sealed, tag) = sealed.split_at(length);
         let buffer = buffer.get_mut(..length)?;
-        // The nonce is the number, whatever the record says: it is what everybody sends,
-        // and one that does otherwise could not be told from a bad one but by trying.
+        // Everybody sends the number as the nonce, and nobody must (RFC 5288, 3).
         let nonce = match self.explicit_nonce() {
             0 => nonce(&self.theirs, number),
             explicit => nonce(&self.theirs, *body.split_at(explicit).0.first_chunk()?),
@@ -313,6 +314,63 @@ mod tests {
         let output = expand(MessageDigest::sha256(), &secret, b"test label", &seed, 100).unwrap();
         assert_eq!(output[..16], hex("e3f229ba727be17b8d122620557cd453"));
         assert_eq!(output.len(), 100);
+    }
+
+    /// Two ends that share keys, the one's for the other's.
+    fn pair(suite: &str) -> (Records, Records) {
+        let (cipher, key_length, tag) = algorithm(suite).unwrap();
+        let salt = if cipher.contains("ChaCha") { NONCE } else { 4 };
+        let key = |byte| Key {
+            key: vec![byte; key_length],
+            salt: vec![byte; salt],
+        };
+        let end = |ours, theirs| Records {
+            cipher: Cipher::fetch(None, cipher, None).unwrap(),
+            ccm: cipher.ends_with("CCM"),
+            tag,
+            ours: key(ours),
+            theirs: key(theirs),
+            next_number: 1,
+            seen: Window::default(),
+        };
+        (end(1, 2), end(2, 1))
+    }
+
+    #[test]
+    fn what_is_sealed_is_opened_once_and_by_the_other_end() {
+        for suite in [
+            "AES128-GCM-SHA256",
+            "CHACHA20-POLY1305",
+            "AES128-CCM",
+            "AES128-CCM8",
+        ] {
+            let (mut one, mut other) = pair(suite);
+            let mut buffer = vec![0; MAX_MESSAGE];
+            for content in [&b""[..], b"x", &[7; MAX_MESSAGE]] {
+                let record = one.seal(APPLICATION_DATA, content).unwrap();
+                assert_eq!(one.open(&record, &mut buffer), None, "{suite}: its own");
+                for end in 0..record.len().min(60) {
+                    assert_eq!(other.open(&record[..end], &mut buffer), None, "{suite}");
+                }
+                for at in 0..record.len().min(60) {
+                    let mut changed = record.clone();
+                    changed[at] ^= 1;
+                    assert_eq!(
+                        other.open(&changed, &mut buffer),
+                        None,
+                        "{suite}: byte {at}"
+                    );
+                }
+                let opened = Some((APPLICATION_DATA, content.len()));
+                assert_eq!(other.open(&record, &mut buffer), opened, "{suite}");
+                assert_eq!(&buffer[..content.len()], content);
+                assert_eq!(other.open(&record, &mut buffer), None, "{suite}: again");
+            }
+            one.seal(APPLICATION_DATA, &[7; MAX_MESSAGE + 1])
+                .unwrap_err();
+            one.next_number = MAX_NUMBER + 1;
+            one.seal(APPLICATION_DATA, b"x").unwrap_err();
+        }
     }
 
     fn hex(text: &str) -> Vec<u8> {

@@ -26,7 +26,7 @@ const FINISHED: u8 = 20;
 /// Its owner hands in what comes from the peer and sends what waits after each call;
 /// it keeps the clock, and gives a handshake that does not end an end.
 ///
-/// OpenSSL does the handshake and is gone when that is done (see [`super::record`]).
+/// OpenSSL does the handshake and is gone when that is done (see `record.rs`).
 pub struct Session {
     state: State,
     /// While OpenSSL is at work the datagrams are in its hands.
@@ -150,8 +150,11 @@ impl Session {
     }
 
     /// Whether this datagram begins another handshake than this session's: the device
-    /// has lost its state. To be offered to the gate, with this session left as it is
-    /// until the gate accepts the device (RFC 6347, 4.2.8).
+    /// has lost its state. To be offered to the gate. When the gate accepts, both
+    /// sessions are to be kept, and every datagram handed to both, until the new one is
+    /// established: a ClientHello that somebody recorded opens the gate as long as its
+    /// cookie is good, and must not end this session (RFC 6347, 4.2.8). Either drops
+    /// what is the other's.
     pub fn is_restart(&self, datagram: &[u8]) -> bool {
         ClientHello::parse(datagram).is_some_and(|hello| hello.random != self.random)
     }
@@ -339,8 +342,11 @@ impl Session {
         let flight = stream.get_ref().outgoing().iter().skip(waiting);
         let flight: Vec<Bytes> = flight.cloned().collect();
         let ssl = stream.ssl();
-        let records = Records::take_over(ssl, wire::next_number(&flight));
-        let Ok(Some(records)) = records else {
+        // A number is never used twice: not without our Finished to count from.
+        let Some(next_number) = wire::next_number(&flight) else {
+            return self.end("too much waits to be sent".into());
+        };
+        let Ok(Some(records)) = Records::take_over(ssl, next_number) else {
             forget_errors();
             return self.end("the cipher cannot be used".into());
         };

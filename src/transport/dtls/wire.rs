@@ -52,6 +52,9 @@ pub(super) struct Wire {
 impl Wire {
     /// A datagram came. What follows a record that is cut off is dropped.
     pub fn push(&mut self, datagram: &[u8]) {
+        // What was read goes here at the latest: a caller need not read to the end.
+        self.incoming.drain(..self.next.min(self.incoming.len()));
+        self.next = 0;
         if self.incoming.len() + datagram.len() <= MAX_INCOMING {
             // Cut off here, so that the next datagram starts with a record.
             let whole = Records(datagram).map(<[u8]>::len).sum();
@@ -144,14 +147,15 @@ impl<'a> Iterator for Records<'a> {
     }
 }
 
-/// The number after the highest that the encrypted records of a flight have.
-pub(super) fn next_number(flight: &[Bytes]) -> u64 {
+/// The number after the highest that the encrypted records of a flight have. `None`
+/// without such a record.
+pub(super) fn next_number(flight: &[Bytes]) -> Option<u64> {
     let records = flight.iter().flat_map(|datagram| Records(datagram));
     let numbers = records.filter_map(|record| match *record {
         [_, _, _, 0, 1, a, b, c, d, e, f, ..] => Some(u64::from_be_bytes([0, 0, a, b, c, d, e, f])),
         _ => None,
     });
-    numbers.max().map_or(0, |highest| highest + 1)
+    numbers.max().map(|highest| highest + 1)
 }
 
 impl io::Read for Wire {

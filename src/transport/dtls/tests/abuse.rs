@@ -139,4 +139,43 @@ proptest! {
         }
         assert_alive(&mut device, &mut session);
     }
+
+    /// It may end, in the clear nothing is safe; but it does so in good order.
+    #[test]
+    fn no_datagrams_hurt_more_than_a_handshake(
+        datagrams in prop::collection::vec(
+            prop_oneof![
+                prop::collection::vec(any::<u8>(), 0..200),
+                (20_u8..24, 0_u8..2, any::<u8>(), prop::collection::vec(any::<u8>(), 0..80))
+                    .prop_map(|(kind, epoch, number, body)| record(kind, epoch, number, &body)),
+                // Messages of a handshake: type, length, number, fragment.
+                (0_u8..25, any::<u8>(), 0_u8..12, any::<u8>(), 0_u8..60)
+                    .prop_map(|(kind, length, number, start, count)| {
+                        let header = [kind, 0, 0, length, 0, number, 0, 0, start, 0, 0, count];
+                        let mut body = header.to_vec();
+                        body.extend(vec![0x5a; count.into()]);
+                        record(22, 0, number, &body)
+                    }),
+            ],
+            1..100,
+        ),
+    ) {
+        thread_local! {
+            static CONTEXT: Context = context();
+        }
+        let now = Instant::now();
+        let mut gate = Gate::new(CONTEXT.with(Clone::clone), now).unwrap();
+        let hello = Device::new().hello(&mut gate, now, address(1));
+        let Offer::Accepted(mut session) = gate.offer(now, address(1), &hello) else {
+            panic!("not accepted");
+        };
+        for datagram in &datagrams {
+            session.receive(datagram);
+            prop_assert!(!session.is_established());
+            prop_assert!(!matches!(session.read(&mut [0; 9]), Read::Data(_)));
+            while session.next_datagram().is_some() {}
+        }
+        session.close();
+        prop_assert_eq!(session.next_datagram(), None);
+    }
 }

@@ -167,3 +167,14 @@ fn a_device_that_starts_again_is_known_by_its_hello() {
     };
     assert!(!next.is_restart(&hello), "sent again");
 }
+
+#[test]
+fn nothing_is_lost_when_one_message_is_read_for_one_that_comes() {
+    let (mut device, mut session) = established(&context(), Device::new());
+    let mut buffer = vec![0; MAX_MESSAGE];
+    session.receive(&device.message(&[7; 1000]));
+    for _ in 0..200 {
+        session.receive(&device.message(&[7; 1000]));
+        assert_eq!(session.read(&mut buffer), Read::Data(1000));
+    }
+}
