@@ -7,7 +7,8 @@
 //! seconds have passed without a byte. The difference, divided by the number, is what
 //! one costs: allocator, runtime, tables and all; the kernel's buffers are not in it.
 //!
-//! `EXPROTO_BENCH_CONNECTIONS=5000`, `EXPROTO_BENCH_KINDS=tcp,ssl`.
+//! `EXPROTO_BENCH_CONNECTIONS=5000`, `EXPROTO_BENCH_KINDS=tcp,ssl,udp,dtls`; further variables for
+//! the gateway, such as those of an allocator: `EXPROTO_BENCH_ENV=NAME=VALUE,...`.
 
 #![allow(
     clippy::unwrap_used,
@@ -27,6 +28,7 @@ use std::time::Duration;
 
 use common::{Authority, Broker, Files, Handler, Plan, Process};
 use exproto_sidecar::tls;
+use openssl::ssl::{Ssl, SslContext, SslMethod, SslStream, SslVerifyMode};
 use tempfile::TempDir;
 use tokio::io::AsyncWriteExt;
 use tokio::net::{TcpStream, UdpSocket};
@@ -67,6 +69,38 @@ fn source(number: usize) -> SocketAddr {
     (Ipv4Addr::new(127, 0, 0, host), 0).into()
 }
 
+/// Datagrams as OpenSSL takes and gives them.
+struct Datagrams(std::net::UdpSocket);
+
+impl std::io::Read for Datagrams {
+    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
+        self.0.recv(buffer)
+    }
+}
+
+impl std::io::Write for Datagrams {
+    fn write(&mut self, datagram: &[u8]) -> std::io::Result<usize> {
+        self.0.send(datagram)
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+fn dtls_client(from: SocketAddr, to: SocketAddr) -> SslStream<Datagrams> {
+    let mut builder = SslContext::builder(SslMethod::dtls_client()).unwrap();
+    builder.set_verify(SslVerifyMode::NONE);
+    let mut ssl = Ssl::new(&builder.build()).unwrap();
+    ssl.set_mtu(1200).unwrap();
+    let socket = std::net::UdpSocket::bind(from).unwrap();
+    socket.connect(to).unwrap();
+    let mut stream = SslStream::new(ssl, Datagrams(socket)).unwrap();
+    stream.connect().unwrap();
+    stream.ssl_write(b"idle").unwrap();
+    stream
+}
+
 impl Bench {
     fn client(&self) -> Arc<ClientConfig> {
         let ca = self.authority.file();
@@ -80,6 +114,10 @@ impl Bench {
                 socket.connect(address).await.unwrap();
                 socket.send(b"idle").await.unwrap();
                 Box::new(socket)
+            }
+            "dtls" => {
+                let handshake = move || dtls_client(source(number), address);
+                Box::new(tokio::task::spawn_blocking(handshake).await.unwrap())
             }
             "ssl" => {
                 let stream = TcpStream::connect(address).await.unwrap();
@@ -116,7 +154,11 @@ impl Bench {
                 .set(&key(&format!("{tls}__CERTFILE")), &self.server.cert)
                 .set(&key(&format!("{tls}__KEYFILE")), &self.server.key);
         }
-        let process = Process::run(&plan);
+        let mut env = plan.env().to_vec();
+        let more = variable("ENV", "");
+        let more = more.split(',').filter_map(|pair| pair.split_once('='));
+        env.extend(more.map(|(name, value)| (name.to_owned(), value.to_owned())));
+        let process = Process::start(&[], &env);
         let admin = process.admin().await;
         admin.ready_until(200, "ready").await;
         let before = resident_kib(process.id());
@@ -158,7 +200,7 @@ fn main() {
         .enable_all()
         .build()
         .unwrap();
-    for kind in variable("KINDS", "tcp,ssl").split(',') {
+    for kind in variable("KINDS", "tcp,ssl,udp,dtls").split(',') {
         runtime.block_on(bench.run(kind));
     }
 }

@@ -80,8 +80,10 @@ fn begin<S: Socket>(
     id: ConnId,
     context: Arc<ListenerContext>,
 ) -> (Box<Driver<S>>, Entry, Span) {
+    // At debug every line tells whose it is. Above, the few that are about a connection
+    // name it themselves: a span takes half a kilobyte for as long as it lives.
     let span =
-        tracing::error_span!("connection", conn = %id, peer = %peer.peer, listener = %context.name);
+        tracing::debug_span!("connection", conn = %id, peer = %peer.peer, listener = %context.name);
     let handle = Handle::new(id, peer.peer, S::STREAM, context.clone());
     let entry = context.registry.enter(handle.clone());
     // A gateway that began to drain before this line has not seen the entry.
@@ -118,7 +120,8 @@ struct Driver<S> {
     context: Arc<ListenerContext>,
     sink: Arc<dyn EventSink>,
     caller: Arc<Caller>,
-    conninfo: proto::ConnInfo,
+    /// Until the handler is told.
+    conninfo: Option<Box<proto::ConnInfo>>,
     machine: Machine<Vec<Delivery>>,
     /// Inputs that were found together with the last one.
     inputs: VecDeque<Input<Vec<Delivery>>>,
@@ -131,7 +134,7 @@ struct Driver<S> {
     blocked: bool,
     peer_ended: bool,
     /// The end that was found behind bytes.
-    late_end: Option<Input<Vec<Delivery>>>,
+    late_end: Option<Box<Input<Vec<Delivery>>>>,
     messages_next: bool,
     client: Option<Arc<Client>>,
     rates: Option<Box<Rates>>,
@@ -146,7 +149,7 @@ impl<S: Socket> Driver<S> {
             socket: Some(socket),
             sink: context.handlers.assign(),
             caller: handle.caller().clone(),
-            conninfo: peer.to_proto(),
+            conninfo: Some(Box::new(peer.to_proto())),
             machine: Machine::start(context.settings.timeouts.clone(), now),
             inputs: VecDeque::new(),
             call: None,
@@ -223,7 +226,7 @@ impl<S: Socket> Driver<S> {
 
     fn start_call(&mut self, call: Call<Vec<Delivery>>) {
         let event = match call {
-            Call::Created => Event::SocketCreated(std::mem::take(&mut self.conninfo)),
+            Call::Created => Event::SocketCreated(*self.conninfo.take().unwrap_or_default()),
             Call::Bytes(bytes) => Event::ReceivedBytes(bytes),
             Call::Batch(batch) => {
                 let messages = batch.iter().map(|delivery| self.message(delivery));
@@ -333,7 +336,8 @@ impl<S: Socket> Driver<S> {
                 if self.context.draining.is_cancelled() {
                     tracing::debug!(%failure, "a callback failed");
                 } else {
-                    tracing::warn!(%failure, "a callback failed");
+                    let (conn, listener) = (self.handle.id(), &*self.context.name);
+                    tracing::warn!(%conn, listener, %failure, "a callback failed");
                 }
                 match failure {
                     CallFailure::Unavailable(_) => Outcome::Unavailable,
@@ -411,7 +415,7 @@ impl<S: Socket> Driver<S> {
 
     fn poll_receive(&mut self, cx: &mut Context<'_>) -> Poll<Input<Vec<Delivery>>> {
         if let Some(end) = self.late_end.take() {
-            return Poll::Ready(end);
+            return Poll::Ready(*end);
         }
         let bytes = loop {
             let bytes = match with_scratch(|scratch| self.read(cx, scratch)) {
@@ -488,7 +492,7 @@ impl<S: Socket> Driver<S> {
                 return Poll::Ready(Err(end));
             }
             // It comes after the bytes before it.
-            self.late_end = Some(end);
+            self.late_end = Some(Box::new(end));
             return Poll::Ready(Ok(long.into()));
         }
     }
@@ -535,7 +539,8 @@ impl<S: Socket> Driver<S> {
     /// know of it and has not been told.
     async fn after_panic(&mut self) {
         self.context.metrics.panics.increment(1);
-        tracing::error!("a fault of the gateway's ended this connection");
+        let (conn, listener) = (self.handle.id(), &*self.context.name);
+        tracing::error!(%conn, listener, "a fault of the gateway's ended this connection");
         self.end();
         self.call = None;
         self.batch.clear();

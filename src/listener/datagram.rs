@@ -9,7 +9,6 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
-use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
 use crate::admission::{AddressPermit, Admission, Permit, Refused};
@@ -17,7 +16,7 @@ use crate::connection::{self, ListenerContext};
 use crate::reload::Current;
 use crate::shard::Shard;
 use crate::tls::Subject;
-use crate::transport::dtls::{self, DtlsSocket, Gate, Look, Session};
+use crate::transport::dtls::{self, DtlsSocket, Gate, Handshakes, Look, Session};
 use crate::transport::udp::{self, Demux, Door, Stranger, UdpSocket, Verdict};
 use crate::transport::{Kind, PeerInfo};
 
@@ -88,12 +87,16 @@ impl DatagramListener {
                 Protocol::Dtls(dtls) => {
                     let used = dtls.context.get();
                     let gate = Gate::new((*used).clone(), Instant::now())?;
-                    let gate = Arc::new(Mutex::new(gate));
+                    let handshakes = Handshakes {
+                        gate: Mutex::new(gate),
+                        turns: dtls.handshakes,
+                        limit: dtls.handshake_timeout,
+                    };
                     let door = DtlsDoor {
                         entrance,
-                        dtls,
+                        newest: dtls.context,
                         used,
-                        gate,
+                        handshakes: Arc::new(handshakes),
                     };
                     receive(shard, socket, door, options, counters, tokens);
                 }
@@ -200,10 +203,10 @@ impl Door for PlainDoor {
 
 struct DtlsDoor {
     entrance: Entrance,
-    dtls: Dtls,
+    newest: Arc<Current<dtls::Context>>,
     /// The context that the gate has.
     used: Arc<dtls::Context>,
-    gate: Arc<Mutex<Gate>>,
+    handshakes: Arc<Handshakes>,
 }
 
 /// A device that has shown its address.
@@ -220,21 +223,22 @@ impl Door for DtlsDoor {
         if !self.entrance.permits(stranger) {
             return Verdict::Refuse;
         }
-        let mut gate = self.gate.lock().unwrap_or_else(PoisonError::into_inner);
+        let gate = self.handshakes.gate.lock();
+        let mut gate = gate.unwrap_or_else(PoisonError::into_inner);
         let shown = match gate.look(now, stranger.peer, stranger.datagram) {
             Look::Answer(answer) => return Verdict::Answer(answer),
             Look::Ignored => return Verdict::Refuse,
             Look::Shown(shown) => shown,
         };
         let metrics = &self.entrance.context.metrics;
-        let Ok(turn) = self.dtls.handshakes.clone().try_acquire_owned() else {
+        let Ok(turn) = self.handshakes.turns.clone().try_acquire_owned() else {
             metrics.refused("max_handshakes");
             return Verdict::Refuse;
         };
         let Some(room) = self.entrance.enter(stranger, now) else {
             return Verdict::Refuse;
         };
-        let newest = self.dtls.context.get();
+        let newest = self.newest.get();
         if !Arc::ptr_eq(&newest, &self.used) {
             gate.replace_context((*newest).clone());
             self.used = newest;
@@ -254,37 +258,51 @@ impl Door for DtlsDoor {
 
     fn enter(&mut self, socket: UdpSocket, accepted: Accepted) {
         let context = self.entrance.context.clone();
-        let mut info = self.entrance.info(Kind::Dtls, &socket);
-        let limit = self.dtls.handshake_timeout;
-        let mut socket = DtlsSocket::new(socket, accepted.session, self.gate.clone());
-        let (room, turn) = (accepted.room, accepted.turn);
+        let Accepted {
+            session,
+            room,
+            turn,
+        } = accepted;
+        let mut socket = DtlsSocket::new(socket, session, self.handshakes.clone());
+        let succession = socket.succession();
+        let begin = |socket: DtlsSocket, context: Arc<ListenerContext>| {
+            let (peer, local) = socket.addresses()?;
+            let certificate = socket.certificate().and_then(|der| Subject::of(der));
+            let info = PeerInfo {
+                kind: Kind::Dtls,
+                peer,
+                local,
+                certificate,
+            };
+            Some(Box::pin(connection::serve(socket, info, context)))
+        };
+        let context_of_enter = context.clone();
         let enter = async move {
             let _turn = turn;
+            let context = context_of_enter;
             // Somebody who has not become a connection is not waited for.
             let done = tokio::select! {
                 biased;
                 () = context.draining.cancelled() => return None,
-                done = timeout(limit, socket.handshake()) => done,
+                done = socket.handshake() => done,
             };
-            let failed = match done {
-                Ok(Ok(())) => {
-                    info.certificate = socket.certificate().and_then(|der| Subject::of(&der));
-                    return Some(Box::pin(connection::serve(socket, info, context)));
-                }
-                Ok(Err(error)) => error,
-                Err(_) => format!("not done within {limit:?}"),
+            let Err(error) = done else {
+                return begin(socket, context);
             };
             context.metrics.refused("handshake_failed");
-            let (listener, peer) = (&context.name, info.peer);
-            tracing::debug!(listener, %peer, failed, "connection refused");
+            let (listener, addresses) = (&context.name, socket.addresses());
+            tracing::debug!(listener, ?addresses, error, "connection refused");
             None
         };
         self.entrance.shard.spawn_connection(async move {
             let _room = room;
             // What the handshake takes is given back before the connection begins.
-            let entered = Box::pin(enter).await;
-            if let Some(connection) = entered {
-                connection.await;
+            let mut connection = Box::pin(enter).await;
+            while let Some(running) = connection {
+                running.await;
+                // A device that has begun anew meanwhile is another connection.
+                let next = succession.take();
+                connection = next.and_then(|socket| begin(socket, context.clone()));
             }
         });
     }

@@ -50,7 +50,7 @@ mod tests;
 pub use context::{ClientCertificates, Context, Options};
 pub use gate::{Gate, Look, Offer, Shown};
 pub use session::{PeerIdentity, Read, Session, WriteError};
-pub use socket::DtlsSocket;
+pub use socket::{DtlsSocket, Handshakes, Succession};
 
 use std::path::PathBuf;
 

@@ -1,13 +1,19 @@
 //! A DTLS session over a peer's end of UDP: the handshake, and the socket after it.
+//!
+//! A device that has lost its state begins anew from the same address. Whether it is
+//! the device shows only when its new handshake is done: until then both sessions hear
+//! what comes, and a recorded ClientHello ends nothing. Then the socket tells its end,
+//! and the new session waits in the [`Succession`] for whoever serves the peer.
 
 use std::future::{Future, poll_fn};
 use std::io::{self, IoSlice};
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll, ready};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::Sleep;
 
 use super::{Gate, Look, Read, Session, WriteError};
@@ -15,43 +21,98 @@ use crate::transport::scratch::with_scratch;
 use crate::transport::udp::UdpSocket;
 use crate::transport::{Received, Socket};
 
+/// What the handshakes of a listener on one shard share.
+#[derive(Debug)]
+pub struct Handshakes {
+    /// Knows which devices have shown their address.
+    pub gate: Mutex<Gate>,
+    /// Those that may be under way.
+    pub turns: Arc<Semaphore>,
+    /// The longest that one may take.
+    pub limit: Duration,
+}
+
+/// Where a device that has begun anew goes on.
+#[derive(Debug, Clone, Default)]
+pub struct Succession(Arc<Mutex<Option<DtlsSocket>>>);
+
+impl Succession {
+    /// The socket of the new session, after the last one was dropped.
+    pub fn take(&self) -> Option<DtlsSocket> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+}
+
 /// A device over DTLS. Dropping it forgets the peer, without a word to it.
+#[derive(Debug)]
 pub struct DtlsSocket {
-    udp: UdpSocket,
+    /// `None` only once it has been handed on.
+    udp: Option<UdpSocket>,
     session: Box<Session>,
-    /// For a device that begins anew from the same address.
-    gate: Arc<Mutex<Gate>>,
+    handshakes: Arc<Handshakes>,
+    next: Option<Box<Next>>,
+    succession: Succession,
     /// A datagram that the socket did not take yet.
     unsent: Option<Bytes>,
     /// Whether the message in hand is in the session already.
     written: bool,
 }
 
+/// The handshake of a device that begins anew.
+#[derive(Debug)]
+struct Next {
+    session: Box<Session>,
+    deadline: Pin<Box<Sleep>>,
+    _turn: OwnedSemaphorePermit,
+}
+
 impl DtlsSocket {
     /// A session whose gate has accepted the peer; the datagram it did so upon is the
     /// first that waits, and is known.
-    pub fn new(udp: UdpSocket, session: Box<Session>, gate: Arc<Mutex<Gate>>) -> Self {
+    pub fn new(udp: UdpSocket, session: Box<Session>, handshakes: Arc<Handshakes>) -> Self {
+        Self::over(Some(udp), session, handshakes, Succession::default())
+    }
+
+    fn over(
+        udp: Option<UdpSocket>,
+        session: Box<Session>,
+        handshakes: Arc<Handshakes>,
+        succession: Succession,
+    ) -> Self {
         Self {
             udp,
             session,
-            gate,
+            handshakes,
+            next: None,
+            succession,
             unsent: None,
             written: false,
         }
     }
 
-    /// Does the rest of the handshake. The caller limits the time; dropped half way
-    /// the peer is forgotten.
+    /// Where the peer goes on when it begins anew.
+    pub fn succession(&self) -> Succession {
+        self.succession.clone()
+    }
+
+    /// Does the rest of the handshake. Dropped half way the peer is forgotten.
     ///
     /// # Errors
     /// The reason, for the log.
     pub async fn handshake(&mut self) -> Result<(), String> {
-        // Known to the session.
-        poll_fn(|cx| with_scratch(|scratch| self.udp.poll_receive(cx, scratch)))
-            .await
-            .map_err(|error| error.to_string())?;
-        let mut timer: Option<Pin<Box<Sleep>>> = None;
-        poll_fn(|cx| self.poll_handshake(cx, &mut timer)).await
+        let limit = self.handshakes.limit;
+        let handshake = async {
+            // The first datagram is known to the session.
+            poll_fn(|cx| with_scratch(|scratch| self.udp()?.poll_receive(cx, scratch)))
+                .await
+                .map_err(|error| error.to_string())?;
+            let mut timer: Option<Pin<Box<Sleep>>> = None;
+            poll_fn(|cx| self.poll_handshake(cx, &mut timer)).await
+        };
+        match tokio::time::timeout(limit, handshake).await {
+            Ok(done) => done,
+            Err(_) => Err(format!("not done within {limit:?}")),
+        }
     }
 
     fn poll_handshake(
@@ -68,18 +129,20 @@ impl DtlsSocket {
                 let reason = self.session.failure().unwrap_or("the device gave up");
                 return Poll::Ready(Err(reason.to_owned()));
             }
-            let received = with_scratch(|scratch| match self.udp.poll_receive(cx, scratch) {
-                Poll::Ready(Ok(Received::Bytes(count))) => {
-                    self.session
-                        .receive(scratch.get(..count).unwrap_or_default());
-                    Poll::Ready(Ok(()))
-                }
-                Poll::Ready(Ok(Received::End)) => Poll::Ready(Ok(())),
-                Poll::Ready(Err(error)) => Poll::Ready(Err(error.to_string())),
-                Poll::Pending => Poll::Pending,
+            let received = with_scratch(|scratch| {
+                let received = self.udp()?.poll_receive(cx, scratch);
+                Poll::Ready(Ok::<_, io::Error>(match ready!(received)? {
+                    Received::Bytes(count) => {
+                        self.session
+                            .receive(scratch.get(..count).unwrap_or_default());
+                    }
+                    Received::End => {}
+                }))
             });
-            if received?.is_ready() {
-                continue;
+            match received {
+                Poll::Ready(Ok(())) => continue,
+                Poll::Ready(Err(error)) => return Poll::Ready(Err(error.to_string())),
+                Poll::Pending => {}
             }
             // What is not on its way yet needs no second time.
             ready!(sent);
@@ -94,19 +157,32 @@ impl DtlsSocket {
         }
     }
 
-    /// The certificate that the device has shown, in DER.
-    pub fn certificate(&self) -> Option<Bytes> {
-        self.session.peer()?.certificate.clone()
+    /// The device's address and the one it reached.
+    pub fn addresses(&self) -> Option<(std::net::SocketAddr, std::net::SocketAddr)> {
+        let udp = self.udp.as_ref()?;
+        Some((udp.peer_addr(), udp.local_addr()))
     }
 
-    /// Sends all that the session has to send.
+    /// The certificate that the device has shown, in DER.
+    pub fn certificate(&self) -> Option<&Bytes> {
+        self.session.peer()?.certificate.as_ref()
+    }
+
+    fn udp(&mut self) -> io::Result<&mut UdpSocket> {
+        let handed_on = || io::Error::from(io::ErrorKind::NotConnected);
+        self.udp.as_mut().ok_or_else(handed_on)
+    }
+
+    /// Sends all that the sessions have to send.
     fn poll_transmit(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         loop {
             let next = self.unsent.take();
-            let Some(datagram) = next.or_else(|| self.session.next_datagram()) else {
+            let next = next.or_else(|| self.session.next_datagram());
+            let next = next.or_else(|| self.next.as_mut()?.session.next_datagram());
+            let Some(datagram) = next else {
                 return Poll::Ready(Ok(()));
             };
-            match self.udp.poll_send(cx, &[IoSlice::new(&datagram)]) {
+            match self.udp()?.poll_send(cx, &[IoSlice::new(&datagram)]) {
                 Poll::Ready(result) => result.map(|_| ())?,
                 Poll::Pending => {
                     self.unsent = Some(datagram);
@@ -116,23 +192,71 @@ impl DtlsSocket {
         }
     }
 
-    /// A datagram came. True when the device has begun anew, and shown that it is it:
-    /// this session is over, and the device's next attempt makes another.
-    fn take(&mut self, datagram: &[u8]) -> bool {
-        if !self.session.is_restart(datagram) {
-            self.session.receive(datagram);
-            return false;
+    /// A datagram came: for the session, for the one that may follow it, or to begin
+    /// that one.
+    fn take(&mut self, datagram: &[u8]) {
+        if let Some(next) = &mut self.next {
+            next.session.receive(datagram);
         }
-        let mut gate = self.gate.lock().unwrap_or_else(PoisonError::into_inner);
-        match gate.look(Instant::now(), self.udp.peer_addr(), datagram) {
-            Look::Shown(_) => true,
+        self.session.receive(datagram);
+        let is_new = |session: &Session| session.is_restart(datagram);
+        let knows = self
+            .next
+            .as_ref()
+            .is_some_and(|next| !is_new(&next.session));
+        if knows || !is_new(&self.session) {
+            return;
+        }
+        let Some(peer) = self.udp.as_ref().map(UdpSocket::peer_addr) else {
+            return;
+        };
+        let gate = self.handshakes.gate.lock();
+        let mut gate = gate.unwrap_or_else(PoisonError::into_inner);
+        let shown = match gate.look(Instant::now(), peer, datagram) {
+            Look::Shown(shown) => shown,
             Look::Answer(answer) => {
-                // Lost where the socket is full: the device asks again.
+                // Lost where something else waits: the device asks again.
                 self.unsent.get_or_insert(answer);
-                false
+                return;
             }
-            Look::Ignored => false,
+            Look::Ignored => return,
+        };
+        let Ok(turn) = self.handshakes.turns.clone().try_acquire_owned() else {
+            return;
+        };
+        self.next = gate.accept(&shown).map(|session| {
+            Box::new(Next {
+                session,
+                deadline: Box::pin(tokio::time::sleep(self.handshakes.limit)),
+                _turn: turn,
+            })
+        });
+    }
+
+    /// Whether the device has begun anew, and shown that it is it.
+    fn poll_next(&mut self, cx: &mut Context<'_>) -> bool {
+        let Some(next) = &mut self.next else {
+            return false;
+        };
+        let over = next.deadline.as_mut().poll(cx).is_ready();
+        let is_done = next.session.is_established();
+        if next.session.is_closed() || (over && !is_done) {
+            self.next = None;
         }
+        is_done
+    }
+}
+
+impl Drop for DtlsSocket {
+    fn drop(&mut self) {
+        let next = self.next.take().filter(|n| n.session.is_established());
+        let (Some(next), Some(udp)) = (next, self.udp.take()) else {
+            return;
+        };
+        let (handshakes, succession) = (self.handshakes.clone(), self.succession.clone());
+        let socket = Self::over(Some(udp), next.session, handshakes, succession.clone());
+        let place = succession.0.lock();
+        *place.unwrap_or_else(PoisonError::into_inner) = Some(socket);
     }
 }
 
@@ -156,21 +280,21 @@ impl Socket for DtlsSocket {
                 }
                 Read::Pending => {}
             }
-            // Not waited for: more may come that is worth more.
+            // Not waited for: what may come is worth more.
             let _ = self.poll_transmit(cx)?;
-            // The buffer serves both: what is in it is copied by the session.
-            let count = match ready!(self.udp.poll_receive(cx, buffer))? {
-                Received::Bytes(count) => count,
-                Received::End => return Poll::Ready(Ok(Received::End)),
-            };
-            if self.take(buffer.get(..count).unwrap_or_default()) {
+            if self.poll_next(cx) {
                 return Poll::Ready(Ok(Received::End));
+            }
+            // The buffer serves both: what is in it is copied by the session.
+            match ready!(self.udp()?.poll_receive(cx, buffer))? {
+                Received::Bytes(count) => self.take(buffer.get(..count).unwrap_or_default()),
+                Received::End => return Poll::Ready(Ok(Received::End)),
             }
         }
     }
 
-    /// Sends the first chunk as one record. One that is too large for a record, and an
-    /// empty one, which DTLS cannot tell from none, are dropped and logged.
+    /// Sends the first chunk as one record. One that is too large for a record is
+    /// dropped and logged.
     fn poll_send(
         &mut self,
         cx: &mut Context<'_>,
@@ -179,30 +303,30 @@ impl Socket for DtlsSocket {
         let Some(message) = chunks.first() else {
             return Poll::Ready(Ok(0));
         };
-        loop {
-            if !self.written {
-                match self.session.write(message) {
-                    Ok(()) => self.written = true,
-                    Err(WriteError::Full) => {
-                        ready!(self.poll_transmit(cx))?;
-                        continue;
-                    }
-                    Err(error @ WriteError::TooLarge { .. }) => {
-                        tracing::warn!(bytes = message.len(), %error, "not sent to the device");
-                        return Poll::Ready(Ok(message.len()));
-                    }
-                    Err(error) => return Poll::Ready(Err(io::Error::other(error.to_string()))),
+        while !self.written {
+            match self.session.write(message) {
+                Ok(()) => self.written = true,
+                Err(WriteError::Full) => ready!(self.poll_transmit(cx))?,
+                Err(error @ WriteError::TooLarge { .. }) => {
+                    let (addresses, bytes) = (self.addresses(), message.len());
+                    tracing::warn!(?addresses, bytes, %error, "not sent to the device");
+                    return Poll::Ready(Ok(message.len()));
                 }
+                Err(error) => return Poll::Ready(Err(io::Error::other(error.to_string()))),
             }
-            ready!(self.poll_transmit(cx))?;
-            self.written = false;
-            return Poll::Ready(Ok(message.len()));
         }
+        ready!(self.poll_transmit(cx))?;
+        self.written = false;
+        Poll::Ready(Ok(message.len()))
     }
 
-    /// Sends a close_notify.
+    /// Sends a close_notify, unless the device has begun anew: it knows no more of the
+    /// session that ends.
     fn poll_finish(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        self.session.close();
+        let next = self.next.as_ref();
+        if !next.is_some_and(|next| next.session.is_established()) {
+            self.session.close();
+        }
         self.poll_transmit(cx)
     }
 

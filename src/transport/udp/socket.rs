@@ -48,6 +48,14 @@ impl UdpSocket {
     }
 }
 
+impl std::fmt::Debug for UdpSocket {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("UdpSocket")
+            .field("peer", &self.peer_addr())
+            .finish_non_exhaustive()
+    }
+}
+
 impl Drop for UdpSocket {
     fn drop(&mut self) {
         if self.blocked {
