@@ -2,10 +2,11 @@
 //!
 //! Method: the gateway runs as a program of its own, beside a real Mosquitto and a
 //! handler that takes every callback. Its resident set (VmRSS of /proc/PID/status) is
-//! read when it is ready and nobody is connected, and again when CONNECTIONS devices
-//! are connected, each has sent four bytes and the handler has taken them all, and five
-//! seconds have passed without a byte. The difference, divided by the number, is what
-//! one costs: allocator, runtime, tables and all; the kernel's buffers are not in it.
+//! read when FIRST devices are connected, and again when CONNECTIONS more are: each
+//! has sent four bytes, the handler has taken them all, and twenty seconds have passed
+//! without a byte. The difference, divided by the number, is what one costs: allocator,
+//! runtime, tables and all. The kernel's buffers are not in it, nor is what is there
+//! once whatever the number, such as buffers of the threads.
 //!
 //! `EXPROTO_BENCH_CONNECTIONS=5000`, `EXPROTO_BENCH_KINDS=tcp,ssl,udp,dtls`; further variables for
 //! the gateway, such as those of an allocator: `EXPROTO_BENCH_ENV=NAME=VALUE,...`.
@@ -40,7 +41,10 @@ use tokio_rustls::rustls::pki_types::ServerName;
 const AT_ONCE: usize = 50;
 
 /// How long nothing happens before the memory is read.
-const IDLE: Duration = Duration::from_secs(5);
+const IDLE: Duration = Duration::from_secs(20);
+
+/// Devices that are there before it is measured.
+const FIRST: usize = 500;
 
 /// What keeps a connection open.
 type Kept = Box<dyn std::any::Any + Send>;
@@ -161,21 +165,24 @@ impl Bench {
         let process = Process::start(&[], &env);
         let admin = process.admin().await;
         admin.ready_until(200, "ready").await;
-        let before = resident_kib(process.id());
         let address = (Ipv4Addr::LOCALHOST, port).into();
-        let mut kept = Vec::new();
-        for first in (0..self.connections).step_by(AT_ONCE) {
-            let numbers = first..self.connections.min(first + AT_ONCE);
-            let opened = numbers.map(|number| self.open(kind, address, number));
-            kept.extend(futures_util::future::join_all(opened).await);
-        }
         let received = format!("exproto_received_bytes_total{{listener=\"{kind}.default\"}}");
-        let all = 4.0 * self.connections as f64 - 0.5;
-        admin.metric_until(&received, |bytes| bytes > all).await;
         let busy = "exproto_callbacks_in_flight{handler=\"default\"}";
-        admin.metric_until(busy, |calls| calls < 0.5).await;
-        tokio::time::sleep(IDLE).await;
-        let after = resident_kib(process.id());
+        let mut kept = Vec::new();
+        let mut resident = Vec::new();
+        for total in [FIRST, FIRST + self.connections] {
+            for first in (kept.len()..total).step_by(AT_ONCE) {
+                let numbers = first..total.min(first + AT_ONCE);
+                let opened = numbers.map(|number| self.open(kind, address, number));
+                kept.extend(futures_util::future::join_all(opened).await);
+            }
+            let all = 4.0 * total as f64 - 0.5;
+            admin.metric_until(&received, |bytes| bytes > all).await;
+            admin.metric_until(busy, |calls| calls < 0.5).await;
+            tokio::time::sleep(IDLE).await;
+            resident.push(resident_kib(process.id()));
+        }
+        let (before, after) = (resident[0], resident[1]);
         let each = (after - before) as f64 / self.connections as f64;
         println!(
             "{kind:>5}: {each:.2} KiB a connection ({} idle, {before} -> {after} KiB resident)",

@@ -22,6 +22,7 @@ pub mod gateway;
 pub mod handler;
 pub mod id;
 pub mod listener;
+mod memory;
 pub mod metrics;
 pub mod options;
 pub mod proto;

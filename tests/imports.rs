@@ -183,6 +183,7 @@ fn imports_point_down_the_layers() {
             "admission",
             "config",
             "id",
+            "memory",
             "metrics",
             "rate",
             "reload",

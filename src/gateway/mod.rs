@@ -31,6 +31,7 @@ use crate::connection::command::Commands;
 use crate::handler::client::Pool;
 use crate::handler::link::Link;
 use crate::id::{NodeTag, ShardId};
+use crate::memory;
 use crate::metrics::{AdapterMetrics, BrokerMetrics, HandlerMetrics, Metrics};
 use crate::options;
 use crate::shard::{Shard, ShardThread};
@@ -38,6 +39,9 @@ use build::{Build, Sockets};
 
 /// How often histograms are tidied; what is recorded between waits in memory.
 const METRICS_UPKEEP: Duration = Duration::from_secs(5);
+
+/// How often memory that is free is given back.
+const TIDY: Duration = Duration::from_secs(15);
 
 /// How often start-up looks whether everything is there.
 const READY_POLL: Duration = Duration::from_millis(20);
@@ -478,10 +482,12 @@ async fn accept_handlers(
 async fn upkeep(metrics: Metrics, stop: CancellationToken) {
     let handle = metrics.handle();
     let mut ticks = tokio::time::interval(METRICS_UPKEEP);
+    let mut tidies = tokio::time::interval(TIDY);
     loop {
         tokio::select! {
             () = stop.cancelled() => return,
             _ = ticks.tick() => handle.run_upkeep(),
+            _ = tidies.tick() => memory::tidy(),
         }
     }
 }
