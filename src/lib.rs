@@ -18,6 +18,8 @@ pub mod admission;
 pub mod broker;
 pub mod config;
 pub mod connection;
+#[doc(hidden)]
+pub mod fuzzing;
 pub mod gateway;
 pub mod handler;
 pub mod id;

@@ -208,6 +208,11 @@ impl Mountpoint {
         TopicName::parse(prefix).map(|name| Self(name.0.into()))
     }
 
+    /// What topics on the broker begin with; empty without a mountpoint.
+    pub fn prefix(&self) -> &str {
+        &self.0
+    }
+
     /// The topic on the broker.
     pub fn mount(&self, topic: &TopicName) -> Result<TopicName, TopicError> {
         if self.0.is_empty() {

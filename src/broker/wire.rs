@@ -4,6 +4,7 @@
 //! which version carries them; `v5` and `v4` are the two files that name rumqttc,
 //! whose codecs do the work. Another codec is a change in one place.
 
+pub(crate) mod fuzzing;
 mod v4;
 mod v5;
 

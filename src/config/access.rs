@@ -189,6 +189,11 @@ impl AccessRules {
             .is_none_or(|rule| rule.action == Action::Allow)
     }
 
+    /// As an environment variable has them; `None` where one is none.
+    pub fn parse(text: &str) -> Option<Self> {
+        Self::from_text(text).ok()
+    }
+
     /// The rules in order.
     pub fn rules(&self) -> &[AccessRule] {
         &self.0

@@ -2,6 +2,8 @@
 //!
 //! <https://www.haproxy.org/download/3.0/doc/proxy-protocol.txt>
 
+pub(crate) mod fuzzing;
+
 use std::io;
 use std::net::SocketAddr;
 
