@@ -237,6 +237,8 @@ def mqtt():
     for target in ["mqtt311", "mqtt5"]:
         seed(target, "too-large", large)
     seed("mqtt311", "too-large-without-id", b"\x01" + packet(0x32, string(b"a/b") + b"\0\0" + b"x" * 200))
+    seed("mqtt311", "too-large-of-qos-3", b"\x01" + packet(0x36, string(b"a/b") + b"\0\1" + b"x" * 200))
+    seed("mqtt311", "too-large-topic-too-long", b"\x01" + packet(0x30, b"\1\0" + b"x" * 200) + b"x" * 300)
     # As mochi, EMQX and RabbitMQ send them; see the tests of src/broker/wire/.
     for name, packets in {
         "identifiers": b"2\x14\0\3a/b\0\1\x0b\2\0\1Q\x80\x0b\1\x0b\2\x0b\3x",

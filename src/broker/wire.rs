@@ -215,7 +215,7 @@ impl Decoder {
         }
         match self.protocol {
             Protocol::V5 => v5::decode(buffer, self.max_packet_size),
-            Protocol::V4 => match v4::fit(buffer, self.max_packet_size) {
+            Protocol::V4 => match v4::fit(buffer, self.max_packet_size)? {
                 v4::Fit::Fits => v4::decode(buffer, self.max_packet_size),
                 v4::Fit::Unread => Ok(None),
                 v4::Fit::TooLarge(publish, size) => {
