@@ -10,7 +10,7 @@
 //! Imports point one way: `gateway` builds `listener`, `adapter` and `admin`; those
 //! use `connection`; that uses `transport`, `handler` and `broker`, which know
 //! nothing of it or of each other; at the bottom are `config`, `id`, `metrics`,
-//! `rate`, `proto`.
+//! `rate`, `proto`. `fuzzing` is on top of them all and in no part of the program.
 
 pub mod adapter;
 pub mod admin;

@@ -154,7 +154,6 @@ impl Device {
 
     /// The datagram that carries this message.
     pub fn message(&mut self, message: &[u8]) -> Bytes {
-        // OpenSSL writes no empty message.
         self.stream.ssl_write(message).unwrap();
         self.next_datagram().unwrap()
     }

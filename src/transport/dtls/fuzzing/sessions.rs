@@ -7,7 +7,7 @@ use bytes::Bytes;
 
 use super::device::{Device, SUITES, context, read};
 use super::{PEER, Records, steps, unfinished};
-use crate::transport::dtls::{Gate, Offer, Read, Session};
+use crate::transport::dtls::{Gate, MAX_MESSAGE, Offer, Read, Session};
 
 /// A device and its session, the address shown and nothing else.
 fn begun(suite: u8) -> (Device, Box<Session>) {
@@ -119,16 +119,19 @@ pub fn dtls_session(bytes: &[u8]) {
     assert!(exchange(&mut device, &mut session), "{session:?}");
     let mut last = None;
     for (what, data) in steps(bytes).take(40) {
+        let message = &data[..data.len().min(MAX_MESSAGE)];
         match what % 6 {
             0 => without_effect(&mut session, data),
+            // OpenSSL, the device here, neither sends nor shows empty messages.
+            1 | 3 if data.is_empty() => {}
             1 => {
-                let datagram = device.message(data);
+                let datagram = device.message(message);
                 let other = changed(&datagram, data);
                 if other != datagram[..] {
                     without_effect(&mut session, &other);
                 }
                 session.receive(&datagram);
-                assert_eq!(read(&mut session).unwrap(), data);
+                assert_eq!(read(&mut session).unwrap(), message);
                 last = Some(datagram);
             }
             2 => {
@@ -137,9 +140,9 @@ pub fn dtls_session(bytes: &[u8]) {
                 }
             }
             3 => {
-                session.write(data).unwrap();
+                session.write(message).unwrap();
                 device.receive(&session.next_datagram().unwrap());
-                assert_eq!(device.read().unwrap(), data);
+                assert_eq!(device.read().unwrap(), message);
             }
             // Behind records that are none of its own, in one datagram.
             4 if Records(data).map(<[u8]>::len).sum::<usize>() == data.len() => {
