@@ -19,6 +19,10 @@ chaos:
 brokers *names:
     scripts/brokers.sh {{names}}
 
+# Fuzzes a target, or all of them, for so many seconds each.
+fuzz target="all" seconds="60":
+    scripts/fuzz.sh {{target}} {{seconds}}
+
 # The fast part of the tests.
 unit:
     cargo test --lib --test config --test machine

@@ -10,7 +10,7 @@
 //! Imports point one way: `gateway` builds `listener`, `adapter` and `admin`; those
 //! use `connection`; that uses `transport`, `handler` and `broker`, which know
 //! nothing of it or of each other; at the bottom are `config`, `id`, `metrics`,
-//! `rate`, `proto`.
+//! `rate`, `proto`. `fuzzing` is on top of them all and in no part of the program.
 
 pub mod adapter;
 pub mod admin;
@@ -18,6 +18,8 @@ pub mod admission;
 pub mod broker;
 pub mod config;
 pub mod connection;
+#[doc(hidden)]
+pub mod fuzzing;
 pub mod gateway;
 pub mod handler;
 pub mod id;

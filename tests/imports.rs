@@ -174,7 +174,7 @@ fn imports_point_down_the_layers() {
     const LAYERS: &[&[&str]] = &[
         &["main"],
         &["quickstart"],
-        &["gateway"],
+        &["gateway", "fuzzing"],
         &["options", "shard"],
         &["listener", "adapter", "admin"],
         &["connection"],

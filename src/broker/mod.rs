@@ -39,6 +39,7 @@ pub use member::{AckOnDrop, LinkState};
 pub use pool::{Broker, BrokerTasks, Subscription};
 use topic::TopicName;
 pub use wire::Protocol;
+pub(crate) use wire::fuzzing;
 
 /// Quality of service (MQTT 5, 4.3).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]

@@ -208,6 +208,11 @@ impl Mountpoint {
         TopicName::parse(prefix).map(|name| Self(name.0.into()))
     }
 
+    /// What topics on the broker begin with; empty without a mountpoint.
+    pub fn prefix(&self) -> &str {
+        &self.0
+    }
+
     /// The topic on the broker.
     pub fn mount(&self, topic: &TopicName) -> Result<TopicName, TopicError> {
         if self.0.is_empty() {
@@ -217,12 +222,20 @@ impl Mountpoint {
     }
 
     /// The filter on the broker; the group of a shared subscription stays in front.
+    ///
+    /// # Errors
+    /// A mountpoint and a filter that only together read `$share/<group>/` are refused:
+    /// a client id such as `$share` must not lead to topics outside of the mountpoint.
     pub fn mount_filter(&self, filter: &TopicFilter) -> Result<TopicFilter, TopicError> {
         if self.0.is_empty() {
             return Ok(filter.clone());
         }
         let (share, rest) = filter.text.split_at(filter.start);
-        TopicFilter::parse(&format!("{share}{}{rest}", self.0))
+        let mounted = TopicFilter::parse(&format!("{share}{}{rest}", self.0))?;
+        if mounted.start != filter.start {
+            return Err(TopicError::Share);
+        }
+        Ok(mounted)
     }
 
     /// The topic as the handler knows it.
@@ -338,6 +351,14 @@ mod tests {
             assert!(Mountpoint::resolve("t/${clientid}/", clientid, "").is_err());
         }
         assert!(Mountpoint::resolve("t/", "+", "").is_ok());
+        for (template, clientid, filter) in [
+            ("${clientid}/", "$share", "g/victim/#"),
+            ("${clientid}", "$sha", "re/g/victim/#"),
+        ] {
+            let mount = Mountpoint::resolve(template, clientid, "").unwrap();
+            let filter = TopicFilter::parse(filter).unwrap();
+            assert_eq!(mount.mount_filter(&filter), Err(TopicError::Share));
+        }
     }
 
     proptest! {

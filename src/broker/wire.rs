@@ -4,6 +4,7 @@
 //! which version carries them; `v5` and `v4` are the two files that name rumqttc,
 //! whose codecs do the work. Another codec is a change in one place.
 
+pub(crate) mod fuzzing;
 mod v4;
 mod v5;
 
@@ -214,7 +215,7 @@ impl Decoder {
         }
         match self.protocol {
             Protocol::V5 => v5::decode(buffer, self.max_packet_size),
-            Protocol::V4 => match v4::fit(buffer, self.max_packet_size) {
+            Protocol::V4 => match v4::fit(buffer, self.max_packet_size)? {
                 v4::Fit::Fits => v4::decode(buffer, self.max_packet_size),
                 v4::Fit::Unread => Ok(None),
                 v4::Fit::TooLarge(publish, size) => {

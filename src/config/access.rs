@@ -4,7 +4,7 @@ use std::fmt;
 use std::net::IpAddr;
 
 use figment::value::Value;
-use ipnet::IpNet;
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
 use super::value::{
     ConfigValue, Rejected, list_from_text, list_from_value, list_to_text, list_to_toml,
@@ -133,8 +133,21 @@ fn peers(peers: &str) -> Option<Peers> {
     } else if let Some(address) = address(peers) {
         Peers::Net(IpNet::from(address))
     } else {
-        Peers::Net(peers.parse().ok()?)
+        Peers::Net(canonical(peers.parse().ok()?))
     })
+}
+
+/// A network of IPv4-mapped addresses is one of IPv4: peers are compared as that, and a
+/// rule that never counts would be no rule.
+fn canonical(net: IpNet) -> IpNet {
+    let ipv4 = |net: Ipv6Net| {
+        let length = net.prefix_len().checked_sub(96)?;
+        Ipv4Net::new(net.addr().to_ipv4_mapped()?, length).ok()
+    };
+    match net {
+        IpNet::V4(_) => net,
+        IpNet::V6(wide) => ipv4(wide).map_or(net, IpNet::V4),
+    }
 }
 
 /// Addresses of peers.
@@ -187,6 +200,11 @@ impl AccessRules {
             .iter()
             .find(|rule| rule.peers.contains(peer))
             .is_none_or(|rule| rule.action == Action::Allow)
+    }
+
+    /// As an environment variable has them; `None` where one is none.
+    pub fn parse(text: &str) -> Option<Self> {
+        Self::from_text(text).ok()
     }
 
     /// The rules in order.
@@ -246,6 +264,8 @@ mod tests {
     fn mapped_addresses_count_as_ipv4() {
         assert!(!permits("deny 10.0.0.0/8", "::ffff:10.0.0.2"));
         assert!(!permits("deny ::ffff:10.0.0.2", "10.0.0.2"));
+        assert!(!permits("deny ::ffff:10.0.0.0/104", "10.0.0.2"));
+        assert!(permits("deny ::ffff:10.0.0.0/104", "11.0.0.2"));
     }
 
     #[test]

@@ -4,6 +4,7 @@
 //! else.
 
 mod choice;
+pub(crate) mod fuzzing;
 mod subject;
 
 use std::path::{Path, PathBuf};

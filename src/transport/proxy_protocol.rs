@@ -2,6 +2,8 @@
 //!
 //! <https://www.haproxy.org/download/3.0/doc/proxy-protocol.txt>
 
+pub(crate) mod fuzzing;
+
 use std::io;
 use std::net::SocketAddr;
 
@@ -77,7 +79,9 @@ fn parse(buffer: &mut BytesMut) -> Result<Option<Announced>, Error> {
 /// The parser takes some beginnings of a good line for bad ones, so it gets only
 /// whole lines.
 fn parse_v1(buffer: &mut BytesMut) -> Result<Option<Announced>, Error> {
-    let Some(end) = buffer.windows(2).position(|pair| pair == b"\r\n") else {
+    // The same whether a line that is too long comes at once or in pieces.
+    let start = buffer.get(..MAX_V1).unwrap_or(buffer);
+    let Some(end) = start.windows(2).position(|pair| pair == b"\r\n") else {
         return if buffer.len() >= MAX_V1 {
             Err(Error::TooLong)
         } else {
@@ -222,6 +226,8 @@ mod tests {
         }
         let endless = [b"PROXY TCP4 ".to_vec(), vec![b'1'; 5000]].concat();
         assert!(read_all(&endless).await.is_err());
+        let long = [&b"PROXY UNKNOWN "[..], &[b'1'; 200], b"\r\n"].concat();
+        assert!(matches!(read_all(&long).await, Err(Error::TooLong)));
         let huge = v2(1, 0x11, &vec![0; 60_000]);
         assert!(matches!(read_all(&huge).await, Err(Error::TooLong)));
         assert!(matches!(read_all(b"PROXY").await, Err(Error::Io(_))));

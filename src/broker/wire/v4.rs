@@ -67,54 +67,61 @@ pub(super) enum Fit {
 
 /// Looks at what comes next. In 3.1.1 the broker cannot be told what we take, and a
 /// link that broke upon a message would break upon it for ever: it is sent again.
-pub(super) fn fit(buffer: &[u8], max_packet_size: u32) -> Fit {
+pub(super) fn fit(buffer: &[u8], max_packet_size: u32) -> Result<Fit, WireError> {
     let limit = usize::try_from(max_packet_size).unwrap_or(usize::MAX);
     let size = match mqttbytes::check(buffer.iter(), usize::MAX) {
         Ok(header) => header.frame_length(),
         Err(mqttbytes::Error::InsufficientBytes(missing)) => buffer.len() + missing,
         // For `decode` to tell.
-        Err(_) => return Fit::Fits,
+        Err(_) => return Ok(Fit::Fits),
     };
-    match buffer.first() {
-        Some(first) if first >> 4 == 3 && size > limit => match head(*first, buffer) {
+    Ok(match buffer.first() {
+        Some(first) if first >> 4 == 3 && size > limit => match head(*first, buffer, size)? {
             Some(publish) => Fit::TooLarge(publish, size),
             None => Fit::Unread,
         },
         _ => Fit::Fits,
-    }
+    })
 }
 
-/// A publish without its payload, when its head is there.
-fn head(first: u8, buffer: &[u8]) -> Option<InboundPublish> {
-    let length_bytes = buffer.iter().skip(1).take_while(|byte| **byte >= 0x80);
-    let mut rest = buffer.get(length_bytes.count() + 2..)?;
-    let mut take = |count: usize| rest.split_off(..count);
+/// A publish of so many bytes without its payload, when its head is there. A head that
+/// is not valid is told at once: nothing behind it can be waited for or skipped.
+fn head(first: u8, buffer: &[u8], size: usize) -> Result<Option<InboundPublish>, WireError> {
     let number = |bytes: &[u8]| {
         bytes
             .iter()
             .fold(0, |all, byte| all << 8 | u16::from(*byte))
     };
-    let length = take(2).map(number)?;
-    let topic = Bytes::copy_from_slice(take(usize::from(length))?);
-    let qos = match first >> 1 & 3 {
-        0 => QoS::AtMostOnce,
-        1 => QoS::AtLeastOnce,
-        _ => QoS::ExactlyOnce,
+    let qos = QoS::from_number(u32::from(first >> 1 & 3));
+    let qos = qos.ok_or_else(|| invalid("a PUBLISH of QoS 3"))?;
+    let length_bytes = buffer.iter().skip(1).take_while(|byte| **byte >= 0x80);
+    let start = length_bytes.count() + 4;
+    let Some(length) = buffer.get(start - 2..start).map(number) else {
+        return Ok(None);
     };
-    let pkid = match qos {
-        QoS::AtMostOnce => 0,
-        _ => take(2).map(number)?,
+    let length = usize::from(length);
+    let end = start + length + if qos == QoS::AtMostOnce { 0 } else { 2 };
+    if end > size {
+        return Err(invalid("a truncated packet"));
+    }
+    let Some(head) = buffer.get(start..end) else {
+        return Ok(None);
     };
-    Some(InboundPublish {
+    let (topic, pkid) = head.split_at(length);
+    let pkid = number(pkid);
+    if pkid == 0 && qos != QoS::AtMostOnce {
+        return Err(invalid("a PUBLISH without a packet id"));
+    }
+    Ok(Some(InboundPublish {
         dup: first & 8 != 0,
         retain: first & 1 != 0,
         qos,
         pkid,
-        topic,
+        topic: Bytes::copy_from_slice(topic),
         payload: Bytes::new(),
         user_properties: Vec::new(),
         subscription_ids: Vec::new(),
-    })
+    }))
 }
 
 /// The next whole packet off `buffer`; `None` until one is there.
@@ -401,6 +408,17 @@ mod tests {
         assert!(refusal.denied);
         assert_eq!(&two[..], b"\xd0");
         assert!(matches!(decode_all(b"\x90\x03\x00\x07"), Ok(None)));
+    }
+
+    #[test]
+    fn a_publish_too_large_with_a_bad_head_is_an_error() {
+        for head in [
+            &b"\x36\xc8\x01\0\x01t\0\x01"[..],
+            b"\x32\xc8\x01\0\x01t\0\0",
+            b"\x30\xc8\x01\x01\0",
+        ] {
+            assert!(fit(head, 64).is_err(), "{head:?}");
+        }
     }
 
     #[test]

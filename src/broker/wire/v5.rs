@@ -68,6 +68,7 @@ pub(super) fn decode(
 ) -> Result<Option<Inbound>, WireError> {
     // The codec wants properties behind a DISCONNECT; MQTT 5 (3.14.2.1) lets them go.
     if buffer.starts_with(&[0xE0, 0x00]) {
+        buffer.advance(2);
         let notice = DisconnectNotice {
             reason: "normal disconnection".to_owned(),
             taken_over: false,

@@ -36,6 +36,7 @@
 mod context;
 mod cookie;
 mod ffi;
+pub(crate) mod fuzzing;
 mod gate;
 mod hello;
 mod psk;

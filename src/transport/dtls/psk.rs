@@ -61,6 +61,11 @@ impl Keys {
         Ok(Self(keys))
     }
 
+    /// Every identity with its key.
+    pub fn all(&self) -> impl Iterator<Item = (&[u8], &[u8])> {
+        self.0.iter().map(|(identity, key)| (&**identity, &**key))
+    }
+
     pub fn get(&self, identity: &[u8]) -> Option<&[u8]> {
         self.0.get(identity).map(AsRef::as_ref)
     }
