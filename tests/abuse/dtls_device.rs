@@ -20,10 +20,24 @@ pub struct DtlsDevice {
 pub struct Wire {
     pub socket: UdpSocket,
     pub sent: Vec<Vec<u8>>,
+    /// Hears nothing once it has shown its address.
+    stops: bool,
+}
+
+impl Wire {
+    /// Whether a ClientHello with a cookie went out: message 1 (RFC 6347, 4.2.2).
+    fn has_shown_its_address(&self) -> bool {
+        const HELLO: u8 = 1;
+        let shows = |datagram: &Vec<u8>| datagram[13] == HELLO && datagram[17..19] == [0, 1];
+        self.sent.iter().any(shows)
+    }
 }
 
 impl Read for Wire {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        if self.stops && self.has_shown_its_address() {
+            return Err(io::ErrorKind::WouldBlock.into());
+        }
         self.socket.recv(buffer)
     }
 }
@@ -56,6 +70,7 @@ impl DtlsDevice {
         let wire = Wire {
             socket,
             sent: Vec::new(),
+            stops: false,
         };
         Self {
             stream: SslStream::new(ssl, wire).unwrap(),
@@ -83,16 +98,12 @@ impl DtlsDevice {
     /// Does the cookie exchange; the answer to the second ClientHello is not read.
     pub fn show_address(&mut self) {
         let begun = Instant::now();
-        self.wire().socket.set_nonblocking(true).unwrap();
-        while self.wire().sent.len() < 2 {
+        self.wire().stops = true;
+        while !self.wire().has_shown_its_address() {
             let error = self.stream.do_handshake().unwrap_err();
             assert_eq!(error.code(), ErrorCode::WANT_READ, "{error}");
             assert!(begun.elapsed() < LIMIT, "no cookie in time");
-            // The answer is not a millisecond away.
-            std::thread::sleep(Duration::from_micros(200));
         }
-        let socket = &self.wire().socket;
-        socket.set_nonblocking(false).unwrap();
     }
 
     /// What is below the session.

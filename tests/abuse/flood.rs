@@ -23,7 +23,8 @@ const RATE: usize = 50;
 /// How long they send.
 const SECONDS: usize = 4;
 
-/// Datagrams of the flood a second: ten times what they send together... twenty.
+/// Datagrams of the flood a second: twenty times what they send together, and a pace
+/// at which the sender leaves the program enough of two busy cores.
 const PACE: u32 = 20_000;
 
 /// What came from known peers: `known N ...` from number N, and `last N` at the end.
