@@ -49,8 +49,9 @@ pub struct Flood {
     thread: JoinHandle<Flooded>,
 }
 
-/// What was sent.
+/// What was sent; a figure to print.
 #[derive(Debug, Clone, Copy)]
+#[allow(dead_code)]
 pub struct Flooded {
     pub datagrams: u32,
     /// A second.

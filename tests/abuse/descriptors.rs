@@ -3,9 +3,8 @@
 use std::net::SocketAddr;
 
 use tokio::net::{TcpStream, UdpSocket};
-use tokio::time::timeout;
 
-use crate::common::{LIMIT, Peer, within};
+use crate::common::{Adapter, Peer, within};
 use crate::dtls_device::DtlsDevice;
 use crate::scene::{Echo, Scene};
 
@@ -20,12 +19,12 @@ async fn udp_echo(to: SocketAddr) {
 }
 
 /// `ulimit -n 256`, used up by connections to the TCP and TLS listeners: who is
-/// connected is served, UDP and DTLS let even newcomers in, the adapter and the broker
-/// are there; and when descriptors are free again, TCP and TLS let newcomers in.
+/// connected is served, UDP and DTLS let even newcomers in, the adapter, the broker and
+/// the admin server are there, also a broker that went and came back; and when descriptors are free again, TCP and TLS let newcomers in.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn are_used_up() {
     const FILES: usize = 256;
-    let scene = Scene::limited(
+    let mut scene = Scene::limited(
         FILES as u32,
         &[
             ("IDLE_TIMEOUT", "10m"),
@@ -74,12 +73,21 @@ async fn are_used_up() {
         scene.adapter.raw_publish("up", 1, text.clone()).await.ok();
         assert_eq!(peer.next_text().await.2, text);
     }
+    // What broke has descriptors to come back with, and operators can look.
+    scene.broker.kill();
+    scene.admin.ready_until(503, "- broker").await;
+    scene.broker.up().await;
+    scene.admin.ready_until(200, "").await;
+    let adapter = Adapter::connect(scene.program.address("adapter on").await).await;
+    let mut peer = Peer::connect(scene.broker.port).await;
+    peer.subscribe("up").await;
+    adapter.raw_publish("up", 1, "again").await.ok();
+    assert_eq!(peer.next_text().await.2, "again");
     let device = device.echo("echo").await;
     let late = DtlsDevice::connect([127, 0, 0, 1], dtls).await;
     let late = late.echo("echo").await;
     let cpu = scene.cpu() - cpu;
     held.clear();
-    // Also the page, for which there was none.
     let again = Echo::over_tcp(&scene).await;
     let again_tls = Echo::over(scene.tls_device().await);
     scene.program.logged("accepting again listener=\"tcp").await;
@@ -87,10 +95,8 @@ async fn are_used_up() {
     let errors = "exproto_accept_errors_total";
     let tcp_errors = scene.metric(errors, "tcp.default", "").await;
     let ssl_errors = scene.metric(errors, "ssl.default", "").await;
-    let links = timeout(LIMIT, scene.admin.get("/readyz")).await.unwrap();
-    assert_eq!(links.status, 200, "{}", links.body);
     println!(
-        "{used} of {FILES} descriptors: {tcp_errors} and {ssl_errors} failures to accept, \
+        "{used} of {FILES} descriptors used: {tcp_errors} and {ssl_errors} failures to accept, \
          {cpu:.2?} of processor time; {:?}; {:?}; then {:?}; {:?}",
         tcp_echo.end().await,
         tls_echo.end().await,
@@ -98,8 +104,6 @@ async fn are_used_up() {
         again_tls.end().await,
     );
     assert!(tcp_errors > 0.5 && ssl_errors > 0.5);
-    let reconnects = scene.admin.metric("exproto_broker_reconnects_total").await;
-    assert!(reconnects < 0.5, "{reconnects} broken links");
     drop((device, late));
     scene.finish().await;
 }

@@ -267,8 +267,9 @@ pub struct Echo {
     task: JoinHandle<Echoed>,
 }
 
-/// How it was served.
+/// How it was served; a figure to print.
 #[derive(Debug)]
+#[allow(dead_code)]
 pub struct Echoed {
     pub count: usize,
     pub worst: Duration,
