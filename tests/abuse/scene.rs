@@ -14,6 +14,7 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::sync::{Mutex, MutexGuard};
 use tokio::task::JoinHandle;
+use tokio::time::timeout;
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 use tokio_rustls::rustls::ClientConfig;
@@ -41,7 +42,7 @@ pub async fn patiently<T, F: Future<Output = Option<T>>>(
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
     };
-    let found = tokio::time::timeout(PATIENCE, looking).await;
+    let found = timeout(PATIENCE, looking).await;
     found.unwrap_or_else(|_| panic!("waited {PATIENCE:?} in vain for {what}"))
 }
 
@@ -248,8 +249,13 @@ impl Scene {
         });
         assert_eq!(panicked, None);
         self.program.signal("TERM");
-        let ended = tokio::time::timeout(PATIENCE, self.program.exit()).await;
+        let ended = timeout(PATIENCE, self.program.exit()).await;
         assert_eq!(ended.unwrap(), Some(0));
+        // Whoever reads of a broken rule wants to know what else was wrong.
+        let complaints = self.program.log().into_iter();
+        for line in complaints.filter(|line| line.contains("WARN") || line.contains("ERROR")) {
+            println!("{line}");
+        }
         self.handler.check();
     }
 }
@@ -287,9 +293,9 @@ impl Echo {
                 stream.write_all(said.as_bytes()).await.unwrap();
                 stream.flush().await.unwrap();
                 let mut heard = vec![0; said.len()];
-                within("an echo", stream.read_exact(&mut heard))
-                    .await
-                    .unwrap();
+                // Behind thousands of callbacks it takes its turn.
+                let hearing = timeout(PATIENCE, stream.read_exact(&mut heard));
+                hearing.await.expect("no echo in time").unwrap();
                 assert_eq!(heard, said.as_bytes());
                 worst = worst.max(begun.elapsed());
                 count += 1;

@@ -115,6 +115,11 @@ async fn ten_thousand_are_ended_for_their_silence() {
         .reaches(closed, "tcp.default", "idle_timeout", count)
         .await;
     let ended = begun.elapsed();
+    // The handler is told of every one, however long the line of those is.
+    let told = || async { (scene.told.closed.load(Ordering::SeqCst) >= count).then_some(()) };
+    patiently("the last to be told of", told).await;
+    let lost = "exproto_closed_callbacks_lost_total{handler=\"default\"}";
+    assert!(scene.admin.metric(lost).await < 0.5);
     // Their sockets stay until the devices hang up too, or for two seconds.
     let freed = || async { (scene.descriptors() <= descriptors + 5).then_some(()) };
     patiently("their descriptors", freed).await;
