@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use futures_util::future::BoxFuture;
 use http::uri::PathAndQuery;
-use tokio::sync::Semaphore;
+use tokio::sync::{AcquireError, Semaphore, SemaphorePermit};
 use tokio::time::{Instant, timeout, timeout_at};
 use tokio_util::sync::CancellationToken;
 use tonic::client::Grpc;
@@ -143,13 +143,18 @@ impl EventSink for Client {
             let started = Instant::now();
             shared.metrics.in_flight.increment(1.0);
             let in_flight = InFlight(&shared.metrics);
+            // Waiting for its turn is not the handler's time: of thousands that end
+            // together each is told, and those who are late would break the channel
+            // (HTTP/2 servers hang up on who cancels many calls at once).
+            let turn = room.acquire().await;
+            let persisting = shared.persist(turn, &link, &room, &caller, &event);
             let result = if matches!(event, Event::SocketClosed(_)) {
                 let limit = shared.options.close_timeout;
-                timeout(limit, shared.persist(&link, &room, &caller, &event))
+                timeout(limit, persisting)
                     .await
                     .unwrap_or_else(|_| Err(late(limit)))
             } else {
-                shared.persist(&link, &room, &caller, &event).await
+                persisting.await
             };
             drop(in_flight);
             match &result {
@@ -188,9 +193,10 @@ fn late(limit: Duration) -> CallFailure {
 
 impl Shared {
     /// Calls until the handler takes the event, refuses it, or has been away for
-    /// longer than is borne.
+    /// longer than is borne. The first call is made in the turn that was waited for.
     async fn persist(
         &self,
+        turn: Result<SemaphorePermit<'_>, AcquireError>,
         link: &Link,
         room: &Semaphore,
         caller: &Caller,
@@ -198,10 +204,14 @@ impl Shared {
     ) -> Result<(), CallFailure> {
         let mut pause = PAUSES.0;
         let mut give_up: Option<Option<Instant>> = None;
+        let mut first_turn = Some(turn);
         loop {
             // Only a call takes room, not the wait for a handler that is away. The
             // semaphore is never closed.
-            let turn = room.acquire().await;
+            let turn = match first_turn.take() {
+                Some(turn) => turn,
+                None => room.acquire().await,
+            };
             let trouble = match link.channel() {
                 Some(channel) => match self.attempt(link, channel, caller, event).await {
                     Err(CallFailure::Unavailable(trouble)) => trouble,

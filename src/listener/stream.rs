@@ -6,6 +6,7 @@
 
 use std::io;
 use std::net::SocketAddr;
+use std::os::fd::{AsRawFd, RawFd};
 use std::pin::Pin;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -28,6 +29,11 @@ use crate::transport::{Kind, PeerInfo, proxy_protocol};
 /// Pause after a failure to accept, such as no free file descriptor: the condition
 /// rarely passes sooner, and trying at once would only burn the CPU.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// Descriptors that devices leave to everything else, at most a quarter of all: when a
+/// link to the broker or to a handler breaks it must come back, and operators look at
+/// the admin server just then. Whoever is next in accept(2) would have taken theirs.
+const RESERVED: u64 = 64;
 
 /// TLS of a listener.
 pub struct Tls {
@@ -84,13 +90,17 @@ impl StreamListener {
     /// Accepts until `stop` is cancelled; then the socket is closed.
     pub async fn run(self, shards: Vec<Shard>, stop: CancellationToken) {
         let (name, admission) = (&*self.entrance.name, &self.entrance.admission);
-        let mut in_trouble = false;
+        let for_devices = descriptors_for_devices();
+        let (mut scarce, mut in_trouble) = (false, false);
         loop {
             let accepted = tokio::select! {
                 biased;
                 () = stop.cancelled() => return,
-                accepted = self.acceptor.accept() => accepted,
+                accepted = self.accept(scarce, for_devices) => accepted,
             };
+            if let Ok((stream, _)) = &accepted {
+                scarce = stream.as_raw_fd() >= for_devices;
+            }
             let (stream, peer) = match accepted {
                 Ok(accepted) => accepted,
                 Err(error) if is_the_peers_fault(&error) => continue,
@@ -118,6 +128,19 @@ impl StreamListener {
                 }
             }
         }
+    }
+
+    /// Accepts the next stream. Fails when few descriptors are left, which is looked at
+    /// where they were `scarce` the last time. Cancel safe.
+    async fn accept(
+        &self,
+        scarce: bool,
+        for_devices: RawFd,
+    ) -> io::Result<(std::net::TcpStream, SocketAddr)> {
+        if scarce && self.acceptor.next_descriptor()? >= for_devices {
+            return Err(io::Error::other("too few open files are left"));
+        }
+        self.acceptor.accept().await
     }
 
     /// Gives the connection to the shard that has the fewest.
@@ -148,6 +171,14 @@ impl StreamListener {
             }
         });
     }
+}
+
+/// The lowest descriptor that no device is to have.
+fn descriptors_for_devices() -> RawFd {
+    // A system that does not tell its limit is one without.
+    let limit = rlimit::getrlimit(rlimit::Resource::NOFILE).map_or(u64::MAX, |(soft, _)| soft);
+    let ours = limit - RESERVED.min(limit / 4);
+    RawFd::try_from(ours).unwrap_or(RawFd::MAX)
 }
 
 /// Some errors of accept(2) are about the peer that was in the queue, not about us.

@@ -2,7 +2,7 @@
 
 use std::io;
 use std::net::SocketAddr;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 
@@ -58,6 +58,16 @@ impl Acceptor {
     /// The address bound, with the real port where 0 was asked for.
     pub fn local_addr(&self) -> io::Result<SocketAddr> {
         self.listener.local_addr()
+    }
+
+    /// The number that the next descriptor of this process would have: the lowest that
+    /// is free (open(2)), so a high one says that few are left.
+    ///
+    /// # Errors
+    /// `EMFILE` when none is left, and the others of fcntl(2).
+    pub fn next_descriptor(&self) -> io::Result<RawFd> {
+        let copy = self.listener.as_fd().try_clone_to_owned()?;
+        Ok(copy.as_raw_fd())
     }
 
     /// Accepts the next stream. Cancel safe.
