@@ -34,5 +34,11 @@ fn filter(level: LogLevel) -> Result<EnvFilter, ParseError> {
         LogLevel::Debug => ("debug", "info"),
         LogLevel::Trace => ("trace", "info"),
     };
-    EnvFilter::try_new(format!("{others},exproto_sidecar={ours}"))
+    // It warns of every broken ClientHello, in the words of whoever sent it: anybody could
+    // fill the log. The refusal is counted, and told at `debug`.
+    let rustls = match level {
+        LogLevel::Debug | LogLevel::Trace => others,
+        _ => "error",
+    };
+    EnvFilter::try_new(format!("{others},rustls={rustls},exproto_sidecar={ours}"))
 }
