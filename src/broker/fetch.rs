@@ -132,6 +132,12 @@ impl Task {
             let Err(error) = self.serve(address).await else {
                 return;
             };
+            if error.is_the_brokers_will()
+                && let Some(filter) = self.queue.hung_up()
+            {
+                self.metrics.retained_not_fetched.increment(1);
+                tracing::warn!(%filter, "retained messages cannot be fetched: the broker hangs up upon it");
+            }
             self.queue.reset();
             if error.is_a_rejection() {
                 pause = longest;
@@ -306,6 +312,7 @@ impl Task {
                     }
                 }
                 Inbound::UnsubAck(pkid) if self.queue.unsubscribed(pkid, now) => {}
+                Inbound::PkidInUse(pkid) if self.queue.in_use(pkid, now) => {}
                 Inbound::PingResp => {}
                 Inbound::Disconnect(notice) => return Err(LinkError::Ended(notice.reason)),
                 _ => return Err(LinkError::Unexpected("an answer to nothing")),

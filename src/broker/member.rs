@@ -28,6 +28,10 @@ const WRITE_AHEAD: usize = 64 * 1024;
 /// out. While the broker is away callers give up and try again.
 const TIDY_AT: usize = 1024;
 
+/// Ended subscriptions that are ended once more when a session is continued. Brokers
+/// save sessions every now and then, and so many end meanwhile at the most.
+const MAX_RELEASED: usize = 1024;
+
 /// State of a link to the broker.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum LinkState {
@@ -78,6 +82,11 @@ struct Shared {
     restores: usize,
     /// Filters that the broker was asked for and not yet told to forget.
     at_broker: HashSet<Arc<str>>,
+    /// Those that it was told to forget last, at most [`MAX_RELEASED`]: a session that it
+    /// saved before may still have them.
+    released: VecDeque<Arc<str>>,
+    /// Those that it hangs up upon when they are restored.
+    unwelcome: HashSet<Arc<str>>,
     taken: Vec<Receipt>,
     /// Its subscriptions with MQTT 5.
     table: Table,
@@ -123,6 +132,8 @@ impl Member {
                 tidy_at: TIDY_AT,
                 restores: 0,
                 at_broker: HashSet::new(),
+                released: VecDeque::new(),
+                unwelcome: HashSet::new(),
                 taken: Vec::new(),
                 table: Table::new(u32::from_be_bytes(seed)),
                 topics: Topics::default(),
@@ -252,11 +263,8 @@ impl Member {
     /// Takes a subscriber away; harmless when it is gone already.
     pub(super) fn unsubscribe(&self, filter: &TopicFilter, key: SubscriptionKey) {
         self.change(|shared| {
-            // Where the broker was never asked there is nothing to take back.
-            if let Some(filter) = shared.table.remove(filter, key)
-                && shared.at_broker.remove(&filter)
-            {
-                shared.ask(Control::Unsubscribe(filter));
+            if let Some(filter) = shared.table.remove(filter, key) {
+                shared.forget(filter);
             }
         });
     }
@@ -271,8 +279,10 @@ impl Member {
         replaced: Option<SubscriptionKey>,
     ) -> (SubscriptionKey, Answer) {
         self.change(|shared| {
+            let in_doubt = !shared.state.is_up() || shared.restores > 0;
             let topics = &mut shared.topics;
-            let (key, answer, question) = topics.add(filter, held, qos, subscriber, replaced);
+            let (key, answer, question) =
+                topics.add(filter, held, qos, subscriber, replaced, in_doubt);
             if let Some((ask, waiter)) = question {
                 let request = SubscribeRequest {
                     filter: ask.filter,
@@ -297,11 +307,8 @@ impl Member {
     ) {
         self.change(|shared| {
             shared.topics.remove(filter, key);
-            // Where the broker was never asked there is nothing to take back.
-            if let Some(name) = released.and_then(|held| shared.topics.release(held))
-                && shared.at_broker.remove(&name)
-            {
-                shared.ask(Control::Unsubscribe(name));
+            if let Some(name) = released.and_then(|held| shared.topics.release(held)) {
+                shared.forget(name);
             }
         });
     }
@@ -331,26 +338,45 @@ impl Member {
         if !welcome.session_present {
             shared.at_broker.clear();
         }
-        shared.control.retain(|control| match control {
-            // Its caller has left and taken the subscription back.
-            Control::Subscribe(request) => request.waiter.is_some() && !request.is_abandoned(),
-            // In a new session there is nothing to end.
-            Control::Unsubscribe(_) => welcome.session_present,
-        });
+        let waiting = std::mem::take(&mut shared.control);
         let mut restore = shared.table.restore();
         restore.append(&mut shared.topics.restore());
+        restore.retain(|ask| !shared.unwelcome.contains(&ask.filter));
         shared.restores = restore.len();
-        for ask in restore {
-            shared
-                .control
-                .push_front(Control::Subscribe(SubscribeRequest {
-                    filter: ask.filter,
-                    qos: ask.qos,
-                    id: ask.id,
-                    retained: Retained::Never,
-                    waiter: None,
-                }));
+        // First what nobody wants any more: beside a filter that overlaps with it a
+        // message would come twice. In a new session there is nothing to end; the one
+        // that is there may be older than what was ended lately.
+        if welcome.session_present {
+            let released = shared.released.iter().cloned();
+            let gone: Vec<_> = released.filter(|name| !shared.holds(name)).collect();
+            let unsubscribe = gone.into_iter().map(Control::Unsubscribe);
+            shared.control.extend(unsubscribe);
         }
+        let restore = restore.into_iter().map(|ask| {
+            Control::Subscribe(SubscribeRequest {
+                filter: ask.filter,
+                qos: ask.qos,
+                id: ask.id,
+                retained: Retained::Never,
+                waiter: None,
+            })
+        });
+        shared.control.extend(restore);
+        // Those whose callers have left have taken the subscription back.
+        shared
+            .control
+            .extend(waiting.into_iter().filter(|control| match control {
+                Control::Subscribe(request) => request.waiter.is_some() && !request.is_abandoned(),
+                Control::Unsubscribe(_) => false,
+            }));
+    }
+
+    /// The broker hangs up whenever it is asked to restore this one: it is asked no more
+    /// until somebody subscribes anew.
+    pub(super) fn is_unwelcome(&self, filter: Arc<str>, refusal: &Refusal) {
+        let mut shared = self.lock();
+        self.lose(&mut shared, &filter, refusal);
+        shared.unwelcome.insert(filter);
     }
 
     /// The broker accepted a SUBSCRIBE: identifiers before it are of the past.
@@ -525,7 +551,29 @@ impl Shared {
         }
     }
 
+    /// Whether anybody relies on this filter.
+    fn holds(&self, filter: &str) -> bool {
+        self.table.contains(filter) || self.topics.holds(filter)
+    }
+
+    /// Nobody relies on this filter any more. Where the broker was never asked there is
+    /// nothing to take back.
+    fn forget(&mut self, filter: Arc<str>) {
+        self.unwelcome.remove(&filter);
+        if !self.at_broker.remove(&filter) {
+            return;
+        }
+        self.released.push_back(filter.clone());
+        if self.released.len() > MAX_RELEASED {
+            self.released.pop_front();
+        }
+        self.ask(Control::Unsubscribe(filter));
+    }
+
     fn ask(&mut self, control: Control) {
+        if let Control::Subscribe(request) = &control {
+            self.unwelcome.remove(&request.filter);
+        }
         self.control.push_back(control);
         if self.control.len() >= self.tidy_at {
             let control = std::mem::take(&mut self.control);

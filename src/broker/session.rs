@@ -35,6 +35,15 @@ const MAX_WINDOW: usize = 32_768;
 /// ever. As many as may be on their way each get another chance.
 const MAX_RENUMBERED: usize = 2 * MAX_PENDING_FILTERS;
 
+/// What a broker may have hung up upon.
+#[derive(Debug, PartialEq, Eq)]
+enum Suspect {
+    /// The packet that was sent as this one.
+    Packet(u64),
+    /// A filter that was being restored.
+    Restore(Arc<str>),
+}
+
 /// A SUBSCRIBE on its way.
 #[derive(Debug)]
 pub(super) struct SubscribeRequest {
@@ -149,7 +158,7 @@ pub(super) struct Session {
     renumbered: usize,
     /// The oldest unanswered packet when the broker last hung up, and how often in
     /// a row it was that one.
-    suspect: Option<(u64, u32)>,
+    suspect: Option<(Suspect, u32)>,
 }
 
 /// A broker that hangs up so often upon one packet will not take it.
@@ -187,39 +196,48 @@ impl Session {
 
     /// The broker ended a working connection. Brokers work packets off in order, so
     /// the oldest one without an answer is the likely cause: when it was so several
-    /// times in a row it fails, or it would break the link for ever.
-    pub(super) fn hung_up(&mut self) {
+    /// times in a row it fails, or it would break the link for ever. The filter, where
+    /// that was one that was being restored.
+    pub(super) fn hung_up(&mut self) -> Option<(Arc<str>, Refusal)> {
         let oldest = self.pending.iter().min_by_key(|(_, (order, _))| *order);
-        let Some((&pkid, &(order, _))) = oldest else {
+        let Some((&pkid, (order, pending))) = oldest else {
             self.suspect = None;
-            return;
+            return None;
         };
-        let times = match self.suspect {
-            Some((suspect, times)) if suspect == order => times + 1,
+        // What is restored is another packet each time.
+        let suspect = match pending {
+            Pending::Subscribe(request) if request.waiter.is_none() => {
+                Suspect::Restore(request.filter.clone())
+            }
+            _ => Suspect::Packet(*order),
+        };
+        let times = match self.suspect.take() {
+            Some((last, times)) if last == suspect => times + 1,
             _ => 1,
         };
-        self.suspect = Some((order, times));
+        self.suspect = Some((suspect, times));
         if times < MAX_HANG_UPS {
-            return;
+            return None;
         }
         let refusal = Refusal {
             denied: false,
             reason: "the broker ends the connection when it gets this".to_owned(),
         };
-        match self.pending.remove(&pkid) {
-            Some((_, Pending::Publish { waiter, .. } | Pending::Release { waiter })) => {
+        match self.pending.remove(&pkid)?.1 {
+            Pending::Publish { waiter, .. } | Pending::Release { waiter } => {
                 let _ = waiter.send(Err(PublishError::Refused(refusal)));
             }
-            Some((_, Pending::Subscribe(request))) => {
+            Pending::Subscribe(request) => {
                 self.filters_pending -= 1;
-                match request.waiter {
-                    Some(waiter) => drop(waiter.send(Err(refusal))),
-                    None => self.restoring -= 1,
-                }
+                let Some(waiter) = request.waiter else {
+                    self.restoring -= 1;
+                    return Some((request.filter, refusal));
+                };
+                let _ = waiter.send(Err(refusal));
             }
-            Some((_, Pending::Unsubscribe(_))) => self.filters_pending -= 1,
-            None => {}
+            Pending::Unsubscribe(_) => self.filters_pending -= 1,
         }
+        None
     }
 
     /// The link broke. What is pending waits for [`Session::connected`].

@@ -76,7 +76,8 @@ impl Topics {
     /// Adds a subscriber, to take the place of `replaced` when that is removed, to a
     /// filter whose messages come through `held`. Its subscription is good when the
     /// answer is; there is a question to be asked where `held` is new here or its QoS
-    /// too low.
+    /// too low, and where the last answer is of the past because the broker may not have
+    /// `held` now (`in_doubt`).
     pub(super) fn add(
         &mut self,
         filter: &TopicFilter,
@@ -84,6 +85,7 @@ impl Topics {
         qos: QoS,
         subscriber: Arc<dyn Subscriber>,
         replaced: Option<SubscriptionKey>,
+        in_doubt: bool,
     ) -> (SubscriptionKey, Answer, Option<Question>) {
         self.next_key += 1;
         let key = SubscriptionKey(self.next_key);
@@ -100,7 +102,8 @@ impl Topics {
         let mut by_qos = ByQoS::default();
         if let Some(known) = self.held.get_mut(held.as_str()) {
             known.by_qos.add(qos);
-            if known.asked >= qos && !known.is_refused() {
+            let is_past = in_doubt && known.answer.clone().now_or_never().is_some();
+            if known.asked >= qos && !known.is_refused() && !is_past {
                 return (key, known.answer.clone(), None);
             }
             by_qos = std::mem::take(&mut known.by_qos);
@@ -204,7 +207,8 @@ mod tests {
         held: &str,
         qos: QoS,
     ) -> (SubscriptionKey, Answer, Option<Question>) {
-        topics.add(&filter(text), &filter(held), qos, Arc::new(Nobody), None)
+        let nobody = Arc::new(Nobody);
+        topics.add(&filter(text), &filter(held), qos, nobody, None, false)
     }
 
     #[test]
@@ -240,6 +244,26 @@ mod tests {
     }
 
     #[test]
+    fn an_answer_of_the_past_is_none_while_the_broker_is_away() {
+        let mut topics = Topics::default();
+        let (_, _, question) = add(&mut topics, "a/#", "a/#", QoS::AtLeastOnce);
+        question.unwrap().1.send(Ok(QoS::AtLeastOnce)).unwrap();
+        assert!(add(&mut topics, "a/b", "a/#", QoS::AtLeastOnce).2.is_none());
+        let (narrow, wide) = (filter("a/c"), filter("a/#"));
+        let mut doubt = || {
+            let nobody = Arc::new(Nobody);
+            topics.add(&narrow, &wide, QoS::AtMostOnce, nobody, None, true)
+        };
+        let (_, answer, question) = doubt();
+        assert!(answer.clone().now_or_never().is_none());
+        assert!(doubt().2.is_none(), "all wait for one answer");
+        let (ask, answered) = question.unwrap();
+        assert_eq!(ask.qos, QoS::AtLeastOnce);
+        answered.send(Ok(QoS::AtLeastOnce)).unwrap();
+        assert_eq!(answer.now_or_never().unwrap(), Ok(Ok(QoS::AtLeastOnce)));
+    }
+
+    #[test]
     fn a_question_is_withdrawn_with_what_it_was_for() {
         let mut topics = Topics::default();
         let (key, answer, question) = add(&mut topics, "a", "a", QoS::AtLeastOnce);
@@ -272,7 +296,7 @@ mod tests {
         let mut topics = Topics::default();
         let (first, ..) = add(&mut topics, "a", "a", QoS::AtMostOnce);
         let (a, nobody) = (filter("a"), Arc::new(Nobody));
-        let _ = topics.add(&a, &a, QoS::AtLeastOnce, nobody, Some(first));
+        let _ = topics.add(&a, &a, QoS::AtLeastOnce, nobody, Some(first), false);
         let qos = |topics: &mut Topics| {
             let audience = topics.audience("a");
             audience.iter().map(|r| r.qos).collect::<Vec<_>>()

@@ -30,6 +30,13 @@ use crate::broker::trie::Trie;
 /// messages up in the background have sent them by then.
 pub(super) const QUIET: Duration = Duration::from_millis(200);
 
+/// The same over a slow link: so many times as long as the SUBACK took, up to this.
+const LONGEST_QUIET: Duration = Duration::from_secs(5);
+const QUIET_ROUNDS: u32 = 4;
+
+/// So many times in a row may the broker hang up upon the same SUBSCRIBE.
+const MAX_HANG_UPS: u32 = 3;
+
 /// Fetches at the same time; with [`QUIET`] some 4,000 a second. Far below the number
 /// of packet ids.
 const MAX_ACTIVE: usize = 1024;
@@ -81,6 +88,8 @@ struct Active {
     order: u64,
     fetch: Fetch,
     stage: Stage,
+    /// How long it stays open without a message.
+    quiet: Duration,
 }
 
 /// What is to be sent.
@@ -104,6 +113,8 @@ pub(super) struct Queue {
     /// The packet ids of the filters in `active`.
     filters: Trie<u16>,
     last_pkid: u16,
+    /// The order of the fetch that the broker may have hung up upon, and how often.
+    suspect: Option<(u64, u32)>,
     hasher: RandomState,
 }
 
@@ -166,6 +177,7 @@ impl Queue {
                 order,
                 fetch,
                 stage: Stage::Asked(now),
+                quiet: QUIET,
             };
             self.active.insert(pkid, active);
             return Some(Step::Subscribe(pkid, filter, qos));
@@ -178,7 +190,7 @@ impl Queue {
             let Stage::Listening(since) = active.stage else {
                 return None;
             };
-            if now < since + QUIET {
+            if now < since + active.quiet {
                 return None;
             }
             active.stage = Stage::Leaving(now, false);
@@ -189,12 +201,54 @@ impl Queue {
     /// A SUBACK came. False if it was not asked for.
     pub(super) fn subscribed(&mut self, pkid: u16, now: Instant) -> bool {
         match self.active.get_mut(&pkid) {
-            Some(active) if matches!(active.stage, Stage::Asked(_)) => {
+            Some(active) => {
+                let Stage::Asked(since) = active.stage else {
+                    return false;
+                };
+                let rounds = (now - since) * QUIET_ROUNDS;
+                active.quiet = rounds.clamp(QUIET, LONGEST_QUIET);
                 active.stage = Stage::Listening(now);
                 true
             }
-            _ => false,
+            None => false,
         }
+    }
+
+    /// The broker has a message of its own with this number in flight and took nothing:
+    /// it is asked again, a subscription with another number. False if it was not asked.
+    pub(super) fn in_use(&mut self, pkid: u16, now: Instant) -> bool {
+        let Some(mut active) = self.active.remove(&pkid) else {
+            return false;
+        };
+        if let Stage::Asked(_) = active.stage {
+            self.filters.remove(&active.fetch.filter);
+            self.waiting.insert(active.order, active.fetch);
+        } else {
+            active.stage = Stage::Listening(now);
+            self.active.insert(pkid, active);
+        }
+        true
+    }
+
+    /// The broker hung up. The oldest SUBSCRIBE without an answer is the likely cause;
+    /// when it was so several times in a row its fetch is over: the filter.
+    pub(super) fn hung_up(&mut self) -> Option<TopicFilter> {
+        let asked = self.active.iter().filter_map(|(pkid, active)| {
+            let Stage::Asked(since) = active.stage else {
+                return None;
+            };
+            Some((since, active.order, *pkid))
+        });
+        let Some((_, order, pkid)) = asked.min() else {
+            self.suspect = None;
+            return None;
+        };
+        let times = match self.suspect {
+            Some((suspect, times)) if suspect == order => times + 1,
+            _ => 1,
+        };
+        self.suspect = Some((order, times));
+        (times >= MAX_HANG_UPS).then(|| self.finish(pkid))?
     }
 
     /// The broker refused: the filter whose fetch is over.

@@ -267,7 +267,7 @@ fn a_packet_that_makes_the_broker_hang_up_fails_after_three_times() {
     let mut innocent = publish(&mut session, "innocent", QoS::AtLeastOnce, &mut out);
     for _ in 0..MAX_HANG_UPS {
         assert!(poison.try_recv().is_err());
-        session.hung_up();
+        assert!(session.hung_up().is_none());
         session.disconnected();
         out.clear();
         session.connected(&welcome(true, 10), &mut out);
@@ -466,4 +466,30 @@ proptest! {
         }
         prop_assert!(session.is_idle());
     }
+}
+
+/// What is restored is another packet after each CONNACK, and the same filter.
+#[test]
+fn a_filter_that_makes_the_broker_hang_up_is_not_restored_for_ever() {
+    let (mut session, mut out) = (connected(10), BytesMut::new());
+    let mut lost = None;
+    for _ in 0..MAX_HANG_UPS {
+        assert!(lost.is_none());
+        for filter in ["poison", "innocent"] {
+            let request = SubscribeRequest {
+                filter: filter.into(),
+                qos: QoS::AtLeastOnce,
+                id: 3,
+                retained: Retained::Never,
+                waiter: None,
+            };
+            session.subscribe(request, &mut out);
+        }
+        assert!(session.restoring());
+        lost = session.hung_up();
+        session.disconnected();
+        session.connected(&welcome(true, 10), &mut out);
+        assert!(!session.restoring());
+    }
+    assert_eq!(lost.unwrap().0.as_ref(), "poison");
 }

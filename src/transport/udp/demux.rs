@@ -72,7 +72,7 @@ pub struct Demux<D> {
 }
 
 impl<D: Door> Demux<D> {
-    /// Over one of the sockets of [`super::bind`]. Must be called within the runtime of
+    /// Over one of the sockets of [`super::bind()`]. Must be called within the runtime of
     /// its shard.
     pub fn new(
         socket: RawSocket,

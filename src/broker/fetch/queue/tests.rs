@@ -93,7 +93,7 @@ impl Scene {
     /// Brings a fetch that was asked for to its end.
     fn finish(&mut self, pkid: u16) {
         assert!(self.queue.subscribed(pkid, self.now));
-        self.now += QUIET;
+        self.now += LONGEST_QUIET;
         assert!(
             self.steps()
                 .iter()
@@ -195,7 +195,7 @@ fn an_answer_that_does_not_come_is_noticed() {
     assert!(scene.queue.is_unanswered(scene.now));
     assert!(scene.queue.subscribed(1, scene.now));
     assert!(!scene.queue.is_unanswered(scene.now + QUIET));
-    scene.now += QUIET;
+    scene.now += QUIET_ROUNDS * QUIET;
     assert_eq!(scene.steps().len(), 1);
     assert!(scene.queue.is_unanswered(scene.now + QUIET));
 }
@@ -212,4 +212,56 @@ fn who_has_left_is_not_fetched_for() {
     assert_eq!(scene.subscribes().len(), 1);
     assert_eq!(scene.queue.refused(1).unwrap().as_str(), "b");
     assert_eq!(scene.queue.len(), 0);
+}
+
+#[test]
+fn a_filter_that_the_broker_hangs_up_upon_holds_up_nobody() {
+    let mut scene = Scene::new();
+    scene.come("secret", QoS::AtMostOnce);
+    scene.come("open", QoS::AtMostOnce);
+    let mut over = None;
+    for _ in 0..MAX_HANG_UPS {
+        assert!(over.is_none());
+        let step = scene.queue.step(scene.now);
+        assert!(matches!(step, Some(Step::Subscribe(_, filter, _)) if filter.as_str() == "secret"));
+        scene.now += Duration::from_millis(1);
+        assert!(scene.queue.step(scene.now).is_some());
+        over = scene.queue.hung_up();
+        scene.queue.reset();
+    }
+    assert_eq!(over.unwrap().as_str(), "secret");
+    let step = scene.queue.step(scene.now);
+    assert!(matches!(step, Some(Step::Subscribe(_, filter, _)) if filter.as_str() == "open"));
+    assert_eq!(scene.queue.len(), 1);
+}
+
+#[test]
+fn over_a_slow_link_a_fetch_waits_longer() {
+    let mut scene = Scene::new();
+    scene.come("a", QoS::AtMostOnce);
+    let Some(Step::Subscribe(pkid, ..)) = scene.queue.step(scene.now) else {
+        panic!("nothing to send");
+    };
+    scene.now += Duration::from_millis(500);
+    assert!(scene.queue.subscribed(pkid, scene.now));
+    scene.now += Duration::from_millis(1999);
+    assert!(scene.queue.step(scene.now).is_none());
+    scene.now += Duration::from_millis(1);
+    assert!(matches!(
+        scene.queue.step(scene.now),
+        Some(Step::Unsubscribe(..))
+    ));
+}
+
+#[test]
+fn a_number_that_the_broker_uses_is_exchanged() {
+    let mut scene = Scene::new();
+    scene.come("a", QoS::AtMostOnce);
+    let Some(Step::Subscribe(first, ..)) = scene.queue.step(scene.now) else {
+        panic!("nothing to send");
+    };
+    assert!(scene.queue.in_use(first, scene.now));
+    assert!(!scene.queue.in_use(first, scene.now));
+    let step = scene.queue.step(scene.now);
+    assert!(matches!(step, Some(Step::Subscribe(second, ..)) if second != first));
 }
