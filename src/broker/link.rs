@@ -48,10 +48,11 @@ pub(super) async fn run(member: Arc<Member>) {
         };
         let was_up = member.state().is_up();
         // Also before everything was restored: what is unacknowledged is sent again first.
-        if place.welcomed && error.is_the_brokers_will() {
-            if let Some((filter, refusal)) = session.hung_up() {
-                member.is_unwelcome(filter, &refusal);
-            }
+        if place.welcomed
+            && error.is_the_brokers_will()
+            && let Some((filter, refusal)) = session.hung_up()
+        {
+            member.is_unwelcome(filter, &refusal);
         }
         session.disconnected();
         // The session there is another's now: its subscriptions are not ours.

@@ -231,10 +231,10 @@ section! {
         /// How long a publish waits for the broker's acknowledgement. A duration.
         publish_timeout: Duration = Within("10s", TICK..),
 
-        /// The most messages that wait to be sent to the broker, at least 1.
+        /// The most messages that wait to be sent to the broker, on each connection, at least 1.
         outbox_max_messages: usize = Within("10000", 1..),
 
-        /// The most bytes that wait to be sent to the broker. A size.
+        /// The most bytes that wait to be sent to the broker, on each connection. A size.
         outbox_max_bytes: Size = Within("16MiB", Size::new(1)..),
 
         /// The most QoS 1 and 2 messages the broker may have in flight towards the gateway, on each

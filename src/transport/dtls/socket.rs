@@ -130,14 +130,12 @@ impl DtlsSocket {
                 return Poll::Ready(Err(reason.to_owned()));
             }
             let received = with_scratch(|scratch| {
-                let received = self.udp()?.poll_receive(cx, scratch);
-                Poll::Ready(Ok::<_, io::Error>(match ready!(received)? {
-                    Received::Bytes(count) => {
-                        self.session
-                            .receive(scratch.get(..count).unwrap_or_default());
-                    }
-                    Received::End => {}
-                }))
+                let received = ready!(self.udp()?.poll_receive(cx, scratch));
+                if let Received::Bytes(count) = received? {
+                    let datagram = scratch.get(..count).unwrap_or_default();
+                    self.session.receive(datagram);
+                }
+                Poll::Ready(io::Result::Ok(()))
             });
             match received {
                 Poll::Ready(Ok(())) => continue,
