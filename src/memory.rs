@@ -5,7 +5,7 @@
 
 /// Free memory in the allocator's hands that is worth giving back, in bytes.
 #[cfg(target_env = "gnu")]
-const WORTHWHILE: usize = 8 * 1024 * 1024;
+const WORTHWHILE: u32 = 8 * 1024 * 1024;
 
 /// Gives back what is free, if it is much and more than a fourth of what is in use.
 ///
@@ -14,9 +14,12 @@ const WORTHWHILE: usize = 8 * 1024 * 1024;
 #[cfg(target_env = "gnu")]
 #[allow(unsafe_code)]
 pub fn tidy() {
+    // Not mallinfo2, which a glibc before 2.33 does not have: beyond 4 GiB the numbers
+    // begin anew, and memory is given back once too often or later.
     // SAFETY: takes nothing and returns numbers (mallinfo(3)).
-    let state = unsafe { libc::mallinfo2() };
-    if state.fordblks > WORTHWHILE && state.fordblks > state.uordblks / 4 {
+    let state = unsafe { libc::mallinfo() };
+    let free = state.fordblks.cast_unsigned();
+    if free > WORTHWHILE && free > state.uordblks.cast_unsigned() / 4 {
         // SAFETY: takes the number of bytes to keep at the top of the heap
         // (malloc_trim(3)); memory that is in use is not touched.
         unsafe { libc::malloc_trim(0) };

@@ -347,9 +347,13 @@ impl Member {
         // message would come twice. In a new session there is nothing to end; the one
         // that is there may be older than what was ended lately.
         if welcome.session_present {
-            let released = shared.released.iter().cloned();
-            let gone: Vec<_> = released.filter(|name| !shared.holds(name)).collect();
-            let unsubscribe = gone.into_iter().map(Control::Unsubscribe);
+            let asked = waiting.iter().filter_map(|control| match control {
+                Control::Unsubscribe(filter) => Some(filter),
+                Control::Subscribe(_) => None,
+            });
+            let ended: HashSet<_> = asked.chain(&shared.released).cloned().collect();
+            let gone = ended.into_iter().filter(|name| !shared.holds(name));
+            let unsubscribe: Vec<_> = gone.map(Control::Unsubscribe).collect();
             shared.control.extend(unsubscribe);
         }
         let restore = restore.into_iter().map(|ask| {

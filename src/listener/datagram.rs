@@ -4,7 +4,7 @@
 //! share its admission.
 
 use std::net::UdpSocket as RawSocket;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -85,17 +85,16 @@ impl DatagramListener {
                     receive(shard, socket, door, options, counters, tokens);
                 }
                 Protocol::Dtls(dtls) => {
-                    let used = dtls.context.get();
-                    let gate = Gate::new((*used).clone(), Instant::now())?;
+                    let context = dtls.context.get();
+                    let gate = Gate::new((*context).clone(), Instant::now())?;
                     let handshakes = Handshakes {
                         gate: Mutex::new(gate),
+                        context: dtls.context,
                         turns: dtls.handshakes,
                         limit: dtls.handshake_timeout,
                     };
                     let door = DtlsDoor {
                         entrance,
-                        newest: dtls.context,
-                        used,
                         handshakes: Arc::new(handshakes),
                     };
                     receive(shard, socket, door, options, counters, tokens);
@@ -156,15 +155,6 @@ impl Entrance {
     fn refuse(&self, refused: Refused) {
         self.context.metrics.refused(refused.word());
     }
-
-    fn info(&self, kind: Kind, socket: &UdpSocket) -> PeerInfo {
-        PeerInfo {
-            kind,
-            peer: socket.peer_addr(),
-            local: socket.local_addr(),
-            certificate: None,
-        }
-    }
 }
 
 struct PlainDoor {
@@ -192,7 +182,12 @@ impl Door for PlainDoor {
 
     fn enter(&mut self, socket: UdpSocket, room: Room) {
         let context = self.entrance.context.clone();
-        let info = self.entrance.info(Kind::Udp, &socket);
+        let info = PeerInfo {
+            kind: Kind::Udp,
+            peer: socket.peer_addr(),
+            local: socket.local_addr(),
+            certificate: None,
+        };
         self.entrance.shard.spawn_connection(async move {
             // Moved into the task: its end is the only release.
             let _room = room;
@@ -203,9 +198,6 @@ impl Door for PlainDoor {
 
 struct DtlsDoor {
     entrance: Entrance,
-    newest: Arc<Current<dtls::Context>>,
-    /// The context that the gate has.
-    used: Arc<dtls::Context>,
     handshakes: Arc<Handshakes>,
 }
 
@@ -223,8 +215,7 @@ impl Door for DtlsDoor {
         if !self.entrance.permits(stranger) {
             return Verdict::Refuse;
         }
-        let gate = self.handshakes.gate.lock();
-        let mut gate = gate.unwrap_or_else(PoisonError::into_inner);
+        let mut gate = self.handshakes.gate();
         let shown = match gate.look(now, stranger.peer, stranger.datagram) {
             Look::Answer(answer) => return Verdict::Answer(answer),
             Look::Ignored => return Verdict::Refuse,
@@ -238,12 +229,7 @@ impl Door for DtlsDoor {
         let Some(room) = self.entrance.enter(stranger, now) else {
             return Verdict::Refuse;
         };
-        let newest = self.newest.get();
-        if !Arc::ptr_eq(&newest, &self.used) {
-            gate.replace_context((*newest).clone());
-            self.used = newest;
-        }
-        match gate.accept(&shown) {
+        match self.handshakes.accept(&mut gate, &shown) {
             Some(session) => Verdict::Admit(Accepted {
                 session,
                 room,

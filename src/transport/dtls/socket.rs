@@ -8,7 +8,7 @@
 use std::future::{Future, poll_fn};
 use std::io::{self, IoSlice};
 use std::pin::Pin;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
 
@@ -16,7 +16,8 @@ use bytes::Bytes;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::Sleep;
 
-use super::{Gate, Look, Read, Session, WriteError};
+use super::{Gate, Look, Read, Session, Shown, WriteError};
+use crate::reload::Current;
 use crate::transport::scratch::with_scratch;
 use crate::transport::udp::UdpSocket;
 use crate::transport::{Received, Socket};
@@ -26,10 +27,27 @@ use crate::transport::{Received, Socket};
 pub struct Handshakes {
     /// Knows which devices have shown their address.
     pub gate: Mutex<Gate>,
+    /// Certificates and keys; replaced when their files change.
+    pub context: Arc<Current<super::Context>>,
     /// Those that may be under way.
     pub turns: Arc<Semaphore>,
     /// The longest that one may take.
     pub limit: Duration,
+}
+
+impl Handshakes {
+    /// The gate.
+    pub fn gate(&self) -> MutexGuard<'_, Gate> {
+        self.gate.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Begins the session of a peer that has shown its address, with the newest
+    /// certificates and keys.
+    pub fn accept(&self, gate: &mut Gate, shown: &Shown<'_>) -> Option<Box<Session>> {
+        // Another handle to the same, where it is the same.
+        gate.replace_context((*self.context.get()).clone());
+        gate.accept(shown)
+    }
 }
 
 /// Where a device that has begun anew goes on.
@@ -208,8 +226,7 @@ impl DtlsSocket {
         let Some(peer) = self.udp.as_ref().map(UdpSocket::peer_addr) else {
             return;
         };
-        let gate = self.handshakes.gate.lock();
-        let mut gate = gate.unwrap_or_else(PoisonError::into_inner);
+        let mut gate = self.handshakes.gate();
         let shown = match gate.look(Instant::now(), peer, datagram) {
             Look::Shown(shown) => shown,
             Look::Answer(answer) => {
@@ -222,7 +239,8 @@ impl DtlsSocket {
         let Ok(turn) = self.handshakes.turns.clone().try_acquire_owned() else {
             return;
         };
-        self.next = gate.accept(&shown).map(|session| {
+        let accepted = self.handshakes.accept(&mut gate, &shown);
+        self.next = accepted.map(|session| {
             Box::new(Next {
                 session,
                 deadline: Box::pin(tokio::time::sleep(self.handshakes.limit)),
