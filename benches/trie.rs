@@ -4,38 +4,16 @@
 
 #![allow(clippy::unwrap_used, clippy::indexing_slicing, missing_docs)]
 
-use std::alloc::{GlobalAlloc, Layout, System};
 use std::hint::black_box;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::Ordering;
 
 use criterion::{BatchSize, Criterion};
 use exproto_sidecar::broker::topic::TopicFilter;
 use exproto_sidecar::broker::trie::Trie;
 
-/// Counts what is allocated.
-struct Counting;
+mod counting;
 
-static ALLOCATED: AtomicUsize = AtomicUsize::new(0);
-
-// The only way to learn what the structures take; every call goes on to the system's
-// allocator with the arguments it came with.
-#[allow(unsafe_code)]
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        ALLOCATED.fetch_add(layout.size(), Ordering::Relaxed);
-        // SAFETY: the caller's promises are passed on.
-        unsafe { System.alloc(layout) }
-    }
-
-    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
-        ALLOCATED.fetch_sub(layout.size(), Ordering::Relaxed);
-        // SAFETY: as above.
-        unsafe { System.dealloc(pointer, layout) }
-    }
-}
-
-#[global_allocator]
-static ALLOCATOR: Counting = Counting;
+use counting::ALLOCATED;
 
 const SUBSCRIPTIONS: usize = 1_000_000;
 const SITES: usize = 200;

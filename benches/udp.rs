@@ -7,12 +7,11 @@
 
 #![allow(clippy::unwrap_used, clippy::indexing_slicing, missing_docs)]
 
-use std::alloc::{GlobalAlloc, Layout, System};
 use std::future::poll_fn;
 use std::io::IoSlice;
 use std::net::{IpAddr, SocketAddr, UdpSocket as RawSocket};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use exproto_sidecar::transport::udp::{
@@ -23,30 +22,9 @@ use metrics::{Counter, CounterFn};
 use quinn_udp::{Transmit, UdpSocketState};
 use tokio_util::sync::CancellationToken;
 
-/// Counts what is allocated.
-struct Counting;
+mod counting;
 
-static ALLOCATED: AtomicUsize = AtomicUsize::new(0);
-
-// The only way to learn what the structures take; every call goes on to the system's
-// allocator with the arguments it came with.
-#[allow(unsafe_code)]
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        ALLOCATED.fetch_add(layout.size(), Ordering::Relaxed);
-        // SAFETY: the caller's promises are passed on.
-        unsafe { System.alloc(layout) }
-    }
-
-    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
-        ALLOCATED.fetch_sub(layout.size(), Ordering::Relaxed);
-        // SAFETY: as above.
-        unsafe { System.dealloc(pointer, layout) }
-    }
-}
-
-#[global_allocator]
-static ALLOCATOR: Counting = Counting;
+use counting::ALLOCATED;
 
 /// Peers of the measurements. Just below where the table doubles would flatter, just
 /// above would blacken: this is between.

@@ -8,6 +8,7 @@ cd "$(dirname "$0")/.."
 export PATH="$PATH:/usr/sbin"
 
 scripts/install.sh
+
 # The package starts a broker of its own on port 1883, where quickstart's would be.
 if command -v systemctl >/dev/null && systemctl is-active -q mosquitto 2>/dev/null; then
     echo "note: a mosquitto service runs on this machine; the tests use ports of their own"

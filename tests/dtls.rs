@@ -17,7 +17,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use common::{Authority, Call, Files, Stage, until, within};
-use exproto_sidecar::proto::{ConnInfo, SocketType};
+use exproto_sidecar::proto::SocketType;
 use tempfile::TempDir;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UdpSocket;
@@ -74,17 +74,6 @@ impl Made {
 
 fn address(stage: &Stage) -> SocketAddr {
     stage.gateway.addresses().listeners["dtls.default"]
-}
-
-fn conninfo(stage: &Stage, conn: &str) -> ConnInfo {
-    let events = stage.handler.events().into_iter();
-    let mut infos = events.filter(|event| event.conn == conn);
-    infos
-        .find_map(|event| match event.call {
-            Call::Created(info) => Some(info),
-            _ => None,
-        })
-        .unwrap()
 }
 
 /// The n-th connection there has been, once there are so many.
@@ -158,7 +147,7 @@ async fn openssl_speaks_with_us() {
     ];
     for (n, (arguments, cn)) in cases.into_iter().enumerate() {
         let conn = converse(&stage, s_client(&stage, arguments), n).await;
-        let info = conninfo(&stage, &conn);
+        let info = stage.conninfo(&conn);
         assert_eq!(info.socktype(), SocketType::Dtls);
         assert_eq!(info.peercert.as_ref().map(|cert| cert.cn.as_str()), cn);
     }
@@ -226,7 +215,7 @@ async fn gnutls_speaks_with_us() {
             .spawn()
             .unwrap();
         let conn = converse(&stage, client, n).await;
-        let info = conninfo(&stage, &conn);
+        let info = stage.conninfo(&conn);
         assert_eq!(info.peercert.as_ref().map(|cert| cert.cn.as_str()), cn);
     }
     stage.finish().await;

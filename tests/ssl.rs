@@ -16,8 +16,8 @@ use std::path::Path;
 use std::process::Stdio;
 use std::sync::Arc;
 
-use common::{Authority, Call, Files, Stage, assert_same, pattern, until, within};
-use exproto_sidecar::proto::{ConnInfo, SocketType};
+use common::{Authority, Files, Stage, assert_same, pattern, until, within};
+use exproto_sidecar::proto::SocketType;
 use exproto_sidecar::tls;
 use tempfile::TempDir;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -101,17 +101,6 @@ async fn dial(stage: &Stage, config: &Arc<ClientConfig>) -> (TlsStream<TcpStream
     (stream, conn)
 }
 
-fn conninfo(stage: &Stage, conn: &str) -> ConnInfo {
-    let events = stage.handler.events().into_iter();
-    let mut infos = events.filter(|event| event.conn == conn);
-    infos
-        .find_map(|event| match event.call {
-            Call::Created(info) => Some(info),
-            _ => None,
-        })
-        .unwrap()
-}
-
 fn refused(reason: &str) -> String {
     format!("exproto_connections_refused_total{{listener=\"ssl.default\",reason=\"{reason}\"}}")
 }
@@ -159,7 +148,7 @@ async fn openssl_speaks_with_us() {
             stdin.write_all(b"up").await.unwrap();
             let conn = first_conn(&stage).await;
             assert_eq!(stage.handler.bytes(&conn, 2).await, b"up");
-            let info = conninfo(&stage, &conn);
+            let info = stage.conninfo(&conn);
             assert_eq!(info.socktype(), SocketType::Ssl);
             let names = info.peercert.map(|cert| (cert.cn, cert.dn));
             let expected = ("meter-7".to_owned(), "CN=meter-7".to_owned());
@@ -246,7 +235,7 @@ async fn a_certificate_that_nobody_checks_is_not_asked_for() {
     let stage = made.stage(&[]).await;
     let own = made.authority.client("meter-7");
     let (_stream, conn) = dial(&stage, &made.client(Some(&own))).await;
-    assert_eq!(conninfo(&stage, &conn).peercert, None);
+    assert_eq!(stage.conninfo(&conn).peercert, None);
     stage.finish().await;
 }
 
@@ -304,7 +293,7 @@ async fn sessions_are_resumed() {
     for expected in [HandshakeKind::Full, HandshakeKind::Resumed] {
         let (mut stream, conn) = dial(&stage, &config).await;
         assert_eq!(stream.get_ref().1.handshake_kind(), Some(expected));
-        let peercert = conninfo(&stage, &conn).peercert.unwrap();
+        let peercert = stage.conninfo(&conn).peercert.unwrap();
         assert_eq!(peercert.cn, "meter-7");
         // The ticket comes with what is read.
         stage.adapter.send(&conn, "x").await.ok();
@@ -488,7 +477,7 @@ async fn the_proxy_header_comes_first() {
     let connecting = TlsConnector::from(made.client(None)).connect(name, tcp);
     let _stream = within("the handshake", connecting).await.unwrap();
     let conn = stage.handler.created(4711).await;
-    let peer = conninfo(&stage, &conn).peername.unwrap();
+    let peer = stage.conninfo(&conn).peername.unwrap();
     assert_eq!((peer.host.as_str(), peer.port), ("192.0.2.7", 4711));
     stage.finish().await;
 }

@@ -13,7 +13,7 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use common::{Call, Handler, Peer, Stage, pattern, until, within};
-use exproto_sidecar::proto::{Address, ConnInfo, SocketType};
+use exproto_sidecar::proto::{Address, SocketType};
 use tokio::net::UdpSocket;
 
 /// A stage with a UDP listener, `udp.default`, that has further keys of its own.
@@ -86,17 +86,6 @@ async fn datagrams(handler: &Handler, conn: &str, count: usize) -> Vec<Vec<u8>> 
         .await
 }
 
-fn conninfo(stage: &Stage, conn: &str) -> ConnInfo {
-    let events = stage.handler.events().into_iter();
-    let mut infos = events.filter(|event| event.conn == conn);
-    infos
-        .find_map(|event| match event.call {
-            Call::Created(info) => Some(info),
-            _ => None,
-        })
-        .unwrap()
-}
-
 fn address(host: &str, port: u16) -> Option<Address> {
     Some(Address {
         host: host.to_owned(),
@@ -132,7 +121,7 @@ async fn a_datagram_is_a_callback() {
     gate.open();
     let got = datagrams(&stage.handler, &device.conn, sent.len()).await;
     assert!(got == sent, "{} datagrams", got.len());
-    let info = conninfo(&stage, &device.conn);
+    let info = stage.conninfo(&device.conn);
     assert_eq!(info.socktype(), SocketType::Udp);
     assert_eq!(info.peername, address("127.0.0.1", device.port()));
     assert_eq!(info.sockname, address("127.0.0.1", listener(&stage).port()));
@@ -178,7 +167,7 @@ async fn replies_come_from_where_the_question_went() {
         let device = Device::bound(from, to).await;
         device.send("x").await;
         let conn = stage.handler.created(device.port()).await;
-        let info = conninfo(&stage, &conn);
+        let info = stage.conninfo(&conn);
         assert_eq!(info.sockname, address(host, to.port()));
         let from = device.socket.local_addr().unwrap().ip().to_string();
         assert_eq!(info.peername.unwrap().host, from);

@@ -5,8 +5,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use exproto_sidecar::config::{self, Config, Sources};
 use exproto_sidecar::gateway::{Drained, Gateway};
+use exproto_sidecar::proto::ConnInfo;
 
-use super::{Adapter, Admin, Answer, Broker, Device, Handler, within};
+use super::{Adapter, Admin, Answer, Broker, Call, Device, Handler, within};
 
 /// A name that no other test has, at any time.
 pub fn node_name(prefix: &str) -> String {
@@ -127,6 +128,17 @@ impl Stage {
     async fn introduce(&self, mut device: Device) -> Device {
         device.conn = self.handler.created(device.port()).await;
         device
+    }
+
+    /// What the handler was told of a connection.
+    pub fn conninfo(&self, conn: &str) -> ConnInfo {
+        let events = self.handler.events().into_iter();
+        let mut infos = events.filter(|event| event.conn == conn);
+        let info = infos.find_map(|event| match event.call {
+            Call::Created(info) => Some(info),
+            _ => None,
+        });
+        info.unwrap()
     }
 
     /// A device that is a client.
