@@ -409,8 +409,8 @@ impl Relay {
 async fn a_device_may_begin_anew() {
     let made = Made::new();
     let stage = made.stage(&[]).await;
-    let port = common::free_port().to_string();
-    let bind = format!("127.0.0.1:{port}");
+    // An address that no other test has, so that none takes its port meanwhile.
+    let bind = format!("127.0.0.77:{}", common::free_port());
     let mut first = s_client(&stage, &["-bind", &bind]);
     first.stdin.as_mut().unwrap().write_all(b"1").await.unwrap();
     let conn = nth_conn(&stage, 0).await;

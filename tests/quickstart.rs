@@ -3,8 +3,10 @@
 #![cfg(feature = "quickstart")]
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+mod common;
+
 use std::io::{BufRead, BufReader, Read, Write};
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::process::{Child, ChildStdout, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
@@ -28,13 +30,9 @@ struct Addresses {
 }
 
 impl Addresses {
-    /// All bound at once, so that they differ.
     fn free() -> Self {
-        let bind = || TcpListener::bind("127.0.0.1:0").unwrap();
-        let listeners = [bind(), bind(), bind(), bind(), bind()];
-        let [broker, handler, adapter, admin, devices] = listeners
-            .each_ref()
-            .map(|listener| listener.local_addr().unwrap());
+        let free = |_| SocketAddr::from((Ipv4Addr::LOCALHOST, common::free_port()));
+        let [broker, handler, adapter, admin, devices] = [0; 5].map(free);
         Self {
             broker,
             handler,

@@ -375,8 +375,8 @@ async fn fast_peers_are_cut() {
 #[tokio::test]
 async fn listeners_have_handlers_of_their_own() {
     let other = Handler::start().await;
-    let port = common::free_port();
-    let bind = format!("127.0.0.1:{port}");
+    // An address that no other test has, so that none takes its port meanwhile.
+    let bind = format!("127.0.0.78:{}", common::free_port());
     let stage = stage(&[
         ("HANDLERS__OTHER__ADDRESS", &other.url()),
         ("LISTENERS__UDP__OTHER__BIND", &bind),

@@ -30,9 +30,11 @@ mod proxy;
 mod stage;
 
 use std::future::Future;
-use std::net::{Ipv4Addr, TcpListener};
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::net::{Ipv4Addr, SocketAddr};
+use std::sync::Mutex;
 use std::time::Duration;
+
+use socket2::{Domain, Socket, Type};
 
 pub use adapter::{Adapter, Answer, client};
 pub use broker::Broker;
@@ -70,20 +72,19 @@ pub async fn until<T, F: Future<Output = Option<T>>>(what: &str, mut look: impl 
     .await
 }
 
-/// A port on which nobody listens, below those that the system hands out by itself:
-/// nobody takes it between a stop and a restart. Programs that run at the same time
-/// have two hundred each, so that they do not meet.
+/// A TCP port on which nobody listens and which stays ours, between a stop and a
+/// restart too: a socket that is bound but does not listen holds it until this program
+/// ends. The system then gives it to nobody who asks for any port, refuses who connects
+/// to it, and lets in who binds it with SO_REUSEADDR, as servers do.
 pub fn free_port() -> u16 {
-    const EACH: u32 = 200;
-    static NEXT: AtomicU32 = AtomicU32::new(0);
-    let first = 10_000 + std::process::id() % 110 * EACH;
-    for _ in 0..EACH {
-        let port = (first + NEXT.fetch_add(1, Ordering::Relaxed) % EACH) as u16;
-        if TcpListener::bind((Ipv4Addr::LOCALHOST, port)).is_ok() {
-            return port;
-        }
-    }
-    panic!("no free port");
+    static HELD: Mutex<Vec<Socket>> = Mutex::new(Vec::new());
+    let socket = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+    socket.set_reuse_address(true).unwrap();
+    let any = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
+    socket.bind(&any.into()).unwrap();
+    let port = socket.local_addr().unwrap().as_socket().unwrap().port();
+    HELD.lock().unwrap().push(socket);
+    port
 }
 
 /// `length` bytes in which every position can be told from its neighbours.
