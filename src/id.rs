@@ -1,6 +1,7 @@
 //! Identities: of this gateway among others, of a connection, of a message.
 
 use std::fmt;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 /// A short stable mark of a gateway, derived from its `node_name`.
 ///
@@ -107,7 +108,7 @@ impl fmt::Debug for ConnId {
 #[derive(Debug)]
 pub struct MessageIds {
     prefix: u64,
-    next: u64,
+    next: AtomicU64,
 }
 
 impl MessageIds {
@@ -117,20 +118,29 @@ impl MessageIds {
         getrandom::fill(&mut prefix).map_err(std::io::Error::from)?;
         Ok(Self {
             prefix: u64::from_be_bytes(prefix),
-            next: 0,
+            next: AtomicU64::new(1),
         })
     }
 
     /// The next id.
-    pub fn next_id(&mut self) -> MessageId {
-        self.next = self.next.wrapping_add(1);
-        MessageId(u128::from(self.prefix) << 64 | u128::from(self.next))
+    pub fn next_id(&self) -> MessageId {
+        let number = self.next.fetch_add(1, Ordering::Relaxed);
+        MessageId(u128::from(self.prefix) << 64 | u128::from(number))
     }
 }
 
 /// Unique name of one message.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub struct MessageId(u128);
+
+impl MessageId {
+    /// Reads the text form, which is 32 hexadecimal digits.
+    pub fn parse(text: &str) -> Option<Self> {
+        let digits = text.len() == 32 && text.bytes().all(|b| b.is_ascii_hexdigit());
+        let number = digits.then(|| u128::from_str_radix(text, 16))?;
+        number.ok().map(Self)
+    }
+}
 
 impl fmt::Display for MessageId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -173,9 +183,13 @@ mod tests {
 
     #[test]
     fn message_ids_are_32_hex_digits_and_differ() {
-        let mut ids = MessageIds::new().unwrap();
+        let ids = MessageIds::new().unwrap();
         let (a, b) = (ids.next_id().to_string(), ids.next_id().to_string());
         assert_ne!(a, b);
         assert!(a.len() == 32 && a.bytes().all(|b| b.is_ascii_hexdigit()));
+        assert_eq!(MessageId::parse(&a).unwrap().to_string(), a);
+        for bad in ["", &a[1..], &format!("{a}0"), &format!("+{}", &a[1..])] {
+            assert_eq!(MessageId::parse(bad), None, "{bad:?}");
+        }
     }
 }

@@ -179,6 +179,7 @@ pub fn broker(config: &Config) -> Result<broker::Options, Error> {
         max_packet_size: u32::try_from(broker.max_packet_size.bytes()).unwrap_or(u32::MAX),
         reconnect: (broker.reconnect_min, broker.reconnect_max),
         from_property: name(&broker.from_property),
+        id_property: name(&broker.id_property),
         timestamp_property: name(&broker.timestamp_property),
     })
 }

@@ -534,7 +534,7 @@ async fn a_subscription_that_was_given_up_is_not_made_later() {
 async fn a_full_outbox_refuses_at_once() {
     for bound in [
         ("BROKER__OUTBOX_MAX_MESSAGES", "3"),
-        ("BROKER__OUTBOX_MAX_BYTES", "3000"),
+        ("BROKER__OUTBOX_MAX_BYTES", "3300"),
     ] {
         let keys = [
             bound,
@@ -562,6 +562,40 @@ async fn a_full_outbox_refuses_at_once() {
         assert!(stage.admin.metric(outbox).await < 0.5);
         stage.finish().await;
     }
+}
+
+/// What was sent and is not acknowledged counts to the outbox's bytes: a broker that
+/// takes and does not answer does not fill the memory.
+#[tokio::test]
+async fn what_is_in_flight_counts_to_the_outbox() {
+    let broker = Broker::start().await;
+    let proxy = Proxy::to(broker.port).await;
+    let url = proxy.url();
+    let keys = [
+        ("BROKER__URL", url.as_str()),
+        ("BROKER__OUTBOX_MAX_BYTES", "3300"),
+        ("BROKER__POOL_SIZE", "1"),
+    ];
+    let stage = Stage::around(broker, &keys).await;
+    let device = stage.client("c").await;
+    let payload = "x".repeat(900);
+    proxy.hold();
+    let sent = "exproto_broker_published_total";
+    let waiting: Vec<_> = (0..3)
+        .map(|_| publishing(&stage, &device, 1, &payload))
+        .collect();
+    stage.admin.metric_until(sent, |n| n > 2.5).await;
+    let waiting_to_be_sent = stage.admin.metric("exproto_broker_outbox_messages").await;
+    assert!(waiting_to_be_sent < 0.5);
+    let answer = stage.publish(&device, "up", 1, &payload).await;
+    let message = answer.refused(ResultCode::Unknown);
+    assert!(message.contains("outbox is full"), "{message}");
+    proxy.release();
+    for publish in waiting {
+        answer_ok(publish).await;
+    }
+    stage.publish(&device, "up", 1, &payload).await.ok();
+    stage.finish().await;
 }
 
 async fn answer_ok(call: JoinHandle<Answer>) {

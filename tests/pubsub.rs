@@ -18,6 +18,7 @@ use common::{
 };
 use exproto_sidecar::gateway::Gateway;
 use exproto_sidecar::proto::{Message, ResultCode};
+use rumqttc::v5::mqttbytes::v5::PublishProperties;
 
 /// A stage whose answers from the broker a test can hold back.
 async fn behind_proxy(keys: &[(&str, &str)]) -> (Stage, Proxy) {
@@ -434,8 +435,9 @@ async fn a_group_over_two_gateways_gets_each_message_once() {
     stage.finish().await;
 }
 
-/// Rule 11 and the fields of Message: `from` is the publisher's client id when the
-/// message came through a gateway, else empty; `node` is the receiver's.
+/// Rule 11 and the fields of Message: `from`, `id` and `timestamp` are the publisher's
+/// when the message came through a gateway, else empty, new, and of the receipt; `node` is
+/// the receiver's.
 #[tokio::test]
 async fn a_message_says_who_sent_it_and_when() {
     if common::V4 {
@@ -457,10 +459,15 @@ async fn a_message_says_who_sent_it_and_when() {
     let after = now_ms();
     peer.publish("m/plain", 1, "x").await;
     adapter.raw_publish("m/raw", 1, "x").await.ok();
-    let properties = [("exproto-from", "someone"), ("exproto-timestamp", "12345")];
+    let id = "00112233445566778899aabbccddeeff";
+    let properties = [
+        ("exproto-from", "someone"),
+        ("exproto-id", id),
+        ("exproto-timestamp", "12345"),
+    ];
     peer.publish_with("m/told", &properties).await;
-    peer.publish_with("m/nonsense", &[("exproto-timestamp", "noon")])
-        .await;
+    let nonsense = [("exproto-timestamp", "noon"), ("exproto-id", "one")];
+    peer.publish_with("m/nonsense", &nonsense).await;
     let messages = stage.handler.messages(&receiver.conn, 5).await;
     let message = |topic: &str| messages.iter().find(|m| m.topic == topic).unwrap();
 
@@ -471,6 +478,7 @@ async fn a_message_says_who_sent_it_and_when() {
     assert!((before..=now_ms()).contains(&message("plain").timestamp));
     assert_eq!(message("raw").from, "");
     assert_eq!(message("told").from, "someone");
+    assert_eq!(message("told").id, id);
     assert_eq!(message("told").timestamp, 12345);
     assert!((before..=now_ms()).contains(&message("nonsense").timestamp));
     let ids: HashSet<&str> = messages.iter().map(|m| m.id.as_str()).collect();
@@ -490,25 +498,40 @@ async fn a_message_says_who_sent_it_and_when() {
     stage.finish().await;
 }
 
-/// The property's name can be changed, and turned off.
+/// Rule 11: a plain subscriber sees those properties and nothing else of the gateway;
+/// their names can be changed, and each turned off.
 #[tokio::test]
-async fn the_from_property_can_be_renamed_and_turned_off() {
+async fn nothing_but_the_named_properties_goes_with_a_publish() {
     if common::V4 {
         return; // 3.1.1 has no user properties
     }
-    for (name, from) in [("who", "c"), ("", "")] {
-        let stage = Stage::with(&[("BROKER__FROM_PROPERTY", name)]).await;
+    let defaults = ["exproto-from", "exproto-id", "exproto-timestamp"];
+    for names in [defaults, ["who", "which", "when"], ["who", "", ""], [""; 3]] {
+        let [from, id, timestamp] = names;
+        let stage = Stage::with(&[
+            ("BROKER__FROM_PROPERTY", from),
+            ("BROKER__ID_PROPERTY", id),
+            ("BROKER__TIMESTAMP_PROPERTY", timestamp),
+        ])
+        .await;
         let mut peer = Peer::connect(stage.broker.port).await;
         peer.subscribe("t").await;
         let device = stage.subscriber("c", "t", 1).await;
         stage.publish(&device, "t", 1, "x").await.ok();
         let publish = peer.next().await;
-        let properties = publish.properties.unwrap_or_default().user_properties;
-        let names: Vec<&str> = properties.iter().map(|(name, _)| name.as_str()).collect();
-        assert_eq!(names.contains(&"who"), name == "who", "{names:?}");
-        assert!(!names.contains(&"exproto-from"), "{names:?}");
         let message = stage.handler.messages(&device.conn, 1).await.remove(0);
-        assert_eq!(message.from, from);
+        assert_eq!(message.from, if from.is_empty() { "" } else { "c" });
+        let values = ["c", &message.id, &message.timestamp.to_string()];
+        let said = names.into_iter().zip(values);
+        let said: Vec<(String, String)> = said
+            .filter(|(name, _)| !name.is_empty())
+            .map(|(name, value)| (name.to_owned(), value.to_owned()))
+            .collect();
+        let expected = (!said.is_empty()).then(|| PublishProperties {
+            user_properties: said,
+            ..PublishProperties::default()
+        });
+        assert_eq!(publish.properties, expected);
         stage.finish().await;
     }
 }

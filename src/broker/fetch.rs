@@ -330,7 +330,7 @@ impl Task {
             return;
         }
         let qos = publish.qos;
-        let message = Message::received(publish, topic, self.ids.next_id(), &self.options);
+        let message = Message::received(publish, topic, &self.ids, &self.options);
         for newcomer in newcomers {
             let subscriber = newcomer.member.subscriber(&newcomer.filter, newcomer.key);
             if let Some(recipient) = subscriber {

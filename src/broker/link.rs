@@ -379,7 +379,7 @@ impl Link<'_> {
             return;
         }
         let published = publish.qos;
-        let message = Message::received(publish, topic, self.ids.next_id(), options);
+        let message = Message::received(publish, topic, &self.ids, options);
         for recipient in audience {
             let delivery = |qos| Delivery {
                 message: message.clone(),
@@ -447,7 +447,7 @@ impl Message {
     pub(super) fn received(
         publish: InboundPublish,
         topic: String,
-        id: MessageId,
+        ids: &MessageIds,
         options: &Options,
     ) -> Arc<Self> {
         let property = |name: &Option<String>| {
@@ -458,7 +458,9 @@ impl Message {
                 .map(|(_, value)| value)
         };
         Arc::new(Self {
-            id,
+            id: property(&options.id_property)
+                .and_then(|text| MessageId::parse(text))
+                .unwrap_or_else(|| ids.next_id()),
             from: property(&options.from_property)
                 .cloned()
                 .unwrap_or_default(),

@@ -96,6 +96,8 @@ struct Shared {
     welcome: Option<Welcome>,
     /// Publishes that await an acknowledgement; the session's own count.
     unacknowledged: usize,
+    /// Their bytes.
+    unacknowledged_bytes: usize,
     waker: Option<Waker>,
 }
 
@@ -139,6 +141,7 @@ impl Member {
                 topics: Topics::default(),
                 welcome: None,
                 unacknowledged: 0,
+                unacknowledged_bytes: 0,
                 waker: None,
             }),
         }))
@@ -208,7 +211,9 @@ impl Member {
             if shared.closing {
                 return Err(PublishError::Stopped);
             }
-            shared.check(&publish)?;
+            if let Some(welcome) = &shared.welcome {
+                welcome.check(&publish)?;
+            }
             if !shared.has_room(size, &self.options) {
                 self.withdraw_abandoned(shared);
                 if !shared.has_room(size, &self.options) {
@@ -482,7 +487,8 @@ impl Member {
             if waiter.is_closed() {
                 continue;
             }
-            if let Err(error) = shared.check(&publish) {
+            let allowed = shared.welcome.as_ref().map(|w| w.check(&publish));
+            if let Some(Err(error)) = allowed {
                 let _ = waiter.send(Err(error));
                 continue;
             }
@@ -495,6 +501,7 @@ impl Member {
             self.metrics.published.increment(1);
         }
         shared.unacknowledged = session.unacknowledged();
+        shared.unacknowledged_bytes = session.unacknowledged_bytes();
         let register = |slot: &mut Option<Waker>| match slot {
             Some(waker) if waker.will_wake(cx.waker()) => {}
             slot => *slot = Some(cx.waker().clone()),
@@ -528,24 +535,6 @@ impl Member {
 }
 
 impl Shared {
-    /// What the broker said it would not take, as far as it is known.
-    fn check(&self, publish: &OutboundPublish) -> Result<(), PublishError> {
-        let Some(welcome) = &self.welcome else {
-            return Ok(());
-        };
-        if publish.qos() > welcome.max_qos {
-            return Err(PublishError::QosNotSupported(welcome.max_qos));
-        }
-        let size = publish.size();
-        match welcome.max_packet_size {
-            Some(limit) if size > limit as usize => Err(PublishError::TooLarge {
-                size,
-                limit: limit as usize,
-            }),
-            _ => Ok(()),
-        }
-    }
-
     /// Whether a SUBSCRIBE is still of use: its caller waits, or, where it restores,
     /// somebody is subscribed.
     fn wants(&self, request: &SubscribeRequest) -> bool {
@@ -593,8 +582,9 @@ impl Shared {
     }
 
     fn has_room(&self, size: usize, options: &Options) -> bool {
+        let bytes = self.outbox_bytes + self.unacknowledged_bytes;
         self.outbox.len() < options.outbox_max_messages
-            && (self.outbox.is_empty() || self.outbox_bytes + size <= options.outbox_max_bytes)
+            && (bytes == 0 || bytes + size <= options.outbox_max_bytes)
     }
 }
 

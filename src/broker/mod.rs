@@ -151,7 +151,7 @@ pub struct Publication {
 /// A message that came from the broker.
 #[derive(Debug)]
 pub struct Message {
-    /// Made here.
+    /// Made by the publisher's gateway, else here.
     pub id: MessageId,
     /// With the mountpoint.
     pub topic: String,
@@ -218,7 +218,7 @@ pub struct Options {
     pub publish_timeout: Duration,
     /// Publishes that may wait at one member.
     pub outbox_max_messages: usize,
-    /// Bytes that may wait at one member.
+    /// Bytes that may wait at one member, to be sent or to be acknowledged.
     pub outbox_max_bytes: usize,
     /// Messages that the broker may have unacknowledged towards one member.
     pub receive_maximum: u16,
@@ -228,6 +228,8 @@ pub struct Options {
     pub reconnect: (Duration, Duration),
     /// User property with the publisher's client id.
     pub from_property: Option<String>,
+    /// User property with the message's id.
+    pub id_property: Option<String>,
     /// User property with the time of publishing.
     pub timestamp_property: Option<String>,
 }

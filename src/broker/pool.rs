@@ -18,6 +18,7 @@ use super::{
     LinkState, Options, Protocol, Publication, PublishError, QoS, SubscribeError, Subscriber,
     SubscriptionKey, link, now_ms,
 };
+use crate::id::MessageIds;
 use crate::metrics::BrokerMetrics;
 
 /// Connections that MQTT 3.1.1 may need for filters that overlap, in all. Each
@@ -38,6 +39,7 @@ struct Pool {
     /// Publishes are spread over so many.
     spread: usize,
     hasher: RandomState,
+    ids: MessageIds,
     /// With MQTT 3.1.1.
     overlaps: Option<Overlaps>,
     runtimes: Vec<Handle>,
@@ -108,6 +110,7 @@ impl Broker {
             members,
             spread,
             hasher: RandomState::new(),
+            ids: MessageIds::new()?,
             overlaps,
             runtimes: runtimes.to_vec(),
             tasks: Mutex::default(),
@@ -131,19 +134,12 @@ impl Broker {
     pub async fn publish(&self, route: u64, message: Publication) -> Result<(), PublishError> {
         let pool = &*self.pool;
         let member = pool.spread(route).ok_or(PublishError::Stopped)?;
-        let mut properties = Vec::new();
-        if let (Some(from), Some(name)) = (&message.from, &pool.options.from_property) {
-            properties.push((name.clone(), from.to_string()));
-        }
-        if let Some(name) = &pool.options.timestamp_property {
-            properties.push((name.clone(), now_ms().to_string()));
-        }
         let publish = OutboundPublish::new(
             pool.options.protocol,
             message.topic.as_str().to_owned(),
             message.qos,
             message.payload,
-            properties,
+            pool.properties(message.from.as_deref()),
         );
         let confirmed = member.publish(publish)?;
         let limit = pool.options.publish_timeout;
@@ -275,6 +271,22 @@ impl Broker {
 }
 
 impl Pool {
+    /// What a publish tells of itself to other gateways, and all that it does: one that
+    /// is sent again tells the same.
+    fn properties(&self, from: Option<&str>) -> Vec<(String, String)> {
+        let options = &*self.options;
+        if options.protocol == Protocol::V4 {
+            return Vec::new();
+        }
+        let property = |name: &Option<String>, value: &dyn Fn() -> String| {
+            name.as_ref().map(|name| (name.clone(), value()))
+        };
+        let from = from.and_then(|from| property(&options.from_property, &|| from.to_owned()));
+        let id = property(&options.id_property, &|| self.ids.next_id().to_string());
+        let timestamp = property(&options.timestamp_property, &|| now_ms().to_string());
+        from.into_iter().chain(id).chain(timestamp).collect()
+    }
+
     /// One of the members that work is spread over.
     fn spread(&self, number: u64) -> Option<&Arc<Member>> {
         let index = number % self.spread as u64;

@@ -84,6 +84,16 @@ enum Pending {
     Unsubscribe(Arc<str>),
 }
 
+impl Pending {
+    /// Bytes of a publish that is kept.
+    fn publish_size(&self) -> usize {
+        match self {
+            Self::Publish { publish, .. } => publish.size(),
+            _ => 0,
+        }
+    }
+}
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Held {
     /// The connections have not taken it yet.
@@ -136,6 +146,8 @@ pub(super) struct Session {
     next_order: u64,
     /// By packet id; the number is the order in which they were first sent.
     pending: HashMap<u16, (u64, Pending)>,
+    /// Bytes of the publishes among them.
+    pending_bytes: usize,
     /// Publishes sent on this connection and unacknowledged.
     in_flight: usize,
     /// Publishes of an earlier connection that still must be sent again.
@@ -177,6 +189,7 @@ impl Session {
             last_pkid: 0,
             next_order: 0,
             pending: HashMap::new(),
+            pending_bytes: 0,
             in_flight: 0,
             resend: VecDeque::new(),
             resend_dup: false,
@@ -223,7 +236,7 @@ impl Session {
             denied: false,
             reason: "the broker ends the connection when it gets this".to_owned(),
         };
-        match self.pending.remove(&pkid)?.1 {
+        match self.take(pkid)?.1 {
             Pending::Publish { waiter, .. } | Pending::Release { waiter } => {
                 let _ = waiter.send(Err(PublishError::Refused(refusal)));
             }
@@ -264,14 +277,22 @@ impl Session {
         }
         for pkid in order.into_values() {
             match self.pending.get(&pkid) {
-                Some((_, Pending::Publish { .. })) => self.resend.push_back(pkid),
+                Some((_, Pending::Publish { publish, .. })) => match welcome.check(publish) {
+                    Ok(()) => self.resend.push_back(pkid),
+                    // It may be another broker than the one that had it before.
+                    Err(error) => {
+                        if let Some((_, Pending::Publish { waiter, .. })) = self.take(pkid) {
+                            let _ = waiter.send(Err(error));
+                        }
+                    }
+                },
                 Some((_, Pending::Release { .. })) if welcome.session_present => {
                     self.in_flight += 1;
                     self.protocol.pubrel(pkid, out);
                 }
                 Some((_, Pending::Release { .. })) => {
                     // The broker took it and lost it: nobody can say what became of it.
-                    if let Some((_, Pending::Release { waiter })) = self.pending.remove(&pkid) {
+                    if let Some((_, Pending::Release { waiter })) = self.take(pkid) {
                         let _ = waiter.send(Err(PublishError::SessionLost));
                     }
                 }
@@ -281,7 +302,7 @@ impl Session {
                     if request.is_abandoned() || request.waiter.is_none() =>
                 {
                     self.restoring -= usize::from(request.waiter.is_none());
-                    self.pending.remove(&pkid);
+                    self.take(pkid);
                     self.filters_pending -= 1;
                 }
                 Some((_, Pending::Subscribe(request))) => {
@@ -304,7 +325,7 @@ impl Session {
                     self.protocol.unsubscribe(pkid, filter, out);
                 }
                 Some((_, Pending::Unsubscribe(_))) => {
-                    self.pending.remove(&pkid);
+                    self.take(pkid);
                     self.filters_pending -= 1;
                 }
                 None => {}
@@ -391,6 +412,11 @@ impl Session {
         self.pending.len() - self.filters_pending
     }
 
+    /// Their bytes.
+    pub(super) fn unacknowledged_bytes(&self) -> usize {
+        self.pending_bytes
+    }
+
     /// A message was taken by everyone it was for: acknowledges it.
     pub(super) fn taken(&mut self, receipt: Receipt, out: &mut BytesMut) {
         let Some(incoming) = self.incoming.get_mut(&receipt.pkid) else {
@@ -425,12 +451,11 @@ impl Session {
                 event => event,
             },
             Inbound::PubAck(pkid, result) => self.on_acknowledged(pkid, result, out),
-            Inbound::PubRec(pkid, result) => match self.pending.remove(&pkid) {
+            Inbound::PubRec(pkid, result) => match self.take(pkid) {
                 Some((order, Pending::Publish { waiter, .. })) => match result {
                     Ok(()) => {
                         self.protocol.pubrel(pkid, out);
-                        self.pending
-                            .insert(pkid, (order, Pending::Release { waiter }));
+                        self.put_back(pkid, Some((order, Pending::Release { waiter })));
                         Event::None
                     }
                     Err(refusal) => {
@@ -469,7 +494,7 @@ impl Session {
     }
 
     fn on_suback(&mut self, pkid: u16, result: Result<QoS, Refusal>) -> Event {
-        let request = match self.pending.remove(&pkid) {
+        let request = match self.take(pkid) {
             Some((_, Pending::Subscribe(request))) => request,
             other => return self.unexpected(pkid, other, "SUBACK"),
         };
@@ -494,7 +519,7 @@ impl Session {
     }
 
     fn on_unsuback(&mut self, pkid: u16) -> Event {
-        match self.pending.remove(&pkid) {
+        match self.take(pkid) {
             Some((_, Pending::Unsubscribe(_))) => {
                 self.filters_pending -= 1;
                 Event::None
@@ -510,7 +535,7 @@ impl Session {
         self.last_pkid = pkid ^ 0x8000;
         self.renumbered += 1;
         let gives_up = self.renumbered > MAX_RENUMBERED;
-        match self.pending.remove(&pkid) {
+        match self.take(pkid) {
             Some((_, Pending::Subscribe(request))) if !gives_up => {
                 self.filters_pending -= 1;
                 self.restoring -= usize::from(request.waiter.is_none());
@@ -521,7 +546,7 @@ impl Session {
                 Event::UnsubscribeAgain(filter)
             }
             Some(pending @ (_, Pending::Unsubscribe(_))) => {
-                self.pending.insert(pkid, pending);
+                self.put_back(pkid, Some(pending));
                 self.on_unsuback(pkid)
             }
             other => {
@@ -619,7 +644,7 @@ impl Session {
         result: Result<(), Refusal>,
         out: &mut BytesMut,
     ) -> Event {
-        match self.pending.remove(&pkid) {
+        match self.take(pkid) {
             Some((_, Pending::Publish { waiter, .. } | Pending::Release { waiter })) => {
                 self.settle(waiter, result.map_err(PublishError::Refused), out);
                 Event::None
@@ -650,15 +675,23 @@ impl Session {
         Event::Unexpected(packet)
     }
 
+    /// Takes off what is pending under a packet id.
+    fn take(&mut self, pkid: u16) -> Option<(u64, Pending)> {
+        let found = self.pending.remove(&pkid)?;
+        self.pending_bytes -= found.1.publish_size();
+        Some(found)
+    }
+
     fn put_back(&mut self, pkid: u16, found: Option<(u64, Pending)>) {
         if let Some(pending) = found {
+            self.pending_bytes += pending.1.publish_size();
             self.pending.insert(pkid, pending);
         }
     }
 
     fn remember(&mut self, pkid: u16, pending: Pending) {
         self.next_order += 1;
-        self.pending.insert(pkid, (self.next_order, pending));
+        self.put_back(pkid, Some((self.next_order, pending)));
     }
 
     /// The next free packet id. There always is one: [`MAX_WINDOW`] and

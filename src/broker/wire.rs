@@ -4,13 +4,16 @@
 //! which version carries them; `v5` and `v4` are the two files that name rumqttc,
 //! whose codecs do the work. Another codec is a change in one place.
 
+mod fit;
 pub(crate) mod fuzzing;
 mod v4;
 mod v5;
 
 use bytes::{Buf, Bytes, BytesMut};
 
-use super::{QoS, Refusal};
+use fit::Fit;
+
+use super::{PublishError, QoS, Refusal};
 
 /// The version of MQTT.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -24,6 +27,10 @@ pub enum Protocol {
 /// Largest subscription identifier (MQTT 5, 3.8.2.1.2).
 pub(super) const MAX_SUBSCRIPTION_ID: u32 = 268_435_455;
 
+/// What a SUBSCRIBE has beside its filter, at most: header, packet id, identifier,
+/// length of the filter and options.
+const MAX_SUBSCRIBE_FRAME: usize = 5 + 2 + 6 + 2 + 1;
+
 /// What the broker sent cannot be understood.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum WireError {
@@ -33,6 +40,13 @@ pub(super) enum WireError {
     /// An answer in 3.1.1 to a CONNECT in 5.
     #[error("the broker does not speak MQTT 5: set broker.protocol = 4 for MQTT 3.1.1")]
     Only311,
+}
+
+impl WireError {
+    /// What no version allows.
+    fn invalid(problem: &str) -> Self {
+        Self::Invalid("packet", problem.to_owned())
+    }
 }
 
 /// What a CONNECT says.
@@ -68,9 +82,32 @@ pub(super) struct Welcome {
 }
 
 impl Welcome {
+    /// What the broker has said it does not take of publishes (MQTT 5, 3.2.2.3.4 and 6).
+    pub(super) fn check(&self, publish: &OutboundPublish) -> Result<(), PublishError> {
+        if publish.qos() > self.max_qos {
+            return Err(PublishError::QosNotSupported(self.max_qos));
+        }
+        let size = publish.size();
+        match self.max_packet_size {
+            Some(limit) if size > limit as usize => Err(PublishError::TooLarge {
+                size,
+                limit: limit as usize,
+            }),
+            _ => Ok(()),
+        }
+    }
+
     /// What the broker has said it has not: it may end the connection upon a SUBSCRIBE
-    /// for it (MQTT 5, 3.2.2.3.11 and 13).
+    /// for it (MQTT 5, 3.2.2.3.6, 11 and 13).
     pub(super) fn refuses(&self, filter: &str) -> Option<Refusal> {
+        if let Some(limit) = self.max_packet_size
+            && filter.len() + MAX_SUBSCRIBE_FRAME > limit as usize
+        {
+            return Some(Refusal {
+                denied: false,
+                reason: format!("its packets have {limit} bytes at most"),
+            });
+        }
         let missing = if !self.shared_subscriptions && filter.starts_with("$share/") {
             "shared subscriptions"
         } else if !self.wildcards && filter.contains(['+', '#']) {
@@ -106,8 +143,8 @@ pub(super) struct InboundPublish {
 pub(super) enum Inbound {
     ConnAck(Result<Welcome, Refusal>),
     Publish(InboundPublish),
-    /// A publish larger than we take, without its payload. With MQTT 5 the broker keeps
-    /// it to itself.
+    /// A publish larger than we take, without its payload. Most brokers of MQTT 5 keep it
+    /// to themselves.
     TooLarge(InboundPublish),
     PubAck(u16, Result<(), Refusal>),
     PubRec(u16, Result<(), Refusal>),
@@ -213,17 +250,17 @@ impl Decoder {
         if self.skip > 0 {
             return Ok(None);
         }
-        match self.protocol {
-            Protocol::V5 => v5::decode(buffer, self.max_packet_size),
-            Protocol::V4 => match v4::fit(buffer, self.max_packet_size)? {
-                v4::Fit::Fits => v4::decode(buffer, self.max_packet_size),
-                v4::Fit::Unread => Ok(None),
-                v4::Fit::TooLarge(publish, size) => {
-                    self.skip = size.saturating_sub(buffer.len());
-                    buffer.advance(size.min(buffer.len()));
-                    Ok(Some(Inbound::TooLarge(publish)))
-                }
+        match fit::fit(buffer, self.max_packet_size)? {
+            Fit::Fits => match self.protocol {
+                Protocol::V5 => v5::decode(buffer, self.max_packet_size),
+                Protocol::V4 => v4::decode(buffer, self.max_packet_size),
             },
+            Fit::Unread => Ok(None),
+            Fit::TooLarge(publish, size) => {
+                self.skip = size.saturating_sub(buffer.len());
+                buffer.advance(size.min(buffer.len()));
+                Ok(Some(Inbound::TooLarge(publish)))
+            }
         }
     }
 }

@@ -234,7 +234,8 @@ section! {
         /// The most messages that wait to be sent to the broker, on each connection, at least 1.
         outbox_max_messages: usize = Within("10000", 1..),
 
-        /// The most bytes that wait to be sent to the broker, on each connection. A size.
+        /// The most bytes that wait for the broker, to be sent or to be acknowledged, on each
+        /// connection. A size.
         outbox_max_bytes: Size = Within("16MiB", Size::new(1)..),
 
         /// The most QoS 1 and 2 messages the broker may have in flight towards the gateway, on each
@@ -254,6 +255,9 @@ section! {
 
         /// The user property that carries a publisher's clientid, for Message.from. "" turns it off.
         from_property: Option<PropertyName> = "exproto-from",
+
+        /// The user property that carries a message's id, for Message.id. "" turns it off.
+        id_property: Option<PropertyName> = "exproto-id",
 
         /// The user property that carries the time of publishing, for Message.timestamp. "" turns it off.
         timestamp_property: Option<PropertyName> = "exproto-timestamp",

@@ -54,76 +54,6 @@ impl OutboundPublish {
     }
 }
 
-/// Whether the next packet is a publish larger than we take.
-#[derive(Debug)]
-pub(super) enum Fit {
-    /// It is not, or nobody knows yet.
-    Fits,
-    /// It is, and more of its head has to come.
-    Unread,
-    /// The publish without its payload, and its size on the wire.
-    TooLarge(InboundPublish, usize),
-}
-
-/// Looks at what comes next. In 3.1.1 the broker cannot be told what we take, and a
-/// link that broke upon a message would break upon it for ever: it is sent again.
-pub(super) fn fit(buffer: &[u8], max_packet_size: u32) -> Result<Fit, WireError> {
-    let limit = usize::try_from(max_packet_size).unwrap_or(usize::MAX);
-    let size = match mqttbytes::check(buffer.iter(), usize::MAX) {
-        Ok(header) => header.frame_length(),
-        Err(mqttbytes::Error::InsufficientBytes(missing)) => buffer.len() + missing,
-        // For `decode` to tell.
-        Err(_) => return Ok(Fit::Fits),
-    };
-    Ok(match buffer.first() {
-        Some(first) if first >> 4 == 3 && size > limit => match head(*first, buffer, size)? {
-            Some(publish) => Fit::TooLarge(publish, size),
-            None => Fit::Unread,
-        },
-        _ => Fit::Fits,
-    })
-}
-
-/// A publish of so many bytes without its payload, when its head is there. A head that
-/// is not valid is told at once: nothing behind it can be waited for or skipped.
-fn head(first: u8, buffer: &[u8], size: usize) -> Result<Option<InboundPublish>, WireError> {
-    let number = |bytes: &[u8]| {
-        bytes
-            .iter()
-            .fold(0, |all, byte| all << 8 | u16::from(*byte))
-    };
-    let qos = QoS::from_number(u32::from(first >> 1 & 3));
-    let qos = qos.ok_or_else(|| invalid("a PUBLISH of QoS 3"))?;
-    let length_bytes = buffer.iter().skip(1).take_while(|byte| **byte >= 0x80);
-    let start = length_bytes.count() + 4;
-    let Some(length) = buffer.get(start - 2..start).map(number) else {
-        return Ok(None);
-    };
-    let length = usize::from(length);
-    let end = start + length + if qos == QoS::AtMostOnce { 0 } else { 2 };
-    if end > size {
-        return Err(invalid("a truncated packet"));
-    }
-    let Some(head) = buffer.get(start..end) else {
-        return Ok(None);
-    };
-    let (topic, pkid) = head.split_at(length);
-    let pkid = number(pkid);
-    if pkid == 0 && qos != QoS::AtMostOnce {
-        return Err(invalid("a PUBLISH without a packet id"));
-    }
-    Ok(Some(InboundPublish {
-        dup: first & 8 != 0,
-        retain: first & 1 != 0,
-        qos,
-        pkid,
-        topic: Bytes::copy_from_slice(topic),
-        payload: Bytes::new(),
-        user_properties: Vec::new(),
-        subscription_ids: Vec::new(),
-    }))
-}
-
 /// The next whole packet off `buffer`; `None` until one is there.
 pub(super) fn decode(
     buffer: &mut BytesMut,
@@ -390,8 +320,6 @@ mod tests {
         assert!(matches!(answer(1), Ok(Some(Inbound::SubAck(7, g))) if g == granted));
     }
 
-    /// However the bytes come: the publish is named, its payload is skipped, and what
-    /// comes behind it is read.
     /// As mochi 2.7 sends them.
     #[test]
     fn a_suback_of_mqtt_5_is_understood() {
@@ -408,47 +336,6 @@ mod tests {
         assert!(refusal.denied);
         assert_eq!(&two[..], b"\xd0");
         assert!(matches!(decode_all(b"\x90\x03\x00\x07"), Ok(None)));
-    }
-
-    #[test]
-    fn a_publish_too_large_with_a_bad_head_is_an_error() {
-        for head in [
-            &b"\x36\xc8\x01\0\x01t\0\x01"[..],
-            b"\x32\xc8\x01\0\x01t\0\0",
-            b"\x30\xc8\x01\x01\0",
-        ] {
-            assert!(fit(head, 64).is_err(), "{head:?}");
-        }
-    }
-
-    #[test]
-    fn a_publish_too_large_is_skipped() {
-        let payload = Bytes::from(vec![7; 5000]);
-        for chunk in [1, 3, 100, 10_000] {
-            let mut sent = OutboundPublish::new("a/b".into(), QoS::AtLeastOnce, payload.clone());
-            let mut bytes = BytesMut::new();
-            sent.encode(9, true, &mut bytes);
-            pingreq(&mut bytes);
-            let end = bytes.len() - 2;
-            bytes[end] = 0xD0;
-            let mut decoder = super::super::Decoder::new(super::super::Protocol::V4, 1024);
-            let (mut buffer, mut got) = (BytesMut::new(), Vec::new());
-            for part in bytes.chunks(chunk) {
-                buffer.extend_from_slice(part);
-                while let Some(packet) = decoder.next(&mut buffer).unwrap() {
-                    got.push(packet);
-                }
-                assert!(buffer.len() < 1024, "the payload is kept");
-            }
-            let [Inbound::TooLarge(publish), Inbound::PingResp] = &got[..] else {
-                panic!("{got:?}");
-            };
-            assert_eq!((publish.pkid, publish.dup), (9, true));
-            assert_eq!(
-                (publish.qos, &publish.topic[..]),
-                (QoS::AtLeastOnce, &b"a/b"[..])
-            );
-        }
     }
 
     #[test]

@@ -170,7 +170,7 @@ fn accept_success(buffer: &mut BytesMut) {
     if !matches!(buffer.first(), Some(0x40 | 0x50 | 0x62 | 0x70)) {
         return;
     }
-    let length = inbound::variable(buffer.get(1..).unwrap_or_default());
+    let length = super::fit::variable(buffer.get(1..).unwrap_or_default());
     let Ok(Some((3.., header))) = length else {
         return;
     };

@@ -26,6 +26,7 @@ fn member() -> Arc<Member> {
         receive_maximum: 1,
         max_packet_size: 1,
         reconnect: (Duration::ZERO, Duration::ZERO),
+        id_property: None,
         from_property: None,
         timestamp_property: None,
     };

@@ -6,6 +6,7 @@
 
 use bytes::{Buf, Bytes, BytesMut};
 
+use super::super::fit::variable;
 use super::super::{InboundPublish, WireError};
 use super::invalid;
 use crate::broker::QoS;
@@ -79,12 +80,10 @@ fn property(from: &mut Bytes, publish: &mut InboundPublish) -> Result<(), WireEr
         }
         0x26 => {
             let (name, value) = (text(from)?, text(from)?);
-            let utf8 = |bytes: &Bytes| {
-                let text = std::str::from_utf8(bytes);
-                text.map(str::to_owned)
-                    .map_err(|_| invalid("a user property that is not UTF-8"))
-            };
-            publish.user_properties.push((utf8(&name)?, utf8(&value)?));
+            // Not every broker looks at what its clients write: one that is no UTF-8 is left
+            // out, for the link would break upon the message again and again.
+            let utf8 = |bytes: Bytes| String::from_utf8(bytes.into()).ok();
+            publish.user_properties.extend(utf8(name).zip(utf8(value)));
         }
         other => return Err(invalid(format!("a PUBLISH with property {other}"))),
     }
@@ -106,22 +105,6 @@ fn take(from: &mut Bytes, length: usize) -> Result<Bytes, WireError> {
 fn text(from: &mut Bytes) -> Result<Bytes, WireError> {
     let length = from.try_get_u16().map_err(|_| truncated())?;
     take(from, length.into())
-}
-
-/// A variable byte integer and how many bytes it has (MQTT 5, 1.5.5); `None` where it
-/// is not complete.
-pub(super) fn variable(bytes: &[u8]) -> Result<Option<(usize, usize)>, WireError> {
-    let mut value = 0;
-    for (index, byte) in bytes.iter().take(4).enumerate() {
-        value |= usize::from(byte & 0x7f) << (7 * index);
-        if byte & 0x80 == 0 {
-            return Ok(Some((value, index + 1)));
-        }
-    }
-    if bytes.len() >= 4 {
-        return Err(invalid("a malformed length"));
-    }
-    Ok(None)
 }
 
 #[cfg(test)]
@@ -155,6 +138,14 @@ mod tests {
         for end in 0..bytes.len() {
             assert_eq!(read(&bytes[..end]).unwrap(), None, "{end}");
         }
+    }
+
+    #[test]
+    fn a_user_property_that_is_no_text_is_left_out() {
+        let publish = read(b"\x30\x0b\x00\x01t\x06\x26\0\x01\xff\0\0x").unwrap();
+        let publish = publish.unwrap();
+        assert!(publish.user_properties.is_empty());
+        assert_eq!(&publish.payload[..], b"x");
     }
 
     #[test]
