@@ -54,6 +54,7 @@ const PUBLISH_TIMEOUTS: &str = "exproto_broker_publish_timeouts_total";
 const OUTBOX_FULL: &str = "exproto_broker_outbox_full_total";
 const OUTBOX_MESSAGES: &str = "exproto_broker_outbox_messages";
 const NOT_RESTORED: &str = "exproto_broker_subscriptions_not_restored_total";
+const MISSING: &str = "exproto_broker_subscriptions_missing";
 const OVERLAPS_REFUSED: &str = "exproto_broker_overlaps_refused_total";
 const TOO_LARGE: &str = "exproto_broker_too_large_total";
 const RETAINED_NOT_FETCHED: &str = "exproto_broker_retained_not_fetched_total";
@@ -95,8 +96,9 @@ const TABLE: &[(Kind, &str, Unit, &str, &str)] = &[
     (Kind::Counter, OUTBOX_FULL, Unit::Count, "", "Publishes refused because the outbox was full."),
     (Kind::Gauge, OUTBOX_MESSAGES, Unit::Count, "", "Publishes that wait to be sent to the broker."),
     (Kind::Counter, NOT_RESTORED, Unit::Count, "", "Subscriptions that the broker refused when they were restored."),
+    (Kind::Gauge, MISSING, Unit::Count, "", "Subscriptions that the broker does not have because it refused to restore them. They are asked for again, after a second first and every minute at last."),
     (Kind::Counter, OVERLAPS_REFUSED, Unit::Count, "", "With MQTT 3.1.1: subscriptions refused because they overlap with others on every connection that may be opened."),
-    (Kind::Counter, TOO_LARGE, Unit::Count, "", "With MQTT 3.1.1: messages dropped because they were larger than broker.max_packet_size; with MQTT 5 the broker drops them."),
+    (Kind::Counter, TOO_LARGE, Unit::Count, "", "Messages from the broker dropped because they were larger than broker.max_packet_size; most brokers of MQTT 5 drop them themselves."),
     (Kind::Counter, RETAINED_NOT_FETCHED, Unit::Count, "", "With MQTT 3.1.1: filters whose retained messages could not be fetched, because too many waited or the broker refused."),
 ];
 
@@ -438,6 +440,8 @@ pub struct BrokerMetrics {
     pub outbox_messages: Gauge,
     /// Subscriptions refused when restored.
     pub not_restored: Counter,
+    /// Subscriptions refused when restored and not there yet.
+    pub missing: Gauge,
     /// Subscriptions refused because they overlap.
     pub overlaps_refused: Counter,
     /// Messages dropped because they were too large.
@@ -462,6 +466,7 @@ impl BrokerMetrics {
             outbox_full: counter(OUTBOX_FULL),
             outbox_messages: gauge(OUTBOX_MESSAGES),
             not_restored: counter(NOT_RESTORED),
+            missing: gauge(MISSING),
             overlaps_refused: counter(OVERLAPS_REFUSED),
             too_large: counter(TOO_LARGE),
             retained_not_fetched: counter(RETAINED_NOT_FETCHED),

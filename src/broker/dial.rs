@@ -105,15 +105,14 @@ impl LinkError {
         }
     }
 
+    /// Whether another gateway has our session, or seems to.
+    pub(super) fn is_anothers(&self) -> bool {
+        matches!(self, Self::TakenOver(_) | Self::Contested(_))
+    }
+
     /// Whether it is likely to end the same way next time.
     pub(super) fn is_a_rejection(&self) -> bool {
-        matches!(
-            self,
-            Self::TakenOver(_)
-                | Self::Contested(_)
-                | Self::Refused(_)
-                | Self::Wire(WireError::Only311)
-        )
+        self.is_anothers() || matches!(self, Self::Refused(_) | Self::Wire(WireError::Only311))
     }
 }
 

@@ -68,11 +68,18 @@ pub(super) async fn run(member: Arc<Member>) {
             }
             member.metrics().links_up.decrement(1.0);
         }
-        let rejected = error.is_a_rejection();
-        if !rejected && connected.elapsed() > STEADY.min(longest) {
-            pause = shortest;
-        } else if rejected {
+        let lived = connected.elapsed();
+        if lived > YIELD {
+            place.yielded = 0;
+        }
+        if error.is_anothers() {
+            pause = longest.saturating_mul(1 << place.yielded);
+            pause = pause.min(YIELD.max(longest));
+            place.yielded = (place.yielded + 1).min(16);
+        } else if error.is_a_rejection() {
             pause = longest;
+        } else if lived > STEADY.min(longest) {
+            pause = shortest;
         }
         let reason = format!("{}: {error}", address.url);
         let Some(reasons) = round.failed(reason, was_up, options.addresses.len()) else {
@@ -90,7 +97,11 @@ pub(super) async fn run(member: Arc<Member>) {
         }
         tokio::time::sleep(dial::jitter(pause)).await;
         member.metrics().reconnects.increment(1);
-        pause = (pause * 2).min(longest);
+        // It may have been a longer one, after which it begins anew.
+        pause = match pause {
+            pause if pause > longest => shortest,
+            pause => (pause * 2).min(longest),
+        };
     }
 }
 
@@ -98,6 +109,11 @@ pub(super) async fn run(member: Arc<Member>) {
 /// does not): so many links in a row that it closed soon after they were up look
 /// like it. More than it takes to find a single packet guilty.
 const CONTESTED: u32 = 4;
+
+/// Longest pause before a session that another gateway has taken is taken back. It
+/// doubles each time until then, from `reconnect_max` on: of two with one identity each
+/// that comes back ends the other's work. Whose link lives for longer begins anew.
+const YIELD: Duration = Duration::from_secs(60);
 
 /// A link that has lived for longer was not contested.
 const SOON: Duration = Duration::from_secs(2);
@@ -118,6 +134,8 @@ struct Place {
     /// How often in a row that happened soon after the link was up, the broker being
     /// there all the time and knowing the session.
     hang_ups: u32,
+    /// How often another gateway has taken the session lately.
+    yielded: u32,
     /// How often in a row the broker still had the session that had just been ended
     /// (Moquette, which closes the connection first). With the next broken link it would
     /// be gone, and what waited in it.
@@ -406,6 +424,7 @@ impl Link<'_> {
         let stall = stall_of(self.member.options());
         loop {
             let now = ready!(self.ticks.poll_tick(cx));
+            self.member.retry(now);
             let stalled = |since: Option<Instant>| since.is_some_and(|at| now - at >= stall);
             if stalled(self.write_blocked) {
                 return Poll::Ready(Err(LinkError::WriteStalled(stall)));

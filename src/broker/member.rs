@@ -1,36 +1,29 @@
-//! One member of the pool as its callers see it: an outbox, a subscription table
+//! One member of the pool as its callers see it: an outbox, the [subscriptions](Filters)
 //! and the state of the link. The link's task ([`super::link`]) does the rest.
 //!
 //! Lock rule: a member's lock is never held while a subscriber is called.
 
-use std::collections::{HashSet, VecDeque};
+use std::collections::VecDeque;
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Waker};
 
 use bytes::BytesMut;
 use tokio::sync::oneshot;
+use tokio::time::Instant;
 
+use super::filters::Filters;
 use super::group::{Audience, Recipient, SubscriptionKey};
 use super::session::{PublishWaiter, Receipt, Session, SubscribeRequest};
-use super::table::Table;
 use super::topic::TopicFilter;
-use super::topics::{Answer, Topics};
-use super::wire::{InboundPublish, OutboundPublish, Protocol, Retained, Welcome};
+use super::topics::Answer;
+use super::wire::{InboundPublish, OutboundPublish, Welcome};
 use super::{Options, PublishError, QoS, Refusal, Subscriber};
 use crate::metrics::BrokerMetrics;
 
 /// Bytes encoded ahead of the socket. Enough for one large write; what waits
 /// beyond it stays in the outbox, where it is bounded and can be withdrawn.
 const WRITE_AHEAD: usize = 64 * 1024;
-
-/// Requests about filters that may wait before the void ones among them are thrown
-/// out. While the broker is away callers give up and try again.
-const TIDY_AT: usize = 1024;
-
-/// Ended subscriptions that are ended once more when a session is continued. Brokers
-/// save sessions every now and then, and so many end meanwhile at the most.
-const MAX_RELEASED: usize = 1024;
 
 /// State of a link to the broker.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -65,33 +58,13 @@ struct Waiting {
     waiter: PublishWaiter,
 }
 
-enum Control {
-    Subscribe(SubscribeRequest),
-    Unsubscribe(Arc<str>),
-}
-
 struct Shared {
     state: LinkState,
     closing: bool,
     outbox: VecDeque<Waiting>,
     outbox_bytes: usize,
-    control: VecDeque<Control>,
-    /// When `control` is long enough to be looked through for what is void.
-    tidy_at: usize,
-    /// Requests in `control` that restore a subscription.
-    restores: usize,
-    /// Filters that the broker was asked for and not yet told to forget.
-    at_broker: HashSet<Arc<str>>,
-    /// Those that it was told to forget last, at most [`MAX_RELEASED`]: a session that it
-    /// saved before may still have them.
-    released: VecDeque<Arc<str>>,
-    /// Those that it hangs up upon when they are restored.
-    unwelcome: HashSet<Arc<str>>,
+    filters: Filters,
     taken: Vec<Receipt>,
-    /// Its subscriptions with MQTT 5.
-    table: Table,
-    /// Its subscriptions with MQTT 3.1.1; one of the two stays empty.
-    topics: Topics,
     /// What the broker granted at its last CONNACK.
     welcome: Option<Welcome>,
     /// Publishes that await an acknowledgement; the session's own count.
@@ -119,8 +92,7 @@ impl Member {
         options: Arc<Options>,
         metrics: BrokerMetrics,
     ) -> std::io::Result<Arc<Self>> {
-        let mut seed = [0; 4];
-        getrandom::fill(&mut seed).map_err(std::io::Error::from)?;
+        let filters = Filters::new(options.protocol, metrics.clone())?;
         Ok(Arc::new(Self {
             client_id,
             options,
@@ -130,15 +102,8 @@ impl Member {
                 closing: false,
                 outbox: VecDeque::new(),
                 outbox_bytes: 0,
-                control: VecDeque::new(),
-                tidy_at: TIDY_AT,
-                restores: 0,
-                at_broker: HashSet::new(),
-                released: VecDeque::new(),
-                unwelcome: HashSet::new(),
+                filters,
                 taken: Vec::new(),
-                table: Table::new(u32::from_be_bytes(seed)),
-                topics: Topics::default(),
                 welcome: None,
                 unacknowledged: 0,
                 unacknowledged_bytes: 0,
@@ -242,7 +207,7 @@ impl Member {
     }
 
     /// Adds a subscriber in the place of `replaced`; the key is for
-    /// [`Member::unsubscribe`].
+    /// [`Member::unsubscribe`]. Nobody answers `waiter` once the member is closing.
     pub(super) fn subscribe(
         &self,
         filter: &TopicFilter,
@@ -250,28 +215,16 @@ impl Member {
         subscriber: Arc<dyn Subscriber>,
         replaced: Option<SubscriptionKey>,
         waiter: oneshot::Sender<Result<QoS, Refusal>>,
-    ) -> SubscriptionKey {
+    ) -> Option<SubscriptionKey> {
         self.change(|shared| {
-            let (key, ask) = shared.table.add(filter, qos, subscriber, replaced);
-            let request = SubscribeRequest {
-                filter: ask.filter,
-                qos: ask.qos,
-                id: ask.id,
-                retained: Retained::Send,
-                waiter: Some(waiter),
-            };
-            shared.ask(Control::Subscribe(request));
-            key
+            let filters = &mut shared.filters;
+            (!shared.closing).then(|| filters.add(filter, qos, subscriber, replaced, waiter))
         })
     }
 
     /// Takes a subscriber away; harmless when it is gone already.
     pub(super) fn unsubscribe(&self, filter: &TopicFilter, key: SubscriptionKey) {
-        self.change(|shared| {
-            if let Some(filter) = shared.table.remove(filter, key) {
-                shared.forget(filter);
-            }
-        });
+        self.change(|shared| shared.filters.remove(filter, key));
     }
 
     /// With MQTT 3.1.1: adds a subscriber, whose messages come through `held`.
@@ -284,21 +237,9 @@ impl Member {
         replaced: Option<SubscriptionKey>,
     ) -> (SubscriptionKey, Answer) {
         self.change(|shared| {
-            let in_doubt = !shared.state.is_up() || shared.restores > 0;
-            let topics = &mut shared.topics;
-            let (key, answer, question) =
-                topics.add(filter, held, qos, subscriber, replaced, in_doubt);
-            if let Some((ask, waiter)) = question {
-                let request = SubscribeRequest {
-                    filter: ask.filter,
-                    qos: ask.qos,
-                    id: ask.id,
-                    retained: Retained::Send,
-                    waiter: Some(waiter),
-                };
-                shared.ask(Control::Subscribe(request));
-            }
-            (key, answer)
+            let in_doubt = !shared.state.is_up();
+            let filters = &mut shared.filters;
+            filters.join(filter, held, qos, subscriber, replaced, in_doubt)
         })
     }
 
@@ -310,12 +251,7 @@ impl Member {
         key: SubscriptionKey,
         released: Option<&TopicFilter>,
     ) {
-        self.change(|shared| {
-            shared.topics.remove(filter, key);
-            if let Some(name) = released.and_then(|held| shared.topics.release(held)) {
-                shared.forget(name);
-            }
-        });
+        self.change(|shared| shared.filters.leave(filter, key, released));
     }
 
     /// With MQTT 3.1.1: one subscriber, if it is still there.
@@ -324,7 +260,7 @@ impl Member {
         filter: &TopicFilter,
         key: SubscriptionKey,
     ) -> Option<Recipient> {
-        self.lock().topics.get(filter, key)
+        self.lock().filters.subscriber(filter, key)
     }
 
     /// Sets the state and says whether it changed.
@@ -335,106 +271,48 @@ impl Member {
         changed
     }
 
-    /// A CONNACK came. Everything is subscribed again, before anything that waits: also
-    /// where the broker has a session of ours, which may be one that it saved long ago.
+    /// A CONNACK came: everything is subscribed again.
     pub(super) fn welcomed(&self, welcome: &Welcome) {
         let mut shared = self.lock();
         shared.welcome = Some(welcome.clone());
-        if !welcome.session_present {
-            shared.at_broker.clear();
-        }
-        let waiting = std::mem::take(&mut shared.control);
-        let mut restore = shared.table.restore();
-        restore.append(&mut shared.topics.restore());
-        restore.retain(|ask| !shared.unwelcome.contains(&ask.filter));
-        shared.restores = restore.len();
-        // First what nobody wants any more: beside a filter that overlaps with it a
-        // message would come twice. In a new session there is nothing to end; the one
-        // that is there may be older than what was ended lately.
-        if welcome.session_present {
-            let asked = waiting.iter().filter_map(|control| match control {
-                Control::Unsubscribe(filter) => Some(filter),
-                Control::Subscribe(_) => None,
-            });
-            let ended: HashSet<_> = asked.chain(&shared.released).cloned().collect();
-            let gone = ended.into_iter().filter(|name| !shared.holds(name));
-            let unsubscribe: Vec<_> = gone.map(Control::Unsubscribe).collect();
-            shared.control.extend(unsubscribe);
-        }
-        let restore = restore.into_iter().map(|ask| {
-            Control::Subscribe(SubscribeRequest {
-                filter: ask.filter,
-                qos: ask.qos,
-                id: ask.id,
-                retained: Retained::Never,
-                waiter: None,
-            })
-        });
-        shared.control.extend(restore);
-        // Those whose callers have left have taken the subscription back.
-        shared
-            .control
-            .extend(waiting.into_iter().filter(|control| match control {
-                Control::Subscribe(request) => request.waiter.is_some() && !request.is_abandoned(),
-                Control::Unsubscribe(_) => false,
-            }));
+        shared.filters.welcomed(welcome, Instant::now());
     }
 
     /// The broker hangs up whenever it is asked to restore this one: it is asked no more
     /// until somebody subscribes anew.
     pub(super) fn is_unwelcome(&self, filter: Arc<str>, refusal: &Refusal) {
-        let mut shared = self.lock();
-        self.lose(&mut shared, &filter, refusal);
-        shared.unwelcome.insert(filter);
+        self.lock().filters.is_unwelcome(filter, refusal);
     }
 
-    /// The broker accepted a SUBSCRIBE: identifiers before it are of the past.
+    /// The broker accepted a SUBSCRIBE.
     pub(super) fn subscribed(&self, filter: &str, id: u32) {
-        self.lock().table.confirm(filter, id);
+        self.lock().filters.accepted(filter, id, Instant::now());
     }
 
-    /// A SUBSCRIBE did not get through and is sent again if it is still of use: with the
-    /// QoS of now, for others may have asked meanwhile.
-    pub(super) fn subscribe_again(&self, mut request: SubscribeRequest) {
-        self.change(|shared| {
-            if shared.wants(&request) {
-                let (table, topics) = (&shared.table, &shared.topics);
-                let wanted = table.qos(&request.filter);
-                let wanted = wanted.or_else(|| topics.qos(&request.filter));
-                request.qos = wanted.unwrap_or(request.qos);
-                shared.restores += usize::from(request.waiter.is_none());
-                shared.control.push_front(Control::Subscribe(request));
-            }
-        });
+    /// A SUBSCRIBE did not get through and is sent again if it is still of use.
+    pub(super) fn subscribe_again(&self, request: SubscribeRequest) {
+        self.change(|shared| shared.filters.subscribe_again(request));
     }
 
-    /// An UNSUBSCRIBE did not get through and is sent again unless somebody has
-    /// subscribed meanwhile.
+    /// An UNSUBSCRIBE did not get through and is sent again if it is still of use.
     pub(super) fn unsubscribe_again(&self, filter: Arc<str>) {
-        self.change(|shared| {
-            if !shared.table.contains(&filter) && !shared.topics.holds(&filter) {
-                shared.ask(Control::Unsubscribe(filter));
-            }
-        });
+        self.change(|shared| shared.filters.unsubscribe_again(filter));
     }
 
     /// The broker refused to restore a subscription.
-    pub(super) fn not_restored(&self, filter: &str, refusal: &Refusal) {
-        self.lose(&mut self.lock(), filter, refusal);
+    pub(super) fn not_restored(&self, filter: &Arc<str>, refusal: &Refusal) {
+        let now = Instant::now();
+        self.lock().filters.not_restored(filter, refusal, now);
     }
 
-    fn lose(&self, shared: &mut Shared, filter: &str, refusal: &Refusal) {
-        tracing::error!(filter, %refusal, "a subscription could not be restored");
-        self.metrics.not_restored.increment(1);
-        shared.topics.not_restored(filter);
-    }
-
-    /// Answers a SUBSCRIBE that the broker has said it will not take.
-    fn refuse(&self, shared: &mut Shared, request: SubscribeRequest, refusal: Refusal) {
-        match request.waiter {
-            // The caller may have left, and taken it back.
-            Some(waiter) => drop(waiter.send(Err(refusal))),
-            None => self.lose(shared, &request.filter, &refusal),
+    /// Asks again for what the broker would not restore, when it is time.
+    pub(super) fn retry(&self, now: Instant) {
+        let mut shared = self.lock();
+        if shared.filters.retry(now)
+            && let Some(waker) = shared.waker.take()
+        {
+            drop(shared);
+            waker.wake();
         }
     }
 
@@ -454,25 +332,8 @@ impl Member {
         for receipt in shared.taken.drain(..) {
             session.taken(receipt, out);
         }
-        while session.can_subscribe() && out.len() < WRITE_AHEAD {
-            match shared.control.pop_front() {
-                Some(Control::Subscribe(request)) if !shared.wants(&request) => {
-                    shared.restores -= usize::from(request.waiter.is_none());
-                }
-                Some(Control::Subscribe(request)) => {
-                    shared.restores -= usize::from(request.waiter.is_none());
-                    let welcome = shared.welcome.as_ref();
-                    if let Some(refusal) = welcome.and_then(|w| w.refuses(&request.filter)) {
-                        self.refuse(shared, request, refusal);
-                        continue;
-                    }
-                    shared.at_broker.insert(request.filter.clone());
-                    session.subscribe(request, out);
-                }
-                Some(Control::Unsubscribe(filter)) => session.unsubscribe(filter, out),
-                None => break,
-            }
-        }
+        let welcome = shared.welcome.as_ref();
+        shared.filters.pull(session, welcome, out, WRITE_AHEAD);
         while out.len() < WRITE_AHEAD && session.can_publish() {
             let Some(Waiting {
                 mut publish,
@@ -507,80 +368,26 @@ impl Member {
             slot => *slot = Some(cx.waker().clone()),
         };
         register(&mut shared.waker);
-        shared.closing && shared.outbox.is_empty() && shared.control.is_empty() && session.is_idle()
+        shared.closing && shared.outbox.is_empty() && shared.filters.is_idle() && session.is_idle()
     }
 
     /// Who gets a message.
     pub(super) fn audience(&self, publish: &InboundPublish, topic: &str) -> Audience {
-        let mut shared = self.lock();
-        match self.options.protocol {
-            Protocol::V4 => shared.topics.audience(topic),
-            Protocol::V5 => {
-                let ids = &publish.subscription_ids;
-                shared.table.audience(topic, publish.retain, ids)
-            }
-        }
+        self.lock().filters.audience(publish, topic)
     }
 
     /// Whether subscriptions wait to be restored.
     pub(super) fn restoring(&self) -> bool {
-        self.lock().restores > 0
+        self.lock().filters.restoring()
     }
 
     /// Filters subscribed at this member.
     pub(super) fn filters(&self) -> usize {
-        let shared = self.lock();
-        shared.table.len() + shared.topics.len()
+        self.lock().filters.len()
     }
 }
 
 impl Shared {
-    /// Whether a SUBSCRIBE is still of use: its caller waits, or, where it restores,
-    /// somebody is subscribed.
-    fn wants(&self, request: &SubscribeRequest) -> bool {
-        match request.waiter {
-            Some(_) => !request.is_abandoned(),
-            None => self.table.contains(&request.filter) || self.topics.holds(&request.filter),
-        }
-    }
-
-    /// Whether anybody relies on this filter.
-    fn holds(&self, filter: &str) -> bool {
-        self.table.contains(filter) || self.topics.holds(filter)
-    }
-
-    /// Nobody relies on this filter any more. Where the broker was never asked there is
-    /// nothing to take back.
-    fn forget(&mut self, filter: Arc<str>) {
-        self.unwelcome.remove(&filter);
-        if !self.at_broker.remove(&filter) {
-            return;
-        }
-        self.released.push_back(filter.clone());
-        if self.released.len() > MAX_RELEASED {
-            self.released.pop_front();
-        }
-        self.ask(Control::Unsubscribe(filter));
-    }
-
-    fn ask(&mut self, control: Control) {
-        if let Control::Subscribe(request) = &control {
-            self.unwelcome.remove(&request.filter);
-        }
-        self.control.push_back(control);
-        if self.control.len() >= self.tidy_at {
-            let control = std::mem::take(&mut self.control);
-            let useful = |control: &Control| match control {
-                Control::Subscribe(request) => self.wants(request),
-                Control::Unsubscribe(_) => true,
-            };
-            self.control = control.into_iter().filter(useful).collect();
-            let restores = |control: &&Control| matches!(control, Control::Subscribe(request) if request.waiter.is_none());
-            self.restores = self.control.iter().filter(restores).count();
-            self.tidy_at = TIDY_AT.max(2 * self.control.len());
-        }
-    }
-
     fn has_room(&self, size: usize, options: &Options) -> bool {
         let bytes = self.outbox_bytes + self.unacknowledged_bytes;
         self.outbox.len() < options.outbox_max_messages

@@ -16,6 +16,7 @@
 
 mod dial;
 mod fetch;
+mod filters;
 mod group;
 mod link;
 mod member;

@@ -185,6 +185,7 @@ impl Broker {
         let member = self.pool.spread(hash).ok_or(SubscribeError::Stopped)?;
         let (answered, answer) = oneshot::channel();
         let key = member.subscribe(filter, qos, subscriber, replaced, answered);
+        let key = key.ok_or(SubscribeError::Stopped)?;
         // From here on, leaving in any way takes the subscription back.
         let subscription = self.subscription(member, filter, key);
         let limit = self.pool.options.publish_timeout;
@@ -209,6 +210,9 @@ impl Broker {
         let limit = pool.options.publish_timeout;
         let deadline = Instant::now() + limit;
         let (subscription, answer) = {
+            if pool.members.iter().any(|member| member.is_closing()) {
+                return Err(SubscribeError::Stopped);
+            }
             // Held until the member has it too: both must see all changes in one order.
             let mut plan = lock(&overlaps.plan);
             let planned = plan.add(filter).map_err(|NoRoom| {

@@ -13,10 +13,14 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::time::Instant;
 
 use super::group::{Audience, Group, Recipient, SubscriptionKey};
 use super::topic::TopicFilter;
-use super::wire::MAX_SUBSCRIPTION_ID;
+use super::trie::Trie;
+use super::wire::{MAX_SUBSCRIPTION_ID, Retained};
 use super::{QoS, Subscriber};
 
 /// Identifiers of replaced or ended subscriptions that are still understood: the
@@ -29,10 +33,23 @@ struct Entry {
     confirmed: Option<u32>,
     /// When that was: a number among the keys, which count up.
     confirmed_at: u64,
+    /// When that was, by the clock.
+    accepted: Option<Instant>,
     /// Identifiers of those after it, oldest first. Any of them may be the one that
     /// the broker uses.
     asked: VecDeque<u32>,
     group: Group,
+}
+
+impl Entry {
+    fn ask(&self, name: &Arc<str>, retained: Retained) -> Option<Ask> {
+        Some(Ask {
+            filter: name.clone(),
+            qos: self.group.qos(),
+            id: self.asked.back().copied().or(self.confirmed)?,
+            retained,
+        })
+    }
 }
 
 struct Target {
@@ -46,7 +63,13 @@ pub(super) struct Ask {
     pub filter: Arc<str>,
     pub qos: QoS,
     pub id: u32,
+    pub retained: Retained,
 }
+
+/// Retained messages of QoS 1 and 2 follow the SUBACK and are in the session until they
+/// are taken. Where the broker loses the session so soon after it, they are asked for
+/// again; some may then come twice.
+const RETAINED_UNDER_WAY: Duration = Duration::from_secs(5);
 
 /// Unanswered SUBSCRIBEs for one filter whose identifiers are kept apart. While the
 /// broker is away callers try again and again, and it will see but a few of them.
@@ -60,6 +83,8 @@ pub(super) struct Table {
     /// Whether the broker sends retained messages before the SUBACK, once one without
     /// an identifier has shown it: by coming when only one of the two was possible.
     retained_first: Option<bool>,
+    /// The filters' names by topic, once a message came without an identifier.
+    by_topic: Option<Trie<Vec<Arc<str>>>>,
     next_id: u32,
     next_key: u64,
 }
@@ -74,6 +99,7 @@ impl Table {
             ids: HashMap::new(),
             retired: VecDeque::new(),
             retained_first: None,
+            by_topic: None,
             next_id: seed % MAX_SUBSCRIPTION_ID,
             next_key: 0,
         }
@@ -98,10 +124,16 @@ impl Table {
         let key = SubscriptionKey(self.next_key);
         let id = self.free_id();
         let name: Arc<str> = filter.as_str().into();
+        if let Some(by_topic) = &mut self.by_topic
+            && !self.entries.contains_key(&name)
+        {
+            index(by_topic, filter, name.clone());
+        }
         let entry = self.entries.entry(name.clone()).or_insert_with(|| Entry {
             filter: filter.clone(),
             confirmed: None,
             confirmed_at: key.0,
+            accepted: None,
             asked: VecDeque::new(),
             group: Group::new(filter.is_shared()),
         });
@@ -114,6 +146,7 @@ impl Table {
             filter: name.clone(),
             qos: entry.group.qos(),
             id,
+            retained: Retained::Send,
         };
         if let Some(surplus) = surplus {
             self.retire(surplus);
@@ -140,6 +173,14 @@ impl Table {
             return None;
         }
         let (name, entry) = self.entries.remove_entry(filter.as_str())?;
+        if let Some(by_topic) = &mut self.by_topic
+            && let Some(names) = by_topic.get_mut(filter)
+        {
+            names.retain(|other| *other != name);
+            if names.is_empty() {
+                by_topic.remove(filter);
+            }
+        }
         for id in entry.confirmed.into_iter().chain(entry.asked) {
             self.ids.remove(&id);
         }
@@ -148,7 +189,7 @@ impl Table {
 
     /// The broker accepted the SUBSCRIBE with this identifier and uses no earlier one
     /// for new messages; those that it has queued may still carry them.
-    pub(super) fn confirm(&mut self, filter: &str, id: u32) {
+    pub(super) fn confirm(&mut self, filter: &str, id: u32, now: Instant) {
         let Some(entry) = self.entries.get_mut(filter) else {
             return;
         };
@@ -163,6 +204,10 @@ impl Table {
         past.extend(entry.confirmed.replace(id));
         self.next_key += 1;
         entry.confirmed_at = self.next_key;
+        // A restored one is none of a newcomer's.
+        if place.is_some() {
+            entry.accepted = Some(now);
+        }
         for id in past {
             self.retire(id);
         }
@@ -178,19 +223,28 @@ impl Table {
         self.entries.get(filter).map(|entry| entry.group.qos())
     }
 
-    /// Everything there is to subscribe.
-    pub(super) fn restore(&self) -> Vec<Ask> {
-        let newest = |entry: &Entry| entry.asked.back().copied().or(entry.confirmed);
-        self.entries
-            .iter()
-            .filter_map(|(name, entry)| {
-                Some(Ask {
-                    filter: name.clone(),
-                    qos: entry.group.qos(),
-                    id: newest(entry)?,
-                })
-            })
-            .collect()
+    /// Everything there is to subscribe, with the newest identifiers. Retained messages
+    /// come again to the newest subscriber alone, and where the session was lost with them.
+    pub(super) fn restore(&self, session_lost: bool, now: Instant) -> Vec<Ask> {
+        let under_way = |entry: &Entry| {
+            let accepted = entry.accepted.filter(|_| session_lost);
+            accepted.is_some_and(|at| now - at < RETAINED_UNDER_WAY)
+        };
+        let entries = self.entries.iter();
+        let restore = entries.filter_map(|(name, entry)| {
+            let retained = match under_way(entry) {
+                true => Retained::Send,
+                false => Retained::Never,
+            };
+            entry.ask(name, retained)
+        });
+        restore.collect()
+    }
+
+    /// One of them once more, which the broker refused.
+    pub(super) fn again(&self, filter: &str) -> Option<Ask> {
+        let (name, entry) = self.entries.get_key_value(filter)?;
+        entry.ask(name, Retained::Never)
     }
 
     /// Who gets a message. `ids` are the subscription identifiers it came with;
@@ -217,23 +271,39 @@ impl Table {
         if ids.is_empty() && retained {
             audience.extend(self.newcomer(topic));
         } else if ids.is_empty() {
-            let entries = self.entries.values_mut();
-            for entry in entries.filter(|entry| entry.filter.matches(topic)) {
-                entry.group.collect(&mut audience);
+            for name in self.matching(topic) {
+                if let Some(entry) = self.entries.get_mut(&name) {
+                    entry.group.collect(&mut audience);
+                }
             }
         }
         audience
+    }
+
+    /// The filters that a topic matches, where nothing else tells whom a message is for.
+    fn matching(&mut self, topic: &str) -> Vec<Arc<str>> {
+        let by_topic = self.by_topic.get_or_insert_with(|| {
+            let mut by_topic = Trie::default();
+            for (name, entry) in &self.entries {
+                index(&mut by_topic, &entry.filter, name.clone());
+            }
+            by_topic
+        });
+        let mut matching = Vec::new();
+        by_topic.matches(topic, |names| matching.extend_from_slice(names));
+        matching
     }
 
     /// Whom a retained message without an identifier is for: it comes upon a SUBSCRIBE,
     /// and brokers work these off one after the other. One that sends the SUBACK first
     /// means the one that it accepted last, one that does not the oldest that it has not.
     fn newcomer(&mut self, topic: &str) -> Option<Recipient> {
+        let matching = self.matching(topic);
         let mut accepted: Option<(SubscriptionKey, &Entry)> = None;
         let mut asked: Option<(SubscriptionKey, &Entry)> = None;
-        for entry in self.entries.values() {
+        for entry in matching.iter().filter_map(|name| self.entries.get(name)) {
             // The members of a group do not get what is retained (MQTT 5, 4.8.2).
-            if entry.filter.is_shared() || !entry.filter.matches(topic) {
+            if entry.filter.is_shared() {
                 continue;
             }
             let newcomer = |id: &u32| self.ids.get(id)?.newcomer;
@@ -286,6 +356,14 @@ impl Table {
                 return self.next_id;
             }
         }
+    }
+}
+
+/// A shared subscription is at the same place as the filter behind its group.
+fn index(by_topic: &mut Trie<Vec<Arc<str>>>, filter: &TopicFilter, name: Arc<str>) {
+    match by_topic.get_mut(filter) {
+        Some(names) => names.push(name),
+        None => drop(by_topic.insert(filter, vec![name])),
     }
 }
 

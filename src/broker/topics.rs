@@ -16,6 +16,7 @@ use super::group::{Audience, ByQoS, Group, Recipient, SubscriptionKey};
 use super::table::Ask;
 use super::topic::TopicFilter;
 use super::trie::Trie;
+use super::wire::Retained;
 use super::{QoS, Refusal, Subscriber};
 
 /// Resolves with the broker's answer to a SUBSCRIBE.
@@ -117,6 +118,7 @@ impl Topics {
             filter: name.clone(),
             qos: by_qos.highest(),
             id: 0,
+            retained: Retained::Send,
         };
         let asked = Held {
             asked: ask.qos,
@@ -159,13 +161,22 @@ impl Topics {
         let restore = |(name, held): (&Arc<str>, &mut Held)| {
             held.asked = held.by_qos.highest();
             held.not_restored = false;
-            Ask {
-                filter: name.clone(),
-                qos: held.asked,
-                id: 0,
-            }
+            Ask::restore(name, held.asked)
         };
         self.held.iter_mut().map(restore).collect()
+    }
+
+    /// One of them once more, which the broker refused.
+    pub(super) fn again(&self, filter: &str) -> Option<Ask> {
+        let (name, held) = self.held.get_key_value(filter)?;
+        Some(Ask::restore(name, held.by_qos.highest()))
+    }
+
+    /// The broker has taken what it refused before.
+    pub(super) fn restored(&mut self, filter: &str) {
+        if let Some(held) = self.held.get_mut(filter) {
+            held.not_restored = false;
+        }
     }
 
     /// The broker refused what was restored: the next who relies on it asks again.
@@ -181,6 +192,18 @@ impl Topics {
         self.reliant
             .matches(topic, |reliant| reliant.group.collect(&mut audience));
         audience
+    }
+}
+
+impl Ask {
+    /// Retained messages are fetched by a connection of their own.
+    fn restore(filter: &Arc<str>, qos: QoS) -> Self {
+        Self {
+            filter: filter.clone(),
+            qos,
+            id: 0,
+            retained: Retained::Never,
+        }
     }
 }
 

@@ -73,18 +73,18 @@ fn without_identifiers_retained_messages_go_to_the_one_that_was_just_accepted() 
     let (second, two) = add(&mut table, "r/a", QoS::AtLeastOnce);
     let (_, third) = add(&mut table, "r/#", QoS::ExactlyOnce);
     add(&mut table, "$share/g/#", QoS::AtMostOnce);
-    table.confirm("r/#", first.id);
+    table.confirm("r/#", first.id, Instant::now());
     assert_eq!(without_id(&mut table, "r/a"), [QoS::AtMostOnce]);
-    table.confirm("r/a", two.id);
+    table.confirm("r/a", two.id, Instant::now());
     assert_eq!(without_id(&mut table, "r/a"), [QoS::AtLeastOnce]);
-    table.confirm("r/#", third.id);
+    table.confirm("r/#", third.id, Instant::now());
     assert_eq!(without_id(&mut table, "r/a"), [QoS::ExactlyOnce]);
     assert_eq!(without_id(&mut table, "r/b"), [QoS::ExactlyOnce]);
     // The SUBACK comes first here: these are the rest of them.
     let (_, late) = add(&mut table, "r/a", QoS::AtLeastOnce);
     assert_eq!(without_id(&mut table, "r/b"), [QoS::ExactlyOnce]);
     assert_eq!(without_id(&mut table, "r/a"), [QoS::ExactlyOnce]);
-    table.confirm("r/a", late.id);
+    table.confirm("r/a", late.id, Instant::now());
     assert_eq!(without_id(&mut table, "r/a"), [QoS::AtLeastOnce]);
     // Other messages are for all.
     assert_eq!(table.audience("r/a", false, &[]).len(), 5);
@@ -96,11 +96,11 @@ fn without_identifiers_retained_messages_may_come_before_the_suback() {
     let mut table = Table::new(0);
     let (_, first) = add(&mut table, "r", QoS::AtMostOnce);
     assert_eq!(without_id(&mut table, "r"), [QoS::AtMostOnce]);
-    table.confirm("r", first.id);
+    table.confirm("r", first.id, Instant::now());
     let (_, second) = add(&mut table, "r", QoS::AtLeastOnce);
     add(&mut table, "#", QoS::ExactlyOnce);
     assert_eq!(without_id(&mut table, "r"), [QoS::AtLeastOnce]);
-    table.confirm("r", second.id);
+    table.confirm("r", second.id, Instant::now());
     assert_eq!(without_id(&mut table, "r"), [QoS::ExactlyOnce]);
 }
 
@@ -109,10 +109,10 @@ fn without_identifiers_retained_messages_may_come_before_the_suback() {
 fn without_identifiers_who_was_served_long_ago_gets_nothing_more() {
     let mut table = Table::new(0);
     let (_, first) = add(&mut table, "r", QoS::AtMostOnce);
-    table.confirm("r", first.id);
+    table.confirm("r", first.id, Instant::now());
     let (second, ask) = add(&mut table, "r", QoS::AtLeastOnce);
     assert_eq!(without_id(&mut table, "r"), [QoS::AtLeastOnce]);
-    table.confirm("r", ask.id);
+    table.confirm("r", ask.id, Instant::now());
     assert_eq!(without_id(&mut table, "r"), [QoS::AtLeastOnce]);
     // One that was on its way for nobody shows nothing.
     assert!(without_id(&mut table, "q").is_empty());
@@ -143,7 +143,7 @@ fn a_shared_subscription_takes_turns() {
 fn the_identifier_that_the_broker_uses_is_kept_whatever_fails_after_it() {
     let mut table = Table::new(0);
     let (first, ask) = add(&mut table, "a", QoS::AtMostOnce);
-    table.confirm("a", ask.id);
+    table.confirm("a", ask.id, Instant::now());
     for _ in 0..MAX_RETIRED_IDS + MAX_ASKED + 100 {
         let (key, _) = table.add(&filter("a"), QoS::AtMostOnce, Arc::new(Nobody), Some(first));
         table.remove(&filter("a"), key);
@@ -156,11 +156,11 @@ fn a_subscribe_that_was_sent_again_behind_a_later_one_counts() {
     let mut table = Table::new(0);
     let (_, first) = add(&mut table, "a", QoS::AtMostOnce);
     let (_, second) = add(&mut table, "a", QoS::AtMostOnce);
-    table.confirm("a", second.id);
-    table.confirm("a", first.id);
+    table.confirm("a", second.id, Instant::now());
+    table.confirm("a", first.id, Instant::now());
     for _ in 0..MAX_RETIRED_IDS + 100 {
         let (key, other) = add(&mut table, "b", QoS::AtMostOnce);
-        table.confirm("b", other.id);
+        table.confirm("b", other.id, Instant::now());
         let _ = key;
     }
     assert_eq!(table.audience("a", false, &[first.id]).len(), 2);
@@ -236,7 +236,7 @@ fn retired_identifiers_are_bounded() {
     for _ in 0..MAX_RETIRED_IDS + 100 {
         let (key, _) = add(&mut table, "a", QoS::AtMostOnce);
         let (other, ask) = add(&mut table, "b", QoS::AtMostOnce);
-        table.confirm("b", ask.id);
+        table.confirm("b", ask.id, Instant::now());
         table.remove(&filter("a"), key);
         let _ = other;
     }
@@ -245,4 +245,36 @@ fn retired_identifiers_are_bounded() {
         add(&mut table, "c", QoS::AtMostOnce);
     }
     assert!(table.ids.len() <= MAX_RETIRED_IDS + MAX_ASKED + 2);
+}
+
+#[test]
+fn without_identifiers_each_filter_of_the_topic_counts() {
+    let mut table = Table::new(0);
+    let texts = ["a/#", "a/b", "$share/g/a/b", "$share/h/a/b", "c"];
+    let mut keys: Vec<_> = texts
+        .map(|text| add(&mut table, text, QoS::AtMostOnce).0)
+        .into();
+    assert_eq!(table.audience("a/b", false, &[]).len(), 4);
+    // What comes and goes from now on is found too.
+    add(&mut table, "+/b", QoS::AtMostOnce);
+    add(&mut table, "a/b", QoS::AtMostOnce);
+    assert_eq!(table.audience("a/b", false, &[]).len(), 6);
+    table
+        .remove(&filter("$share/g/a/b"), keys.remove(2))
+        .unwrap();
+    table.remove(&filter("a/#"), keys.remove(0)).unwrap();
+    assert_eq!(table.audience("a/b", false, &[]).len(), 4);
+    assert_eq!(table.audience("c", false, &[]).len(), 1);
+    assert!(table.audience("d", false, &[]).is_empty());
+}
+
+#[test]
+fn retained_messages_under_way_are_asked_for_again() {
+    let (mut table, now) = (Table::new(0), Instant::now());
+    let ask = add(&mut table, "r", QoS::AtLeastOnce).1;
+    table.confirm("r", ask.id, now);
+    let retained = |lost, later| table.restore(lost, now + later)[0].retained;
+    assert_eq!(retained(true, Duration::from_secs(1)), Retained::Send);
+    assert_eq!(retained(false, Duration::from_secs(1)), Retained::Never);
+    assert_eq!(retained(true, RETAINED_UNDER_WAY), Retained::Never);
 }
