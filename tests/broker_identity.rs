@@ -9,10 +9,15 @@
 
 mod common;
 
-use std::time::Duration;
+use std::collections::BTreeSet;
+use std::time::{Duration, Instant};
 
+use bytes::BytesMut;
 use common::{Admin, Broker, Handler, Peer, Plan, Process, Stage, node_name, within};
 use exproto_sidecar::gateway::Gateway;
+use rumqttc::v5::mqttbytes::v5::{Connect, Packet};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
 
 /// Two gateways with names of their own: each gets its copy of what both subscribe,
 /// its own retained and shared messages, and one that stops or dies takes nothing from
@@ -104,4 +109,93 @@ async fn what_a_twin_took_comes_back() {
     peer.publish("down", 1, "back").await;
     assert_eq!(stage.handler.payloads(&device.conn, 1).await, ["back"]);
     stage.finish().await;
+}
+
+/// The CONNECT of the next connection, which stays open.
+async fn connect(listener: &TcpListener) -> (TcpStream, Connect) {
+    let (mut stream, _) = listener.accept().await.unwrap();
+    let mut buffer = BytesMut::new();
+    loop {
+        assert!(stream.read_buf(&mut buffer).await.unwrap() > 0);
+        if let Ok(Packet::Connect(connect, ..)) = Packet::read(&mut buffer, None) {
+            return (stream, connect);
+        }
+    }
+}
+
+/// Rules 8 and 10, and who the gateway is to the broker: each member of the pool has a
+/// client id of its own, which stays over a restart; the start ends what session there is
+/// and begins one that the broker saves, a link that broke goes on with it; the broker is
+/// told how much it may send.
+#[tokio::test]
+async fn the_broker_is_told_who_connects_and_what_it_may_send() {
+    const CONNACK: &[u8] = b"\x20\x03\x00\x00\x00";
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("mqtt://{}", listener.local_addr().unwrap());
+    let handler = Handler::start().await;
+    let plan = Plan::new(&url, &handler.url()).set_all(&[
+        ("NODE_NAME", "meters-1"),
+        ("BROKER__CLIENT_ID_PREFIX", "gw"),
+        ("BROKER__POOL_SIZE", "2"),
+        ("BROKER__RECEIVE_MAXIMUM", "77"),
+        ("BROKER__MAX_PACKET_SIZE", "100KiB"),
+        ("BROKER__SESSION_EXPIRY", "90s"),
+        ("BROKER__KEEP_ALIVE", "20s"),
+    ]);
+    for _ in 0..2 {
+        let program = Process::run(&plan);
+        let (mut ended, mut begun, mut streams) = (BTreeSet::new(), BTreeSet::new(), Vec::new());
+        while begun.len() < 2 {
+            let (mut stream, connect) = within("a link", connect(&listener)).await;
+            let properties = connect.properties.as_ref().unwrap();
+            assert_eq!(connect.keep_alive, 20);
+            assert_eq!(properties.receive_maximum, Some(77));
+            assert_eq!(properties.max_packet_size, Some(100 * 1024));
+            assert_eq!(properties.session_expiry_interval, Some(90));
+            stream.write_all(CONNACK).await.unwrap();
+            if connect.clean_start {
+                assert!(ended.insert(connect.client_id), "once is enough");
+                // Its DISCONNECT.
+                let rest = stream.read_to_end(&mut Vec::new());
+                within("its end", rest).await.unwrap();
+            } else {
+                assert!(
+                    ended.contains(&connect.client_id),
+                    "an earlier run's session"
+                );
+                begun.insert(connect.client_id);
+                streams.push(stream);
+            }
+        }
+        let expected = ["gw-meters-1-0", "gw-meters-1-1"].map(str::to_owned);
+        assert_eq!(begun, BTreeSet::from(expected));
+        program.printed("is ready").await;
+        streams.clear();
+        let (_stream, again) = within("the link again", connect(&listener)).await;
+        assert!(!again.clean_start && begun.contains(&again.client_id));
+    }
+}
+
+/// Rule 12: the pauses between attempts double up to the longest, each with jitter of at
+/// most a half.
+#[tokio::test]
+async fn a_broker_that_hangs_up_is_not_hammered() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("mqtt://{}", listener.local_addr().unwrap());
+    let handler = Handler::start().await;
+    let plan = Plan::new(&url, &handler.url()).set_all(&[
+        ("BROKER__POOL_SIZE", "1"),
+        ("BROKER__RECONNECT_MIN", "50ms"),
+        ("BROKER__RECONNECT_MAX", "400ms"),
+    ]);
+    let gateway = Gateway::start(&plan.config()).await.unwrap();
+    drop(within("the first attempt", connect(&listener)).await);
+    let mut last = Instant::now();
+    for pause in [50, 100, 200, 400, 400] {
+        drop(within("an attempt", connect(&listener)).await);
+        let (now, least) = (Instant::now(), Duration::from_millis(pause / 2));
+        assert!(now - last >= least, "{:?} instead of {least:?}", now - last);
+        last = now;
+    }
+    within("the drain", gateway.drain()).await;
 }

@@ -24,6 +24,9 @@ const NO_IDENTIFIERS: &[u8] = b"\x20\x05\x00\x00\x02\x29\x00";
 /// No subscriptions with wildcards, no shared ones (3.2.2.3.11 and 13).
 const PLAIN_FILTERS_ONLY: &[u8] = b"\x20\x07\x00\x00\x04\x28\x00\x2a\x00";
 
+/// Packets of at most 64 bytes (3.2.2.3.6).
+const SMALL_PACKETS: &[u8] = b"\x20\x08\x00\x00\x05\x27\x00\x00\x00\x40";
+
 /// A SUBSCRIBE that came.
 #[derive(Debug, PartialEq, Eq)]
 struct Subscribe {
@@ -49,6 +52,8 @@ enum Answer {
     SubAckRetained,
     /// The other way round.
     RetainedSubAck,
+    /// SUBACKs with these codes in turn, over all connections; then with success.
+    Codes(&'static [u8]),
 }
 
 /// A PUBLISH of QoS 0 without properties.
@@ -85,9 +90,18 @@ impl Scripted {
         let (subscribed, subscribes) = mpsc::unbounded_channel();
         let (packets, mut to_send) = mpsc::unbounded_channel::<Vec<u8>>();
         let task = tokio::spawn(async move {
+            let mut answered = 0;
             loop {
                 let (stream, _) = listener.accept().await.unwrap();
-                serve(stream, connack, answer, &subscribed, &mut to_send).await;
+                serve(
+                    stream,
+                    connack,
+                    answer,
+                    &mut answered,
+                    &subscribed,
+                    &mut to_send,
+                )
+                .await;
             }
         });
         Self {
@@ -112,6 +126,11 @@ impl Scripted {
     fn send(&self, packet: Vec<u8>) {
         self.packets.send(packet).unwrap();
     }
+
+    /// Ends the connection.
+    fn hang_up(&self) {
+        self.send(Vec::new());
+    }
 }
 
 impl Drop for Scripted {
@@ -124,6 +143,7 @@ async fn serve(
     stream: TcpStream,
     connack: &[u8],
     answer: Answer,
+    answered: &mut usize,
     subscribed: &mpsc::UnboundedSender<Subscribe>,
     to_send: &mut mpsc::UnboundedReceiver<Vec<u8>>,
 ) {
@@ -136,7 +156,11 @@ async fn serve(
     });
     loop {
         let bytes = tokio::select! {
-            Some(packet) = to_send.recv() => packet,
+            // One without bytes is the end.
+            Some(packet) = to_send.recv() => match packet.is_empty() {
+                true => return,
+                false => packet,
+            },
             packet = incoming.recv() => match packet {
                 Some((0x10, _)) => connack.to_vec(),
                 Some((0x82, body)) => {
@@ -146,10 +170,15 @@ async fn serve(
                         filter: String::from_utf8(filter.to_vec()).unwrap(),
                         has_properties: properties > 0,
                     });
-                    let suback = vec![0x90, 0x04, body[0], body[1], 0, 1];
+                    let code = match answer {
+                        Answer::Codes(codes) => codes.get(*answered).copied().unwrap_or(1),
+                        _ => 1,
+                    };
+                    *answered += 1;
+                    let suback = vec![0x90, 0x04, body[0], body[1], 0, code];
                     let retained = publish("state", true, "kept");
                     match answer {
-                        Answer::SubAck => suback,
+                        Answer::SubAck | Answer::Codes(_) => suback,
                         Answer::SubAckRetained => [suback, retained].concat(),
                         Answer::RetainedSubAck => [retained, suback].concat(),
                     }
@@ -239,5 +268,55 @@ async fn a_subscription_of_a_kind_that_the_broker_has_not_is_refused() {
     got(&stage, &device, &["x"]).await;
     let reconnects = stage.admin.metric("exproto_broker_reconnects_total").await;
     assert!(reconnects < 0.5);
+    stage.finish().await;
+}
+
+/// What does not fit into the packets that the broker takes is refused at once (rule 10):
+/// it would end the connection upon it.
+#[tokio::test]
+async fn what_is_larger_than_the_brokers_packets_is_refused() {
+    let mut broker = Scripted::start(SMALL_PACKETS, Answer::SubAck).await;
+    let stage = broker.stage().await;
+    let device = stage.client("c").await;
+    let long = "a/".repeat(40);
+    let answer = stage.subscribe(&device, &long, 1).await;
+    let message = answer.refused(ResultCode::Unknown);
+    assert!(message.contains("64 bytes at most"), "{message}");
+    let answer = stage.publish(&device, &long, 0, "x").await;
+    let message = answer.refused(ResultCode::Unknown);
+    assert!(message.contains("the broker's limit is 64"), "{message}");
+    stage.subscribe(&device, "a/b", 1).await.ok();
+    assert_eq!(broker.subscribe().await.filter, "a/b");
+    broker.send(publish("a/b", false, "x"));
+    got(&stage, &device, &["x"]).await;
+    stage.finish().await;
+}
+
+/// A broker that comes back before what decides about permission refuses what it had
+/// granted: it is asked again until it grants it, and the gauge tells of it.
+#[tokio::test]
+async fn a_subscription_that_is_not_restored_is_asked_for_again() {
+    let answers = Answer::Codes(b"\x01\x01\x87\x01\x87\x01");
+    let mut broker = Scripted::start(NO_IDENTIFIERS, answers).await;
+    let stage = broker.stage().await;
+    let first = stage.subscriber("first", "a", 1).await;
+    let second = stage.subscriber("second", "b", 1).await;
+    for _ in 0..2 {
+        broker.subscribe().await;
+    }
+    broker.hang_up();
+    let missing = "exproto_broker_subscriptions_missing";
+    stage.admin.metric_until(missing, |n| n > 0.5).await;
+    broker.subscribe().await;
+    broker.subscribe().await;
+    // Refused, and refused again.
+    let filter = broker.subscribe().await.filter;
+    assert_eq!(broker.subscribe().await.filter, filter);
+    stage.admin.metric_until(missing, |n| n < 0.5).await;
+    broker.send(publish("a", false, "for the first"));
+    broker.send(publish("b", false, "for the second"));
+    got(&stage, &first, &["for the first"]).await;
+    got(&stage, &second, &["for the second"]).await;
+    // What nobody wants any more is not missing.
     stage.finish().await;
 }

@@ -223,6 +223,31 @@ async fn subscriptions_survive_a_broker_that_forgot_them() {
     stage.finish().await;
 }
 
+/// Rule 8, on the way down: what a broker had taken for us before it was killed is
+/// delivered after its restart, in order.
+#[tokio::test]
+async fn what_the_broker_saved_comes_after_its_restart() {
+    let broker = Broker::with(Broker::PERSISTENT).await;
+    let proxy = Proxy::to(broker.port).await;
+    let url = proxy.url();
+    let keys = [("BROKER__URL", url.as_str()), ("BROKER__POOL_SIZE", "1")];
+    let mut stage = Stage::around(broker, &keys).await;
+    let device = stage.subscriber("c", "down", 1).await;
+    let mut peer = Peer::connect(stage.broker.port).await;
+    proxy.cut();
+    stage.admin.ready_until(503, "- broker link").await;
+    for number in 0..50 {
+        peer.publish("down", 1, number.to_string()).await;
+    }
+    stage.broker.save().await;
+    stage.broker.kill();
+    stage.broker.up().await;
+    proxy.mend();
+    let expected: Vec<String> = (0..50).map(|n| n.to_string()).collect();
+    assert_eq!(stage.handler.payloads(&device.conn, 50).await, expected);
+    stage.finish().await;
+}
+
 /// Rule 8: the session at the broker outlives a break of the link: messages published
 /// meanwhile arrive.
 #[tokio::test]

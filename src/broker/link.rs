@@ -151,18 +151,14 @@ async fn serve(
 ) -> Result<(), LinkError> {
     place.welcomed = false;
     let (options, client_id) = (member.options(), member.client_id());
-    let mut clean = place.url.is_none();
-    let mut wiped = false;
-    if options.protocol == Protocol::V4 {
-        // A session that is not to be kept is clean each time; one that is must begin
-        // with one that is not.
-        let kept = !options.session_expiry.is_zero();
-        if kept && clean {
-            dial::wipe(options, address, client_id).await?;
-            wiped = true;
-        }
-        clean = !kept;
+    // With MQTT 3.1.1 only a CONNECT that is not clean begins a session that is kept, and
+    // Mosquitto (2.0.11) saves no other to disk with MQTT 5 either.
+    let kept = !options.session_expiry.is_zero();
+    let wiped = kept && place.url.is_none();
+    if wiped {
+        dial::wipe(options, address, client_id).await?;
     }
+    let clean = !kept;
     let connected = dial::connect(options, address).await;
     let mut stream = connected.inspect_err(|_| place.hang_ups = 0)?;
     let mut input = BytesMut::new();

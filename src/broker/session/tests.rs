@@ -493,3 +493,34 @@ fn a_filter_that_makes_the_broker_hang_up_is_not_restored_for_ever() {
     }
     assert_eq!(lost.unwrap().0.as_ref(), "poison");
 }
+
+#[test]
+fn what_another_broker_does_not_take_is_not_sent_again() {
+    let (mut session, mut out) = (connected(100), BytesMut::new());
+    let mut large = publish(&mut session, &"x".repeat(200), QoS::AtLeastOnce, &mut out);
+    let mut exact = publish(&mut session, "exactly", QoS::ExactlyOnce, &mut out);
+    let mut small = publish(&mut session, "small", QoS::AtLeastOnce, &mut out);
+    assert!(session.unacknowledged_bytes() > 200);
+    session.disconnected();
+    let other = Welcome {
+        max_packet_size: Some(100),
+        max_qos: QoS::AtLeastOnce,
+        ..welcome(false, 100)
+    };
+    out.clear();
+    session.connected(&other, &mut out);
+    let sent = publishes(&mut out);
+    assert_eq!(sent.len(), 1);
+    assert!(matches!(
+        large.try_recv(),
+        Ok(Err(PublishError::TooLarge { limit: 100, .. }))
+    ));
+    assert!(matches!(
+        exact.try_recv(),
+        Ok(Err(PublishError::QosNotSupported(QoS::AtLeastOnce)))
+    ));
+    session.receive(Inbound::PubAck(sent[0].1, Ok(())), &mut out);
+    assert_eq!(small.try_recv(), Ok(Ok(())));
+    assert!(session.is_idle());
+    assert_eq!(session.unacknowledged_bytes(), 0);
+}
