@@ -156,8 +156,9 @@ async fn the_broker_is_told_who_connects_and_what_it_may_send() {
             if connect.clean_start {
                 assert!(ended.insert(connect.client_id), "once is enough");
                 // Its DISCONNECT.
-                let rest = stream.read_to_end(&mut Vec::new());
-                within("its end", rest).await.unwrap();
+                let mut rest = Vec::new();
+                let end = stream.read_to_end(&mut rest);
+                within("its end", end).await.unwrap();
             } else {
                 assert!(
                     ended.contains(&connect.client_id),
