@@ -85,7 +85,7 @@ const TABLE: &[(Kind, &str, Unit, &str, &str)] = &[
     (Kind::Counter, ADAPTER_CALLS, Unit::Count, "method, code", "Calls of handlers to the adapter, by result code."),
     (Kind::Gauge, ADAPTER_CONNECTIONS, Unit::Count, "", "Connections of handlers to the adapter."),
     (Kind::Counter, DELIVERED, Unit::Count, "", "Messages that a handler took, counted for each connection."),
-    (Kind::Counter, DROPPED, Unit::Count, "reason", "Messages that no handler got, by reason: queue_full, connection_closed."),
+    (Kind::Counter, DROPPED, Unit::Count, "reason", "Messages that no handler got, by reason: queue_full; connection_closed, before it was taken or handed over; bad_topic, of which the topic was not UTF-8."),
     (Kind::Gauge, LINKS_UP, Unit::Count, "", "Pool members connected to the broker."),
     (Kind::Counter, PUBLISHED, Unit::Count, "", "Messages sent to the broker."),
     (Kind::Counter, RECEIVED, Unit::Count, "", "Messages received from the broker."),
@@ -189,6 +189,10 @@ const REFUSALS: [&str; 9] = [
     "setup",
 ];
 
+fn messages_dropped(metrics: &Metrics, reason: &'static str) -> Counter {
+    metrics.counter(DROPPED, vec![label("reason", reason)])
+}
+
 fn datagrams_dropped(metrics: &Metrics, listener: &str, reason: &'static str) -> Counter {
     let labels = vec![
         label("listener", listener.to_owned()),
@@ -232,7 +236,7 @@ impl ListenerMetrics {
     /// `listener` is `<kind>.<name>`.
     pub fn new(metrics: &Metrics, listener: &str) -> Self {
         let labels = || vec![label("listener", listener.to_owned())];
-        let dropped = |reason| metrics.counter(DROPPED, vec![label("reason", reason)]);
+        let dropped = |reason| messages_dropped(metrics, reason);
         Self {
             open: metrics.gauge(CONNECTIONS, labels()),
             opened: metrics.counter(OPENED, labels()),
@@ -448,6 +452,10 @@ pub struct BrokerMetrics {
     pub too_large: Counter,
     /// Filters whose retained messages were not fetched.
     pub retained_not_fetched: Counter,
+    /// Messages dropped because their connection had ended.
+    pub dropped_closed: Counter,
+    /// Messages dropped because their topic was not UTF-8.
+    pub dropped_bad_topic: Counter,
 }
 
 impl BrokerMetrics {
@@ -470,6 +478,8 @@ impl BrokerMetrics {
             overlaps_refused: counter(OVERLAPS_REFUSED),
             too_large: counter(TOO_LARGE),
             retained_not_fetched: counter(RETAINED_NOT_FETCHED),
+            dropped_closed: messages_dropped(metrics, "connection_closed"),
+            dropped_bad_topic: messages_dropped(metrics, "bad_topic"),
         }
     }
 }

@@ -323,6 +323,7 @@ impl Task {
 
     fn hand_out(&mut self, publish: InboundPublish, now: Instant) {
         let Ok(topic) = String::from_utf8(publish.topic.to_vec()) else {
+            self.metrics.dropped_bad_topic.increment(1);
             return;
         };
         let newcomers = self.queue.retained(&topic, now);

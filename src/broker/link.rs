@@ -384,7 +384,8 @@ impl Link<'_> {
             return;
         }
         let Ok(topic) = String::from_utf8(publish.topic.to_vec()) else {
-            tracing::warn!("a message whose topic is not UTF-8 is dropped");
+            tracing::debug!("a message whose topic is not UTF-8 is dropped");
+            metrics.dropped_bad_topic.increment(1);
             return;
         };
         let audience = self.member.audience(&publish, &topic);
@@ -412,6 +413,7 @@ impl Link<'_> {
                 }
                 given_back = subscriber.deliver(delivery(qos)).is_err();
             }
+            metrics.dropped_closed.increment(u64::from(given_back));
         }
     }
 
