@@ -57,10 +57,11 @@ enum Answer {
 }
 
 /// A PUBLISH of QoS 0 without properties.
-fn publish(topic: &str, retain: bool, payload: &str) -> Vec<u8> {
+fn publish(topic: impl AsRef<[u8]>, retain: bool, payload: &str) -> Vec<u8> {
+    let topic = topic.as_ref();
     let length = 2 + topic.len() + 1 + payload.len();
     let mut packet = vec![0x30 | u8::from(retain), length as u8, 0, topic.len() as u8];
-    packet.extend(topic.as_bytes());
+    packet.extend(topic);
     packet.push(0);
     packet.extend(payload.as_bytes());
     packet
@@ -318,5 +319,21 @@ async fn a_subscription_that_is_not_restored_is_asked_for_again() {
     got(&stage, &first, &["for the first"]).await;
     got(&stage, &second, &["for the second"]).await;
     // What nobody wants any more is not missing.
+    stage.finish().await;
+}
+
+/// A topic must be UTF-8 (MQTT 5, 1.5.4): a message of which it is not is for nobody, is
+/// counted, and harms neither the link nor what follows.
+#[tokio::test]
+async fn a_topic_that_is_no_text_is_dropped_and_counted() {
+    let mut broker = Scripted::start(NO_IDENTIFIERS, Answer::SubAck).await;
+    let stage = broker.stage().await;
+    let device = stage.subscriber("device", "#", 1).await;
+    broker.subscribe().await;
+    broker.send(publish(b"a/\xff\xfe", false, "for nobody"));
+    broker.send(publish("a/b", false, "for the device"));
+    got(&stage, &device, &["for the device"]).await;
+    let dropped = "exproto_messages_dropped_total{reason=\"bad_topic\"}";
+    assert_eq!(stage.admin.metric(dropped).await, 1.0);
     stage.finish().await;
 }
