@@ -45,6 +45,7 @@ const ADAPTER_CONNECTIONS: &str = "exproto_adapter_connections";
 const DELIVERED: &str = "exproto_messages_delivered_total";
 const DROPPED: &str = "exproto_messages_dropped_total";
 const LINKS_UP: &str = "exproto_broker_links_up";
+const LINK_UP: &str = "exproto_broker_link_up";
 const PUBLISHED: &str = "exproto_broker_published_total";
 const RECEIVED: &str = "exproto_broker_received_total";
 const UNCLAIMED: &str = "exproto_broker_unclaimed_total";
@@ -86,6 +87,7 @@ const TABLE: &[(Kind, &str, Unit, &str, &str)] = &[
     (Kind::Gauge, ADAPTER_CONNECTIONS, Unit::Count, "", "Connections of handlers to the adapter."),
     (Kind::Counter, DELIVERED, Unit::Count, "", "Messages that a handler took, counted for each connection."),
     (Kind::Counter, DROPPED, Unit::Count, "reason", "Messages that no handler got, by reason: queue_full; connection_closed, before it was taken or handed over; bad_topic, of which the topic was not UTF-8."),
+    (Kind::Gauge, LINK_UP, Unit::Count, "member", "1 where this connection to the broker is up, 0 where it is not: the pool's by number, and with MQTT 3.1.1 the one for what is retained, by that word."),
     (Kind::Gauge, LINKS_UP, Unit::Count, "", "Pool members connected to the broker."),
     (Kind::Counter, PUBLISHED, Unit::Count, "", "Messages sent to the broker."),
     (Kind::Counter, RECEIVED, Unit::Count, "", "Messages received from the broker."),
@@ -456,6 +458,7 @@ pub struct BrokerMetrics {
     pub dropped_closed: Counter,
     /// Messages dropped because their topic was not UTF-8.
     pub dropped_bad_topic: Counter,
+    metrics: Metrics,
 }
 
 impl BrokerMetrics {
@@ -480,6 +483,12 @@ impl BrokerMetrics {
             retained_not_fetched: counter(RETAINED_NOT_FETCHED),
             dropped_closed: messages_dropped(metrics, "connection_closed"),
             dropped_bad_topic: messages_dropped(metrics, "bad_topic"),
+            metrics: metrics.clone(),
         }
+    }
+
+    /// Whether a connection to the broker is up; `member` is its number, or what it is for.
+    pub fn link_up(&self, member: String) -> Gauge {
+        self.metrics.gauge(LINK_UP, vec![label("member", member)])
     }
 }

@@ -63,6 +63,7 @@ impl Fetcher {
             state: state.clone(),
             metrics: metrics.clone(),
             stop,
+            answered: false,
         };
         let fetcher = Self {
             newcomers: sender,
@@ -99,6 +100,8 @@ struct Task {
     state: Arc<Mutex<LinkState>>,
     metrics: BrokerMetrics,
     stop: CancellationToken,
+    /// Whether the broker has answered anything since the last CONNACK.
+    answered: bool,
 }
 
 struct Connection {
@@ -132,7 +135,9 @@ impl Task {
             let Err(error) = self.serve(address).await else {
                 return;
             };
-            if error.is_the_brokers_will()
+            // One that has not even answered a ping fails by itself.
+            if self.answered
+                && error.is_the_brokers_will()
                 && let Some(filter) = self.queue.hung_up()
             {
                 self.metrics.retained_not_fetched.increment(1);
@@ -170,6 +175,8 @@ impl Task {
     fn set_state(&self, state: LinkState) -> bool {
         let mut shared = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         let changed = *shared != state;
+        let up = if state.is_up() { 1.0 } else { 0.0 };
+        self.metrics.link_up("retained".to_owned()).set(up);
         *shared = state;
         changed
     }
@@ -180,6 +187,8 @@ impl Task {
         let mut input = BytesMut::new();
         dial::handshake(options, address, client_id, true, &mut stream, &mut input).await?;
         let (reader, writer) = split(stream);
+        let mut output = BytesMut::new();
+        options.protocol.pingreq(&mut output);
         let mut ticks = interval(TICK);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         Ok(Connection {
@@ -187,7 +196,7 @@ impl Task {
             writer,
             input,
             decoder: Decoder::new(options.protocol, options.max_packet_size),
-            output: BytesMut::new(),
+            output,
             flush: false,
             ticks,
             last_write: Instant::now(),
@@ -199,6 +208,7 @@ impl Task {
 
     /// One connection, from dialling to its end; `Ok` when the gateway stops.
     async fn serve(&mut self, address: &Address) -> Result<(), LinkError> {
+        self.answered = false;
         let stop = self.stop.clone();
         let mut connection = tokio::select! {
             () = stop.cancelled() => return Ok(()),
@@ -271,6 +281,7 @@ impl Task {
     }
 
     fn receive(&mut self, connection: &mut Connection) -> Result<(), LinkError> {
+        self.answered = true;
         connection.ping_sent = None;
         connection.last_read = Instant::now();
         let protocol = self.options.protocol;

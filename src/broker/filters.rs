@@ -3,7 +3,7 @@
 //!
 //! No IO and no lock of its own: it is a part of the [member](super::member).
 
-use std::collections::{HashSet, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -31,6 +31,17 @@ const MAX_RELEASED: usize = 1024;
 /// First and longest pause before a subscription that the broker would not restore is
 /// asked for again. What decides about permission may come up later than the broker.
 const RETRY: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60));
+
+/// The same for one upon which the broker hangs up, for it costs everybody broken links.
+const RETRY_UNWELCOME: (Duration, Duration) =
+    (Duration::from_secs(600), Duration::from_secs(24 * 3600));
+
+/// A subscription upon which the broker hangs up when it is restored.
+struct Unwelcome {
+    /// Not asked for until then.
+    until: Instant,
+    pause: Duration,
+}
 
 enum Request {
     Subscribe(SubscribeRequest),
@@ -63,7 +74,7 @@ pub(super) struct Filters {
     /// saved before may still have them.
     released: VecDeque<Arc<str>>,
     /// Those that it hangs up upon when they are restored.
-    unwelcome: HashSet<Arc<str>>,
+    unwelcome: HashMap<Arc<str>, Unwelcome>,
     /// Those that it refused to restore, and the gauge counts.
     missing: HashSet<Arc<str>>,
     /// When they are asked for again, unless the broker's answers are still to come.
@@ -85,7 +96,7 @@ impl Filters {
             restores: 0,
             at_broker: HashSet::new(),
             released: VecDeque::new(),
-            unwelcome: HashSet::new(),
+            unwelcome: HashMap::new(),
             missing: HashSet::new(),
             retry_at: None,
             retry_pause: RETRY.0,
@@ -191,10 +202,18 @@ impl Filters {
         let waiting = std::mem::take(&mut self.waiting);
         let mut restore = self.table.restore(!welcome.session_present, now);
         restore.append(&mut self.topics.restore());
-        restore.retain(|ask| !self.unwelcome.contains(&ask.filter));
+        restore.retain(|ask| self.barred(&ask.filter, now).is_none());
         self.restores = restore.len();
-        self.found_all();
         (self.retry_at, self.retry_pause) = (None, RETRY.0);
+        // What is asked for again now is not missing until it is refused again.
+        let mut missing = std::mem::take(&mut self.missing);
+        let before = missing.len();
+        missing.retain(|filter| self.barred(filter, now).is_some());
+        self.metrics
+            .missing
+            .decrement((before - missing.len()) as f64);
+        self.missing = missing;
+        self.wait_for_barred(now);
         // First what nobody wants any more: beside a filter that overlaps with it a
         // message would come twice. In a new session there is nothing to end; the one
         // that is there may be older than what was ended lately.
@@ -227,6 +246,25 @@ impl Filters {
         out: &mut BytesMut,
         ahead: usize,
     ) {
+        if let Some(wanted) = session.restores_alone() {
+            let Some(filter) = wanted else {
+                return;
+            };
+            let is_it = |request: &Request| matches!(request, Request::Subscribe(r) if r.waiter.is_none() && r.filter == *filter);
+            let place = self.waiting.iter().position(is_it);
+            match place.and_then(|place| self.waiting.remove(place)) {
+                Some(Request::Subscribe(request)) if self.wants(&request) => {
+                    self.restores -= 1;
+                    self.at_broker.insert(request.filter.clone());
+                    session.restore_alone(request, out);
+                    return;
+                }
+                // Nobody wants it any more.
+                Some(_) => self.restores -= 1,
+                None => {}
+            }
+            session.acquit(out);
+        }
         while session.can_subscribe() && out.len() < ahead {
             let request = match self.waiting.pop_front() {
                 None => return,
@@ -256,6 +294,7 @@ impl Filters {
     /// The broker accepted a SUBSCRIBE: identifiers before it are of the past.
     pub(super) fn accepted(&mut self, filter: &str, id: u32, now: Instant) {
         self.table.confirm(filter, id, now);
+        self.unwelcome.remove(filter);
         if self.found(filter) {
             self.topics.restored(filter);
             tracing::info!(filter, "a subscription is restored after all");
@@ -286,16 +325,39 @@ impl Filters {
     pub(super) fn not_restored(&mut self, filter: &Arc<str>, refusal: &Refusal, now: Instant) {
         if self.holds(filter) {
             self.lose(filter, refusal);
-            self.retry_at.get_or_insert(now + self.retry_pause);
+            self.retry_by(now + self.retry_pause);
         }
     }
 
     /// The broker hangs up whenever it is asked to restore this one: it is asked no more
-    /// until somebody subscribes anew.
-    pub(super) fn is_unwelcome(&mut self, filter: Arc<str>, refusal: &Refusal) {
-        if self.holds(&filter) {
-            self.lose(&filter, refusal);
-            self.unwelcome.insert(filter);
+    /// for long, or until somebody subscribes anew.
+    pub(super) fn is_unwelcome(&mut self, filter: Arc<str>, refusal: &Refusal, now: Instant) {
+        if !self.holds(&filter) {
+            return;
+        }
+        self.lose(&filter, refusal);
+        let (first, longest) = RETRY_UNWELCOME;
+        let before = self.unwelcome.get(&filter).map(|one| one.pause * 2);
+        let pause = before.unwrap_or(first).min(longest);
+        let until = now + pause;
+        self.unwelcome.insert(filter, Unwelcome { until, pause });
+        self.retry_by(until);
+    }
+
+    /// Until when a filter is not to be asked for.
+    fn barred(&self, filter: &str, now: Instant) -> Option<Instant> {
+        let until = self.unwelcome.get(filter)?.until;
+        (now < until).then_some(until)
+    }
+
+    fn retry_by(&mut self, at: Instant) {
+        self.retry_at = Some(self.retry_at.map_or(at, |earlier| earlier.min(at)));
+    }
+
+    fn wait_for_barred(&mut self, now: Instant) {
+        let missing = self.missing.iter();
+        if let Some(at) = missing.filter_map(|name| self.barred(name, now)).min() {
+            self.retry_by(at);
         }
     }
 
@@ -310,12 +372,13 @@ impl Filters {
         let again: Vec<Ask> = self
             .missing
             .iter()
-            .filter(|filter| !self.unwelcome.contains(*filter))
+            .filter(|filter| self.barred(filter, now).is_none())
             .filter_map(|name| self.table.again(name).or_else(|| self.topics.again(name)))
             .collect();
         self.restores += again.len();
         let requests = again.into_iter().map(|ask| ask.asked_by(None));
         self.waiting.extend(requests.map(Request::Subscribe));
+        self.wait_for_barred(now);
         true
     }
 
@@ -335,11 +398,6 @@ impl Filters {
             self.metrics.missing.decrement(1.0);
         }
         was_missing
-    }
-
-    fn found_all(&mut self) {
-        self.metrics.missing.decrement(self.missing.len() as f64);
-        self.missing.clear();
     }
 
     /// Whether a SUBSCRIBE is still of use: its caller waits, or, where it restores,

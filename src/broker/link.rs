@@ -12,6 +12,7 @@ use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use bytes::{Buf, Bytes, BytesMut};
+use metrics::Gauge;
 use tokio::io::{AsyncWrite, AsyncWriteExt};
 use tokio::time::{Instant, Interval, MissedTickBehavior, interval};
 use tokio_util::io::poll_read_buf;
@@ -37,12 +38,16 @@ pub(super) async fn run(member: Arc<Member>) {
     let (shortest, longest) = options.reconnect;
     let mut pause = shortest;
     let mut round = Round::default();
+    let up = member.metrics().link_up(member.number().to_string());
+    up.set(0.0);
     loop {
         let connected = Instant::now();
         let Some(address) = round.address(&options.addresses) else {
             return;
         };
-        let mut error = match serve(&member, address, &mut session, &mut place).await {
+        let served = serve(&member, address, &mut session, &mut place, &up).await;
+        up.set(0.0);
+        let mut error = match served {
             Ok(()) => return,
             Err(error) => error,
         };
@@ -74,7 +79,11 @@ pub(super) async fn run(member: Arc<Member>) {
         }
         if error.is_anothers() {
             pause = longest.saturating_mul(1 << place.yielded);
-            pause = pause.min(YIELD.max(longest));
+            let most = match error {
+                LinkError::Contested(_) => YIELD_TO_NOBODY,
+                _ => YIELD,
+            };
+            pause = pause.min(most.max(longest));
             place.yielded = (place.yielded + 1).min(16);
         } else if error.is_a_rejection() {
             pause = longest;
@@ -115,6 +124,10 @@ const CONTESTED: u32 = 4;
 /// that comes back ends the other's work. Whose link lives for longer begins anew.
 const YIELD: Duration = Duration::from_secs(60);
 
+/// The same where no broker has said so: it may as well be the network that closes each
+/// link soon after it is up, and then nobody is served by a long pause.
+const YIELD_TO_NOBODY: Duration = Duration::from_secs(10);
+
 /// A link that has lived for longer was not contested.
 const SOON: Duration = Duration::from_secs(2);
 
@@ -148,6 +161,7 @@ async fn serve(
     address: &Address,
     session: &mut Session,
     place: &mut Place,
+    up: &Gauge,
 ) -> Result<(), LinkError> {
     place.welcomed = false;
     let (options, client_id) = (member.options(), member.client_id());
@@ -186,6 +200,8 @@ async fn serve(
         Duration::from_secs(seconds.into())
     });
     let mut output = BytesMut::new();
+    // What was taken meanwhile is acknowledged when the broker sends it again.
+    member.settle(session, &mut output);
     session.connected(&welcome, &mut output);
     member.welcomed(&welcome);
     let now = Instant::now();
@@ -210,6 +226,7 @@ async fn serve(
         write_blocked: None,
         ping_sent: None,
         announced: false,
+        up,
     };
     let ended = poll_fn(|cx| link.poll(cx)).await;
     for (_, waiter) in link.written.drain(..) {
@@ -244,6 +261,7 @@ struct Link<'a> {
     write_blocked: Option<Instant>,
     ping_sent: Option<Instant>,
     announced: bool,
+    up: &'a Gauge,
 }
 
 impl Link<'_> {
@@ -273,6 +291,7 @@ impl Link<'_> {
 
     fn announce(&mut self) {
         self.announced = true;
+        self.up.set(1.0);
         if self
             .member
             .set_state(LinkState::Up(self.address.url.clone()))
@@ -423,6 +442,10 @@ impl Link<'_> {
         loop {
             let now = ready!(self.ticks.poll_tick(cx));
             self.member.retry(now);
+            if self.session.tick(&mut self.output) {
+                // What it allows is pulled, and written, in a poll of its own.
+                cx.waker().wake_by_ref();
+            }
             let stalled = |since: Option<Instant>| since.is_some_and(|at| now - at >= stall);
             if stalled(self.write_blocked) {
                 return Poll::Ready(Err(LinkError::WriteStalled(stall)));

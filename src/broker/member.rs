@@ -9,7 +9,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Waker};
 
 use bytes::BytesMut;
+use std::time::Duration;
 use tokio::sync::oneshot;
+
 use tokio::time::Instant;
 
 use super::filters::Filters;
@@ -24,6 +26,9 @@ use crate::metrics::BrokerMetrics;
 /// Bytes encoded ahead of the socket. Enough for one large write; what waits
 /// beyond it stays in the outbox, where it is bounded and can be withdrawn.
 const WRITE_AHEAD: usize = 64 * 1024;
+
+/// How long a full outbox is not searched again, for that costs as much as it is long.
+const SEARCH_PAUSE: Duration = Duration::from_millis(100);
 
 /// State of a link to the broker.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -71,11 +76,14 @@ struct Shared {
     unacknowledged: usize,
     /// Their bytes.
     unacknowledged_bytes: usize,
+    /// When the whole outbox was last searched for publishes whose callers have left.
+    searched: Option<Instant>,
     waker: Option<Waker>,
 }
 
 /// See the module.
 pub(super) struct Member {
+    number: usize,
     client_id: String,
     options: Arc<Options>,
     metrics: BrokerMetrics,
@@ -88,12 +96,14 @@ pub(super) type WriteWaiters = VecDeque<(u64, PublishWaiter)>;
 
 impl Member {
     pub(super) fn new(
+        number: usize,
         client_id: String,
         options: Arc<Options>,
         metrics: BrokerMetrics,
     ) -> std::io::Result<Arc<Self>> {
         let filters = Filters::new(options.protocol, metrics.clone())?;
         Ok(Arc::new(Self {
+            number,
             client_id,
             options,
             metrics,
@@ -107,9 +117,15 @@ impl Member {
                 welcome: None,
                 unacknowledged: 0,
                 unacknowledged_bytes: 0,
+                searched: None,
                 waker: None,
             }),
         }))
+    }
+
+    /// Its place in the pool.
+    pub(super) fn number(&self) -> usize {
+        self.number
     }
 
     pub(super) fn client_id(&self) -> &str {
@@ -194,8 +210,8 @@ impl Member {
         Ok(confirmed)
     }
 
-    /// Forgets publishes whose callers have left. They leave in the order they
-    /// came, for all wait equally long, so those in front are enough.
+    /// Forgets publishes whose callers have left. Most leave in the order they came, for
+    /// they wait equally long, unless they have deadlines of their own.
     fn withdraw_abandoned(&self, shared: &mut Shared) {
         while let Some(waiting) = shared.outbox.front()
             && waiting.waiter.is_closed()
@@ -204,6 +220,22 @@ impl Member {
             shared.outbox.pop_front();
             self.metrics.outbox_messages.decrement(1.0);
         }
+        let now = Instant::now();
+        if shared.searched.is_some_and(|at| now - at < SEARCH_PAUSE) {
+            return;
+        }
+        shared.searched = Some(now);
+        let before = shared.outbox.len();
+        let bytes = &mut shared.outbox_bytes;
+        shared.outbox.retain(|waiting| {
+            let stays = !waiting.waiter.is_closed();
+            if !stays {
+                *bytes = bytes.saturating_sub(waiting.publish.size());
+            }
+            stays
+        });
+        let left = before - shared.outbox.len();
+        self.metrics.outbox_messages.decrement(left as f64);
     }
 
     /// Adds a subscriber in the place of `replaced`; the key is for
@@ -279,9 +311,10 @@ impl Member {
     }
 
     /// The broker hangs up whenever it is asked to restore this one: it is asked no more
-    /// until somebody subscribes anew.
+    /// for long, or until somebody subscribes anew.
     pub(super) fn is_unwelcome(&self, filter: Arc<str>, refusal: &Refusal) {
-        self.lock().filters.is_unwelcome(filter, refusal);
+        let now = Instant::now();
+        self.lock().filters.is_unwelcome(filter, refusal, now);
     }
 
     /// The broker accepted a SUBSCRIBE.
@@ -313,6 +346,13 @@ impl Member {
         {
             drop(shared);
             waker.wake();
+        }
+    }
+
+    /// Tells the session what was taken.
+    pub(super) fn settle(&self, session: &mut Session, out: &mut BytesMut) {
+        for receipt in self.lock().taken.drain(..) {
+            session.taken(receipt, out);
         }
     }
 

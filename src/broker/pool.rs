@@ -101,7 +101,7 @@ impl Broker {
         };
         let member = |number| {
             let client_id = format!("{}-{number}", options.client_id);
-            Member::new(client_id, options.clone(), metrics.clone())
+            Member::new(number, client_id, options.clone(), metrics.clone())
         };
         let members = (0..most).map(member).collect::<Result<Vec<_>, _>>()?;
         let pool = Arc::new(Pool {

@@ -6,10 +6,14 @@
 //! ```text
 //! publish QoS 1:  Publish --PUBACK--> resolved
 //! publish QoS 2:  Publish --PUBREC--> Release --PUBCOMP--> resolved
-//! from the broker: Held --taken--> PUBACK | PUBREC, Received --PUBREL--> forgotten
 //! ```
+//!
+//! The other way is in [`inbox`]. [`trial`] finds the packet that breaks the link.
 
-use std::collections::{BTreeMap, HashMap, VecDeque};
+mod inbox;
+mod trial;
+
+use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 
 use bytes::{Bytes, BytesMut};
@@ -19,6 +23,10 @@ use super::wire::{
     DisconnectNotice, Inbound, InboundPublish, OutboundPublish, Protocol, Retained, Welcome,
 };
 use super::{PublishError, QoS, Refusal};
+
+pub(super) use inbox::Receipt;
+use inbox::{Arrival, Inbox, Reply};
+use trial::{Suspect, Trial};
 
 /// Resolves a publish of QoS 1 or 2.
 pub(super) type PublishWaiter = oneshot::Sender<Result<(), PublishError>>;
@@ -34,15 +42,6 @@ const MAX_WINDOW: usize = 32_768;
 /// A broker that has said so often in a row that a packet id is in use will say so for
 /// ever. As many as may be on their way each get another chance.
 const MAX_RENUMBERED: usize = 2 * MAX_PENDING_FILTERS;
-
-/// What a broker may have hung up upon.
-#[derive(Debug, PartialEq, Eq)]
-enum Suspect {
-    /// The packet that was sent as this one.
-    Packet(u64),
-    /// A filter that was being restored.
-    Restore(Arc<str>),
-}
 
 /// A SUBSCRIBE on its way.
 #[derive(Debug)]
@@ -62,14 +61,6 @@ impl SubscribeRequest {
     }
 }
 
-/// Names one publish that the broker sent and that is not acknowledged yet.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Receipt {
-    pkid: u16,
-    /// Packet ids are used again, receipts never.
-    token: u64,
-}
-
 #[derive(Debug)]
 enum Pending {
     Publish {
@@ -79,6 +70,8 @@ enum Pending {
     /// PUBREC came, PUBREL is out.
     Release {
         waiter: PublishWaiter,
+        /// Whether PUBREL was sent on an earlier connection, too.
+        resent: bool,
     },
     Subscribe(SubscribeRequest),
     Unsubscribe(Arc<str>),
@@ -92,23 +85,6 @@ impl Pending {
             _ => 0,
         }
     }
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Held {
-    /// The connections have not taken it yet.
-    Waiting,
-    /// Taken while the link was down: acknowledged when the broker sends it again.
-    Taken,
-    /// QoS 2: PUBREC is out.
-    Received,
-}
-
-#[derive(Debug)]
-struct Incoming {
-    token: u64,
-    qos: QoS,
-    state: Held,
 }
 
 /// What a packet means to the owner of the session.
@@ -156,31 +132,19 @@ pub(super) struct Session {
     resend_dup: bool,
     filters_pending: usize,
     restoring: usize,
-    incoming: HashMap<u16, Incoming>,
-    next_token: u64,
-    /// Messages that wait to be taken, oldest first; some may have been taken.
-    held: VecDeque<Receipt>,
-    /// How many of them have not.
-    waiting: usize,
-    /// How many may wait before the oldest is acknowledged untaken.
-    max_waiting: usize,
-    acknowledged_early: u64,
+    inbox: Inbox,
     /// SUBSCRIBEs and UNSUBSCRIBEs whose packet ids the broker would not have, since it
     /// answered one otherwise.
     renumbered: usize,
-    /// The oldest unanswered packet when the broker last hung up, and how often in
-    /// a row it was that one.
-    suspect: Option<(Suspect, u32)>,
+    trial: Trial,
+    /// Of a connection over which nothing is sent but what is on trial.
+    gate: Option<Welcome>,
 }
-
-/// A broker that hangs up so often upon one packet will not take it.
-const MAX_HANG_UPS: u32 = 3;
 
 impl Session {
     /// A session towards which the broker may have `receive_maximum` messages
     /// unacknowledged.
     pub(super) fn new(protocol: Protocol, receive_maximum: u16) -> Self {
-        let broker_window = protocol.broker_window(receive_maximum);
         Self {
             protocol,
             connected: false,
@@ -195,52 +159,36 @@ impl Session {
             resend_dup: false,
             filters_pending: 0,
             restoring: 0,
-            incoming: HashMap::new(),
-            next_token: 0,
-            held: VecDeque::new(),
-            waiting: 0,
-            // With one message allowed there is no other to be let through.
-            max_waiting: (usize::from(broker_window) / 2).max(1),
-            acknowledged_early: 0,
+            inbox: Inbox::new(protocol.broker_window(receive_maximum)),
             renumbered: 0,
-            suspect: None,
+            trial: Trial::default(),
+            gate: None,
         }
     }
 
-    /// The broker ended a working connection. Brokers work packets off in order, so
-    /// the oldest one without an answer is the likely cause: when it was so several
-    /// times in a row it fails, or it would break the link for ever. The filter, where
-    /// that was one that was being restored.
+    /// The broker ended a working connection, perhaps upon a packet: when that is proven
+    /// the packet fails, or it would break the link for ever. The filter, where it was one
+    /// that was being restored.
     pub(super) fn hung_up(&mut self) -> Option<(Arc<str>, Refusal)> {
-        let oldest = self.pending.iter().min_by_key(|(_, (order, _))| *order);
-        let Some((&pkid, (order, pending))) = oldest else {
-            self.suspect = None;
-            return None;
-        };
-        // What is restored is another packet each time.
-        let suspect = match pending {
+        let mut owed: Vec<_> = self.pending.values().collect();
+        owed.sort_unstable_by_key(|(order, _)| *order);
+        let owed = owed.into_iter().map(|(order, pending)| match pending {
             Pending::Subscribe(request) if request.waiter.is_none() => {
                 Suspect::Restore(request.filter.clone())
             }
             _ => Suspect::Packet(*order),
-        };
-        let times = match self.suspect.take() {
-            Some((last, times)) if last == suspect => times + 1,
-            _ => 1,
-        };
-        self.suspect = Some((suspect, times));
-        if times < MAX_HANG_UPS {
-            return None;
-        }
+        });
+        let guilty = self.trial.hung_up(owed)?;
         let refusal = Refusal {
             denied: false,
             reason: "the broker ends the connection when it gets this".to_owned(),
         };
-        match self.take(pkid)?.1 {
-            Pending::Publish { waiter, .. } | Pending::Release { waiter } => {
+        let pkid = self.find(&guilty);
+        match pkid.and_then(|pkid| self.take(pkid)).map(|(_, p)| p) {
+            Some(Pending::Publish { waiter, .. } | Pending::Release { waiter, .. }) => {
                 let _ = waiter.send(Err(PublishError::Refused(refusal)));
             }
-            Pending::Subscribe(request) => {
+            Some(Pending::Subscribe(request)) => {
                 self.filters_pending -= 1;
                 let Some(waiter) = request.waiter else {
                     self.restoring -= 1;
@@ -248,91 +196,191 @@ impl Session {
                 };
                 let _ = waiter.send(Err(refusal));
             }
-            Pending::Unsubscribe(_) => self.filters_pending -= 1,
+            Some(Pending::Unsubscribe(_)) => self.filters_pending -= 1,
+            None => {}
         }
         None
+    }
+
+    /// The packet id of a suspect that is pending.
+    fn find(&self, suspect: &Suspect) -> Option<u16> {
+        let is_it = |(order, pending): &(u64, Pending)| match (suspect, pending) {
+            (Suspect::Packet(number), _) => order == number,
+            (Suspect::Restore(filter), Pending::Subscribe(request)) => {
+                request.waiter.is_none() && request.filter == *filter
+            }
+            (Suspect::Restore(_), _) => false,
+        };
+        let mut pending = self.pending.iter();
+        pending.find_map(|(pkid, pending)| is_it(pending).then_some(*pkid))
     }
 
     /// The link broke. What is pending waits for [`Session::connected`].
     pub(super) fn disconnected(&mut self) {
         self.connected = false;
+        self.gate = None;
+        self.trial.interrupt();
     }
 
     /// A CONNACK came: sends again what is unacknowledged, in its order
-    /// (MQTT 5, 4.4 and 4.6).
+    /// (MQTT 5, 4.4 and 4.6). Where a packet is on trial that comes later.
     pub(super) fn connected(&mut self, welcome: &Welcome, out: &mut BytesMut) {
         self.connected = true;
         self.subscription_ids = welcome.subscription_ids;
         self.window = usize::from(welcome.receive_maximum).min(MAX_WINDOW);
         self.in_flight = 0;
         self.resend.clear();
-        if !welcome.session_present {
-            self.incoming.clear();
-            self.held.clear();
-            self.waiting = 0;
+        self.resend_dup = welcome.session_present;
+        self.inbox.connected(welcome.session_present);
+        // Whoever gave up has taken it back; what was being restored is restored from the
+        // table, which knows what is still wanted.
+        let void = |(pkid, (_, pending)): (&u16, &(u64, Pending))| match pending {
+            Pending::Subscribe(request) => {
+                (request.is_abandoned() || request.waiter.is_none()).then_some(*pkid)
+            }
+            Pending::Unsubscribe(_) => (!welcome.session_present).then_some(*pkid),
+            _ => None,
+        };
+        let void: Vec<u16> = self.pending.iter().filter_map(void).collect();
+        for pkid in void {
+            if let Some((_, Pending::Subscribe(request))) = self.take(pkid) {
+                self.restoring -= usize::from(request.waiter.is_none());
+            }
+            self.filters_pending -= 1;
         }
-        let mut order: BTreeMap<u64, u16> = BTreeMap::new();
-        for (pkid, (number, _)) in &self.pending {
-            order.insert(*number, *pkid);
+        if self.trial.begin() {
+            self.gate = Some(welcome.clone());
+            self.protocol.pingreq(out);
+        } else {
+            self.resume(welcome, None, out);
         }
-        for pkid in order.into_values() {
-            match self.pending.get(&pkid) {
-                Some((_, Pending::Publish { publish, .. })) => match welcome.check(publish) {
-                    Ok(()) => self.resend.push_back(pkid),
-                    // It may be another broker than the one that had it before.
-                    Err(error) => {
-                        if let Some((_, Pending::Publish { waiter, .. })) = self.take(pkid) {
-                            let _ = waiter.send(Err(error));
-                        }
-                    }
-                },
-                Some((_, Pending::Release { .. })) if welcome.session_present => {
-                    self.in_flight += 1;
-                    self.protocol.pubrel(pkid, out);
-                }
-                Some((_, Pending::Release { .. })) => {
-                    // The broker took it and lost it: nobody can say what became of it.
-                    if let Some((_, Pending::Release { waiter })) = self.take(pkid) {
-                        let _ = waiter.send(Err(PublishError::SessionLost));
-                    }
-                }
-                // Whoever gave up has taken it back; what was being restored is restored
-                // from the table, which knows what is still wanted.
-                Some((_, Pending::Subscribe(request)))
-                    if request.is_abandoned() || request.waiter.is_none() =>
-                {
-                    self.restoring -= usize::from(request.waiter.is_none());
-                    self.take(pkid);
-                    self.filters_pending -= 1;
-                }
-                Some((_, Pending::Subscribe(request))) => {
-                    // It may be another broker than the one that was asked.
-                    if let Some(refusal) = welcome.refuses(&request.filter) {
-                        self.on_suback(pkid, Err(refusal));
-                        continue;
-                    }
-                    let id = self.subscription_ids.then_some(request.id);
-                    self.protocol.subscribe(
-                        pkid,
-                        &request.filter,
-                        request.qos,
-                        id,
-                        request.retained,
-                        out,
-                    );
-                }
-                Some((_, Pending::Unsubscribe(filter))) if welcome.session_present => {
-                    self.protocol.unsubscribe(pkid, filter, out);
-                }
-                Some((_, Pending::Unsubscribe(_))) => {
-                    self.take(pkid);
-                    self.filters_pending -= 1;
-                }
-                None => {}
+    }
+
+    /// Sends again what is unacknowledged, but for a packet that was sent already.
+    fn resume(&mut self, welcome: &Welcome, sent: Option<u16>, out: &mut BytesMut) {
+        let pending = self.pending.iter();
+        let mut order: Vec<_> = pending.map(|(pkid, (order, _))| (*order, *pkid)).collect();
+        order.sort_unstable();
+        for (_, pkid) in order {
+            if sent != Some(pkid) {
+                self.repeat(pkid, welcome, out);
             }
         }
-        self.resend_dup = welcome.session_present;
         self.send_again(out);
+    }
+
+    /// Sends one packet again, or as soon as the window has room.
+    fn repeat(&mut self, pkid: u16, welcome: &Welcome, out: &mut BytesMut) {
+        let session_present = welcome.session_present;
+        match self.pending.get_mut(&pkid) {
+            Some((_, Pending::Publish { publish, .. })) => match welcome.check(publish) {
+                Ok(()) => self.resend.push_back(pkid),
+                // It may be another broker than the one that had it before.
+                Err(error) => {
+                    if let Some((_, Pending::Publish { waiter, .. })) = self.take(pkid) {
+                        let _ = waiter.send(Err(error));
+                    }
+                }
+            },
+            Some((_, Pending::Release { resent, .. })) if session_present => {
+                *resent = true;
+                self.in_flight += 1;
+                self.protocol.pubrel(pkid, out);
+            }
+            Some((_, Pending::Release { .. })) => {
+                // The broker took it and lost it: nobody can say what became of it.
+                if let Some((_, Pending::Release { waiter, .. })) = self.take(pkid) {
+                    let _ = waiter.send(Err(PublishError::SessionLost));
+                }
+            }
+            Some((_, Pending::Subscribe(request))) => {
+                // It may be another broker than the one that was asked.
+                if let Some(refusal) = welcome.refuses(&request.filter) {
+                    self.on_suback(pkid, Err(refusal));
+                    return;
+                }
+                let id = self.subscription_ids.then_some(request.id);
+                self.protocol.subscribe(
+                    pkid,
+                    &request.filter,
+                    request.qos,
+                    id,
+                    request.retained,
+                    out,
+                );
+            }
+            Some((_, Pending::Unsubscribe(filter))) => {
+                self.protocol.unsubscribe(pkid, filter, out);
+            }
+            None => {}
+        }
+    }
+
+    /// The broker lives: what is on trial is sent alone. A filter that is restored comes
+    /// from the table, see [`Session::restores_alone`].
+    fn try_suspect(&mut self, out: &mut BytesMut) {
+        let (Some(suspect), Some(welcome)) = (self.trial.ready(), self.gate.clone()) else {
+            return;
+        };
+        if matches!(suspect, Suspect::Restore(_)) {
+            return;
+        }
+        match self.find(suspect) {
+            Some(pkid) => {
+                self.trial.sent(pkid);
+                self.repeat(pkid, &welcome, out);
+                self.send_again(out);
+                self.end_trial(out);
+            }
+            None => self.acquit(out),
+        }
+    }
+
+    /// The filter that is to be restored before anything else is sent, while it is on
+    /// trial. `Some(None)` where there is nothing to be sent at the time.
+    pub(super) fn restores_alone(&self) -> Option<Option<&Arc<str>>> {
+        self.gate.as_ref()?;
+        let suspect = self.trial.ready();
+        Some(suspect.and_then(|suspect| match suspect {
+            Suspect::Restore(filter) => Some(filter),
+            Suspect::Packet(_) => None,
+        }))
+    }
+
+    /// Restores the filter on trial. Only upon [`Session::restores_alone`].
+    pub(super) fn restore_alone(&mut self, request: SubscribeRequest, out: &mut BytesMut) {
+        self.subscribe(request, out);
+        self.trial.sent(self.last_pkid);
+    }
+
+    /// What is on trial was answered, or is not wanted any more: sends everything else.
+    pub(super) fn acquit(&mut self, out: &mut BytesMut) {
+        let sent = self.trial.on_trial();
+        self.trial.acquit();
+        if let Some(welcome) = self.gate.take() {
+            self.resume(&welcome, sent, out);
+        }
+    }
+
+    /// Ends the trial if what is on trial is answered.
+    fn end_trial(&mut self, out: &mut BytesMut) {
+        let on_trial = self.trial.on_trial();
+        if on_trial.is_some_and(|pkid| !self.pending.contains_key(&pkid)) {
+            self.acquit(out);
+        }
+    }
+
+    /// To be called every second or so while there is a link; true if there is anything to
+    /// be sent now.
+    pub(super) fn tick(&mut self, out: &mut BytesMut) -> bool {
+        let before = out.len();
+        let over = self.trial.tick();
+        if over {
+            self.acquit(out);
+        }
+        self.inbox.look_for_a_stall();
+        self.acknowledge_overdue(out);
+        over || out.len() > before
     }
 
     /// Sends what waits in `resend` as far as the window allows. The duplicate flag
@@ -351,7 +399,8 @@ impl Session {
 
     /// Whether a publish of QoS 1 or 2 may be sent now.
     pub(super) fn can_publish(&self) -> bool {
-        self.connected && self.resend.is_empty() && self.in_flight < self.window
+        let free = self.connected && self.gate.is_none();
+        free && self.resend.is_empty() && self.in_flight < self.window
     }
 
     /// Sends a publish of QoS 1 or 2. Only after [`Session::can_publish`].
@@ -369,7 +418,7 @@ impl Session {
 
     /// Whether a SUBSCRIBE or UNSUBSCRIBE may be sent now.
     pub(super) fn can_subscribe(&self) -> bool {
-        self.connected && self.filters_pending < MAX_PENDING_FILTERS
+        self.connected && self.gate.is_none() && self.filters_pending < MAX_PENDING_FILTERS
     }
 
     /// Sends a SUBSCRIBE. Only after [`Session::can_subscribe`].
@@ -399,7 +448,7 @@ impl Session {
 
     /// Whether lost subscriptions are still being restored.
     pub(super) fn restoring(&self) -> bool {
-        self.restoring > 0
+        self.restoring > 0 || self.gate.is_some()
     }
 
     /// Whether nothing awaits an acknowledgement from the broker.
@@ -419,26 +468,32 @@ impl Session {
 
     /// A message was taken by everyone it was for: acknowledges it.
     pub(super) fn taken(&mut self, receipt: Receipt, out: &mut BytesMut) {
-        let Some(incoming) = self.incoming.get_mut(&receipt.pkid) else {
-            return;
-        };
-        if incoming.token != receipt.token || incoming.state != Held::Waiting {
-            return;
+        let reply = self.inbox.taken(receipt, self.connected);
+        self.reply(reply, out);
+    }
+
+    fn reply(&self, reply: Option<Reply>, out: &mut BytesMut) {
+        match reply {
+            Some(Reply::PubAck(pkid)) => self.protocol.puback(pkid, out),
+            Some(Reply::PubRec(pkid)) => self.protocol.pubrec(pkid, out),
+            None => {}
         }
-        self.waiting -= 1;
-        if !self.connected {
-            incoming.state = Held::Taken;
-        } else if incoming.qos == QoS::ExactlyOnce {
-            incoming.state = Held::Received;
-            self.protocol.pubrec(receipt.pkid, out);
-        } else {
-            self.incoming.remove(&receipt.pkid);
-            self.protocol.puback(receipt.pkid, out);
+    }
+
+    fn acknowledge_overdue(&mut self, out: &mut BytesMut) {
+        while let Some(reply) = self.inbox.overdue() {
+            self.reply(Some(reply), out);
         }
     }
 
     /// Digests a packet.
     pub(super) fn receive(&mut self, packet: Inbound, out: &mut BytesMut) -> Event {
+        let event = self.digest(packet, out);
+        self.end_trial(out);
+        event
+    }
+
+    fn digest(&mut self, packet: Inbound, out: &mut BytesMut) -> Event {
         match packet {
             Inbound::Publish(publish) => self.on_publish(publish, out),
             Inbound::TooLarge(publish) => match self.on_publish(publish, out) {
@@ -455,7 +510,8 @@ impl Session {
                 Some((order, Pending::Publish { waiter, .. })) => match result {
                     Ok(()) => {
                         self.protocol.pubrel(pkid, out);
-                        self.put_back(pkid, Some((order, Pending::Release { waiter })));
+                        let resent = false;
+                        self.put_back(pkid, Some((order, Pending::Release { waiter, resent })));
                         Event::None
                     }
                     Err(refusal) => {
@@ -471,13 +527,30 @@ impl Session {
                 }
             },
             Inbound::PubRel(pkid) => {
-                if let Some(released) = self.incoming.remove(&pkid) {
-                    self.waiting -= usize::from(released.state == Held::Waiting);
-                }
+                self.inbox.forget(pkid);
                 self.protocol.pubcomp(pkid, out);
                 Event::None
             }
+            // Also the answer to a PUBREL that was sent twice, for a PUBREC that came twice.
+            Inbound::PubComp(pkid, _) | Inbound::PubCompUnknown(pkid)
+                if !self.pending.contains_key(&pkid) =>
+            {
+                Event::None
+            }
             Inbound::PubComp(pkid, result) => self.on_acknowledged(pkid, result, out),
+            Inbound::PubCompUnknown(pkid) => {
+                // Known to be complete already: no error when a session is recovered
+                // (MQTT 5, 4.3.3 and 3.7.2.1).
+                let completed = matches!(
+                    self.pending.get(&pkid),
+                    Some((_, Pending::Release { resent: true, .. }))
+                );
+                let denied = false;
+                let reason = "packet identifier not found".to_owned();
+                let refusal = Refusal { denied, reason };
+                let result = if completed { Ok(()) } else { Err(refusal) };
+                self.on_acknowledged(pkid, result, out)
+            }
             Inbound::SubAck(pkid, result) => {
                 self.renumbered = 0;
                 self.on_suback(pkid, result)
@@ -487,7 +560,11 @@ impl Session {
                 self.on_unsuback(pkid)
             }
             Inbound::PkidInUse(pkid) => self.on_pkid_in_use(pkid),
-            Inbound::PingResp => Event::None,
+            Inbound::PingResp => {
+                self.trial.ping_answered();
+                self.try_suspect(out);
+                Event::None
+            }
             Inbound::Disconnect(notice) => Event::Ended(notice),
             Inbound::ConnAck(_) => Event::Unexpected("CONNACK"),
         }
@@ -562,80 +639,22 @@ impl Session {
         if publish.qos == QoS::AtMostOnce {
             return Event::Deliver(publish, None);
         }
-        let pkid = publish.pkid;
-        // Only a message marked as sent again is one we know: packet ids come round.
-        let known = self.incoming.get_mut(&pkid).filter(|_| publish.dup);
-        match known.map(|incoming| (incoming.state, incoming.qos)) {
-            Some((Held::Waiting, _)) => Event::None,
-            Some((Held::Received, _)) => {
-                self.protocol.pubrec(pkid, out);
+        match self.inbox.receive(&publish) {
+            Arrival::Known(reply) => {
+                self.reply(reply, out);
                 Event::None
             }
-            Some((Held::Taken, QoS::ExactlyOnce)) => {
-                if let Some(incoming) = self.incoming.get_mut(&pkid) {
-                    incoming.state = Held::Received;
-                }
-                self.protocol.pubrec(pkid, out);
-                Event::None
-            }
-            Some((Held::Taken, _)) => {
-                self.incoming.remove(&pkid);
-                self.protocol.puback(pkid, out);
-                Event::None
-            }
-            None => {
-                // A packet id used again without a mark: the broker has forgotten the
-                // message that it named.
-                if let Some(forgotten) = self.incoming.remove(&pkid) {
-                    self.waiting -= usize::from(forgotten.state == Held::Waiting);
-                }
-                self.next_token += 1;
-                let receipt = Receipt {
-                    pkid,
-                    token: self.next_token,
-                };
-                self.incoming.insert(
-                    pkid,
-                    Incoming {
-                        token: receipt.token,
-                        qos: publish.qos,
-                        state: Held::Waiting,
-                    },
-                );
-                self.hold(receipt, out);
+            Arrival::New(receipt) => {
+                self.acknowledge_overdue(out);
                 Event::Deliver(publish, Some(receipt))
             }
-        }
-    }
-
-    /// Counts a message that waits to be taken. When those that wait fill half of the
-    /// broker's window, a slow handler is about to stop the traffic of all: the oldest
-    /// is acknowledged. It still waits in its connection's queue and is lost only with
-    /// the gateway, and so it would be unacknowledged too: a gateway that starts does
-    /// so with a clean session.
-    fn hold(&mut self, receipt: Receipt, out: &mut BytesMut) {
-        self.waiting += 1;
-        self.held.push_back(receipt);
-        while self.waiting > self.max_waiting
-            && let Some(oldest) = self.held.pop_front()
-        {
-            let before = self.waiting;
-            self.taken(oldest, out);
-            self.acknowledged_early += (before - self.waiting) as u64;
-        }
-        if self.held.len() > 2 * self.max_waiting {
-            let incoming = &self.incoming;
-            self.held.retain(|receipt| {
-                let state = incoming.get(&receipt.pkid);
-                state.is_some_and(|i| i.token == receipt.token && i.state == Held::Waiting)
-            });
         }
     }
 
     /// How many messages were acknowledged before they were taken, since the last
     /// call.
     pub(super) fn take_acknowledged_early(&mut self) -> u64 {
-        std::mem::take(&mut self.acknowledged_early)
+        self.inbox.take_early()
     }
 
     fn on_acknowledged(
@@ -645,7 +664,7 @@ impl Session {
         out: &mut BytesMut,
     ) -> Event {
         match self.take(pkid) {
-            Some((_, Pending::Publish { waiter, .. } | Pending::Release { waiter })) => {
+            Some((_, Pending::Publish { waiter, .. } | Pending::Release { waiter, .. })) => {
                 self.settle(waiter, result.map_err(PublishError::Refused), out);
                 Event::None
             }

@@ -33,8 +33,11 @@ struct Entry {
     confirmed: Option<u32>,
     /// When that was: a number among the keys, which count up.
     confirmed_at: u64,
-    /// When that was, by the clock.
-    accepted: Option<Instant>,
+    /// Whose SUBSCRIBE was accepted lately.
+    newcomers: Vec<Newcomer>,
+    /// Whom the retained messages that come with this identifier are for, where they were
+    /// asked for again.
+    repeated: Option<(u32, Vec<SubscriptionKey>)>,
     /// Identifiers of those after it, oldest first. Any of them may be the one that
     /// the broker uses.
     asked: VecDeque<u32>,
@@ -52,6 +55,15 @@ impl Entry {
     }
 }
 
+/// Somebody whose SUBSCRIBE was accepted less than [`RETAINED_UNDER_WAY`] ago, or a
+/// little longer.
+struct Newcomer {
+    key: SubscriptionKey,
+    since: Instant,
+    /// Whether anything retained has come.
+    heard: bool,
+}
+
 struct Target {
     filter: Arc<str>,
     /// Whose SUBSCRIBE it was: retained messages are for them alone.
@@ -66,9 +78,10 @@ pub(super) struct Ask {
     pub retained: Retained,
 }
 
-/// Retained messages of QoS 1 and 2 follow the SUBACK and are in the session until they
-/// are taken. Where the broker loses the session so soon after it, they are asked for
-/// again; some may then come twice.
+/// Retained messages follow the SUBACK; those of QoS 1 and 2 are in the session until they
+/// are taken. Where the link breaks so soon after it, they are asked for again: all where the
+/// session is lost, and those of whom nothing has come where it is not. Some may then come
+/// twice.
 const RETAINED_UNDER_WAY: Duration = Duration::from_secs(5);
 
 /// Unanswered SUBSCRIBEs for one filter whose identifiers are kept apart. While the
@@ -133,7 +146,8 @@ impl Table {
             filter: filter.clone(),
             confirmed: None,
             confirmed_at: key.0,
-            accepted: None,
+            newcomers: Vec::new(),
+            repeated: None,
             asked: VecDeque::new(),
             group: Group::new(filter.is_shared()),
         });
@@ -205,8 +219,16 @@ impl Table {
         self.next_key += 1;
         entry.confirmed_at = self.next_key;
         // A restored one is none of a newcomer's.
-        if place.is_some() {
-            entry.accepted = Some(now);
+        let newcomer = self.ids.get(&id).and_then(|target| target.newcomer);
+        if let Some(key) = newcomer.filter(|_| place.is_some()) {
+            let recent = |n: &Newcomer| now - n.since < RETAINED_UNDER_WAY;
+            let past = entry.newcomers.iter().take_while(|n| !recent(n)).count();
+            entry.newcomers.drain(..past);
+            entry.newcomers.push(Newcomer {
+                key,
+                since: now,
+                heard: false,
+            });
         }
         for id in past {
             self.retire(id);
@@ -223,20 +245,23 @@ impl Table {
         self.entries.get(filter).map(|entry| entry.group.qos())
     }
 
-    /// Everything there is to subscribe, with the newest identifiers. Retained messages
-    /// come again to the newest subscriber alone, and where the session was lost with them.
-    pub(super) fn restore(&self, session_lost: bool, now: Instant) -> Vec<Ask> {
-        let under_way = |entry: &Entry| {
-            let accepted = entry.accepted.filter(|_| session_lost);
-            accepted.is_some_and(|at| now - at < RETAINED_UNDER_WAY)
-        };
-        let entries = self.entries.iter();
+    /// Everything there is to subscribe, with the newest identifiers. Retained messages are
+    /// asked for again for those who may have missed them.
+    pub(super) fn restore(&mut self, session_lost: bool, now: Instant) -> Vec<Ask> {
+        let entries = self.entries.iter_mut();
         let restore = entries.filter_map(|(name, entry)| {
-            let retained = match under_way(entry) {
-                true => Retained::Send,
-                false => Retained::Never,
-            };
-            entry.ask(name, retained)
+            let mut ask = entry.ask(name, Retained::Never)?;
+            let missed =
+                |n: &&Newcomer| now - n.since < RETAINED_UNDER_WAY && (session_lost || !n.heard);
+            let missed = entry.newcomers.iter().filter(missed);
+            let missed: Vec<_> = missed.map(|newcomer| newcomer.key).collect();
+            if missed.is_empty() {
+                entry.repeated = None;
+            } else {
+                ask.retained = Retained::Send;
+                entry.repeated = Some((ask.id, missed));
+            }
+            Some(ask)
         });
         restore.collect()
     }
@@ -263,7 +288,16 @@ impl Table {
                 continue;
             }
             if retained {
-                audience.extend(target.newcomer.and_then(|key| entry.group.get(key)));
+                let repeated = entry.repeated.as_ref().filter(|(again, _)| again == id);
+                let keys = match repeated {
+                    Some((_, keys)) => keys.as_slice(),
+                    None => target.newcomer.as_slice(),
+                };
+                audience.extend(keys.iter().filter_map(|key| entry.group.get(*key)));
+                let mut newcomers = entry.newcomers.iter_mut().rev();
+                if let Some(one) = newcomers.find(|n| Some(n.key) == target.newcomer) {
+                    one.heard = true;
+                }
             } else {
                 entry.group.collect(&mut audience);
             }

@@ -81,6 +81,10 @@ pub(super) struct Welcome {
     pub keep_alive: Option<u16>,
 }
 
+/// The largest packet there can be, in bytes behind the fixed header (MQTT 5, 1.5.5;
+/// 3.1.1, 2.2.3).
+const MAX_PACKET: usize = 268_435_455;
+
 impl Welcome {
     /// What the broker has said it does not take of publishes (MQTT 5, 3.2.2.3.4 and 6).
     pub(super) fn check(&self, publish: &OutboundPublish) -> Result<(), PublishError> {
@@ -88,13 +92,12 @@ impl Welcome {
             return Err(PublishError::QosNotSupported(self.max_qos));
         }
         let size = publish.size();
-        match self.max_packet_size {
-            Some(limit) if size > limit as usize => Err(PublishError::TooLarge {
-                size,
-                limit: limit as usize,
-            }),
-            _ => Ok(()),
+        let limit = self.max_packet_size.unwrap_or(u32::MAX) as usize;
+        let limit = limit.min(MAX_PACKET);
+        if size > limit {
+            return Err(PublishError::TooLarge { size, limit });
         }
+        Ok(())
     }
 
     /// What the broker has said it has not: it may end the connection upon a SUBSCRIBE
@@ -150,6 +153,8 @@ pub(super) enum Inbound {
     PubRec(u16, Result<(), Refusal>),
     PubRel(u16),
     PubComp(u16, Result<(), Refusal>),
+    /// The broker knows no publish of this number that could be completed.
+    PubCompUnknown(u16),
     SubAck(u16, Result<QoS, Refusal>),
     UnsubAck(u16),
     /// The broker did not take a SUBSCRIBE or UNSUBSCRIBE for its packet id.

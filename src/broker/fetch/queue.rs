@@ -34,7 +34,8 @@ pub(super) const QUIET: Duration = Duration::from_millis(200);
 const LONGEST_QUIET: Duration = Duration::from_secs(5);
 const QUIET_ROUNDS: u32 = 4;
 
-/// So many times in a row may the broker hang up upon the same SUBSCRIBE.
+/// So many times in a row may the broker hang up upon the same SUBSCRIBE, which is sent
+/// alone from the second time on.
 const MAX_HANG_UPS: u32 = 3;
 
 /// Fetches at the same time; with [`QUIET`] some 4,000 a second. Far below the number
@@ -151,7 +152,12 @@ impl Queue {
     }
 
     fn start(&mut self, now: Instant) -> Option<Step> {
-        while self.active.len() < MAX_ACTIVE {
+        let most = if self.suspect.is_some() {
+            1
+        } else {
+            MAX_ACTIVE
+        };
+        while self.active.len() < most {
             let impatient = |(_, fetch): (_, &Fetch)| now - fetch.since >= PATIENCE;
             let look_ahead = match self.waiting.iter().next().is_some_and(impatient) {
                 true => 1,
@@ -208,6 +214,8 @@ impl Queue {
                 let rounds = (now - since) * QUIET_ROUNDS;
                 active.quiet = rounds.clamp(QUIET, LONGEST_QUIET);
                 active.stage = Stage::Listening(now);
+                // The broker does not hang up upon it.
+                self.suspect = None;
                 true
             }
             None => false,
@@ -248,7 +256,11 @@ impl Queue {
             _ => 1,
         };
         self.suspect = Some((order, times));
-        (times >= MAX_HANG_UPS).then(|| self.finish(pkid))?
+        if times < MAX_HANG_UPS {
+            return None;
+        }
+        self.suspect = None;
+        self.finish(pkid)
     }
 
     /// The broker refused: the filter whose fetch is over.
@@ -312,6 +324,7 @@ impl Queue {
 
     fn finish(&mut self, pkid: u16) -> Option<TopicFilter> {
         let fetch = self.active.remove(&pkid)?.fetch;
+        self.suspect = None;
         self.newcomers -= fetch.newcomers.len();
         self.filters.remove(&fetch.filter);
         Some(fetch.filter)

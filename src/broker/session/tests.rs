@@ -260,27 +260,176 @@ fn a_late_receipt_does_not_acknowledge_another_message() {
     assert!(matches!(written(&mut out)[..], [Packet::PubAck(_)]));
 }
 
+/// The broker hangs up, and the link comes back. What could not be restored.
+fn hang_up(session: &mut Session, out: &mut BytesMut) -> Option<(Arc<str>, Refusal)> {
+    let lost = session.hung_up();
+    session.disconnected();
+    out.clear();
+    session.connected(&welcome(true, 10), out);
+    lost
+}
+
+/// A suspect is on trial: first the broker is asked whether it is there.
+fn answer_ping(session: &mut Session, out: &mut BytesMut) {
+    assert!(matches!(written(out)[..], [Packet::PingReq(_)]));
+    assert!(!session.can_publish() && !session.can_subscribe());
+    session.receive(Inbound::PingResp, out);
+}
+
 #[test]
-fn a_packet_that_makes_the_broker_hang_up_fails_after_three_times() {
+fn a_packet_upon_which_the_broker_hangs_up_fails_when_that_is_proven() {
     let (mut session, mut out) = (connected(10), BytesMut::new());
     let mut poison = publish(&mut session, "poison", QoS::AtLeastOnce, &mut out);
     let mut innocent = publish(&mut session, "innocent", QoS::AtLeastOnce, &mut out);
-    for _ in 0..MAX_HANG_UPS {
+    for _ in 0..trial::SUSPECTED {
+        assert!(hang_up(&mut session, &mut out).is_none());
+    }
+    for _ in 0..trial::PROOFS {
         assert!(poison.try_recv().is_err());
-        assert!(session.hung_up().is_none());
-        session.disconnected();
-        out.clear();
-        session.connected(&welcome(true, 10), &mut out);
+        answer_ping(&mut session, &mut out);
+        let alone = publishes(&mut out);
+        assert_eq!((alone.len(), &alone[0].0[..]), (1, "poison"));
+        hang_up(&mut session, &mut out);
     }
     assert!(matches!(
         poison.try_recv(),
         Ok(Err(PublishError::Refused(_)))
     ));
     let again = publishes(&mut out);
-    assert_eq!(again.len(), 1);
-    assert_eq!(again[0].0, "innocent");
+    assert_eq!((again.len(), &again[0].0[..]), (1, "innocent"));
     session.receive(Inbound::PubAck(again[0].1, Ok(())), &mut out);
     assert_eq!(innocent.try_recv().unwrap(), Ok(()));
+}
+
+/// A broker that falls over time and again proves nothing about what it was sent.
+#[test]
+fn nothing_is_blamed_for_a_broker_that_fails_by_itself() {
+    for qos in [QoS::AtLeastOnce, QoS::ExactlyOnce] {
+        let (mut session, mut out) = (connected(10), BytesMut::new());
+        let mut first = publish(&mut session, "first", qos, &mut out);
+        let mut second = publish(&mut session, "second", QoS::AtLeastOnce, &mut out);
+        for _ in 0..50 {
+            assert!(hang_up(&mut session, &mut out).is_none());
+            assert!(first.try_recv().is_err());
+        }
+        // It stays at last, and is given the one alone, then the rest.
+        answer_ping(&mut session, &mut out);
+        let alone = publishes(&mut out);
+        assert_eq!((alone.len(), alone[0].2), (1, true));
+        if qos == QoS::ExactlyOnce {
+            session.receive(Inbound::PubRec(alone[0].1, Ok(())), &mut out);
+            assert!(matches!(written(&mut out)[..], [Packet::PubRel(_)]));
+            session.receive(Inbound::PubComp(alone[0].1, Ok(())), &mut out);
+        } else {
+            session.receive(Inbound::PubAck(alone[0].1, Ok(())), &mut out);
+        }
+        assert_eq!(first.try_recv(), Ok(Ok(())));
+        let rest = publishes(&mut out);
+        assert_eq!((rest.len(), &rest[0].0[..]), (1, "second"));
+        session.receive(Inbound::PubAck(rest[0].1, Ok(())), &mut out);
+        assert_eq!(second.try_recv(), Ok(Ok(())));
+        assert!(session.is_idle() && session.can_publish());
+    }
+}
+
+/// A broker that takes its time is none that hangs up.
+#[test]
+fn a_trial_does_not_wait_for_ever() {
+    let (mut session, mut out) = (connected(10), BytesMut::new());
+    let mut slow = publish(&mut session, "slow", QoS::ExactlyOnce, &mut out);
+    let mut next = publish(&mut session, "next", QoS::AtLeastOnce, &mut out);
+    for _ in 0..trial::SUSPECTED {
+        hang_up(&mut session, &mut out);
+    }
+    answer_ping(&mut session, &mut out);
+    let sent = publishes(&mut out);
+    let mut rest = Vec::new();
+    for _ in 0..100 {
+        session.tick(&mut out);
+        rest.extend(publishes(&mut out));
+    }
+    assert_eq!((rest.len(), &rest[0].0[..]), (1, "next"));
+    session.receive(Inbound::PubAck(rest[0].1, Ok(())), &mut out);
+    session.receive(Inbound::PubRec(sent[0].1, Ok(())), &mut out);
+    session.receive(Inbound::PubComp(sent[0].1, Ok(())), &mut out);
+    assert_eq!(slow.try_recv(), Ok(Ok(())));
+    assert_eq!(next.try_recv(), Ok(Ok(())));
+    assert!(session.is_idle());
+}
+
+/// After a broken link the broker may have completed what it is asked to release
+/// (MQTT 5, 3.7.2.1), and some brokers answer twice.
+#[test]
+fn a_release_that_is_not_known_any_more_was_completed() {
+    let (mut session, mut out) = (connected(10), BytesMut::new());
+    let mut confirmed = publish(&mut session, "a", QoS::ExactlyOnce, &mut out);
+    let pkid = publishes(&mut out)[0].1;
+    session.receive(Inbound::PubRec(pkid, Ok(())), &mut out);
+    session.disconnected();
+    out.clear();
+    session.connected(&welcome(true, 10), &mut out);
+    assert!(matches!(written(&mut out)[..], [Packet::PubRel(_)]));
+    session.receive(Inbound::PubCompUnknown(pkid), &mut out);
+    assert_eq!(confirmed.try_recv(), Ok(Ok(())));
+    let again = session.receive(Inbound::PubComp(pkid, Ok(())), &mut out);
+    assert!(matches!(again, Event::None), "{again:?}");
+    // One that was never released cannot have been completed.
+    let mut confirmed = publish(&mut session, "b", QoS::ExactlyOnce, &mut out);
+    let pkid = publishes(&mut out)[0].1;
+    session.receive(Inbound::PubRec(pkid, Ok(())), &mut out);
+    session.receive(Inbound::PubCompUnknown(pkid), &mut out);
+    assert!(matches!(confirmed.try_recv(), Ok(Err(_))));
+}
+
+/// A broker that goes back to a session that it saved long ago may use a number again for
+/// another message, and mark it as sent again.
+#[test]
+fn another_message_under_a_number_that_is_held_is_delivered() {
+    let (mut session, mut out) = (connected(10), BytesMut::new());
+    let held = receipt(session.receive(incoming(5, QoS::AtLeastOnce, false), &mut out));
+    session.disconnected();
+    session.connected(&welcome(true, 10), &mut out);
+    let Inbound::Publish(publish) = incoming(5, QoS::AtLeastOnce, true) else {
+        panic!("no publish");
+    };
+    let other = InboundPublish {
+        payload: Bytes::from_static(b"another"),
+        ..publish
+    };
+    let other = receipt(session.receive(Inbound::Publish(other), &mut out));
+    session.taken(held, &mut out);
+    assert!(out.is_empty());
+    session.taken(other, &mut out);
+    assert!(matches!(written(&mut out)[..], [Packet::PubAck(_)]));
+}
+
+/// HiveMQ's window is 50 messages and nothing tells us: the same ones that wait for long
+/// while nothing comes are taken for a full window.
+#[test]
+fn a_window_that_is_smaller_than_was_said_is_found_out() {
+    let (mut session, mut out) = (connected(10), BytesMut::new());
+    let mut receipts = Vec::new();
+    for pkid in 1..=50 {
+        let message = incoming(pkid, QoS::AtLeastOnce, false);
+        receipts.push(receipt(session.receive(message, &mut out)));
+        session.tick(&mut out);
+    }
+    assert!(out.is_empty(), "messages came all the time");
+    session.tick(&mut out);
+    assert_eq!(written(&mut out).len(), 25);
+    assert_eq!(session.take_acknowledged_early(), 25);
+    // From now on there is always room for others.
+    for pkid in 1..=25 {
+        session.receive(incoming(pkid, QoS::AtLeastOnce, false), &mut out);
+        assert_eq!(written(&mut out).len(), 1);
+    }
+    // A few that wait are no full window, however long it takes.
+    let mut session = connected(10);
+    session.receive(incoming(1, QoS::AtLeastOnce, false), &mut out);
+    for _ in 0..100 {
+        session.tick(&mut out);
+    }
+    assert!(out.is_empty());
 }
 
 /// To `a/#`, with the identifier 3.
@@ -468,30 +617,53 @@ proptest! {
     }
 }
 
+fn restore(filter: &str) -> SubscribeRequest {
+    SubscribeRequest {
+        filter: filter.into(),
+        qos: QoS::AtLeastOnce,
+        id: 3,
+        retained: Retained::Never,
+        waiter: None,
+    }
+}
+
 /// What is restored is another packet after each CONNACK, and the same filter.
 #[test]
-fn a_filter_that_makes_the_broker_hang_up_is_not_restored_for_ever() {
+fn a_filter_upon_which_the_broker_hangs_up_is_found_out() {
     let (mut session, mut out) = (connected(10), BytesMut::new());
-    let mut lost = None;
-    for _ in 0..MAX_HANG_UPS {
-        assert!(lost.is_none());
-        for filter in ["poison", "innocent"] {
-            let request = SubscribeRequest {
-                filter: filter.into(),
-                qos: QoS::AtLeastOnce,
-                id: 3,
-                retained: Retained::Never,
-                waiter: None,
-            };
-            session.subscribe(request, &mut out);
-        }
+    for _ in 0..trial::SUSPECTED {
+        session.subscribe(restore("poison"), &mut out);
+        session.subscribe(restore("innocent"), &mut out);
         assert!(session.restoring());
-        lost = session.hung_up();
-        session.disconnected();
-        session.connected(&welcome(true, 10), &mut out);
-        assert!(!session.restoring());
+        assert!(hang_up(&mut session, &mut out).is_none());
+    }
+    let mut lost = None;
+    for _ in 0..trial::PROOFS {
+        assert!(lost.is_none());
+        assert_eq!(session.restores_alone(), Some(None));
+        answer_ping(&mut session, &mut out);
+        let alone = session.restores_alone().unwrap().unwrap();
+        assert_eq!(alone.as_ref(), "poison");
+        session.restore_alone(restore("poison"), &mut out);
+        assert_eq!(session.restores_alone(), Some(None));
+        assert!(session.restoring());
+        lost = hang_up(&mut session, &mut out);
     }
     assert_eq!(lost.unwrap().0.as_ref(), "poison");
+    assert_eq!(session.restores_alone(), None);
+    assert!(!session.restoring());
+    // An innocent one is restored, and others after it.
+    for _ in 0..trial::SUSPECTED {
+        session.subscribe(restore("innocent"), &mut out);
+        assert!(hang_up(&mut session, &mut out).is_none());
+    }
+    answer_ping(&mut session, &mut out);
+    session.restore_alone(restore("innocent"), &mut out);
+    let pkid = session.last_pkid;
+    let event = session.receive(Inbound::SubAck(pkid, Ok(QoS::AtLeastOnce)), &mut out);
+    assert!(matches!(event, Event::Subscribed(..)), "{event:?}");
+    assert_eq!(session.restores_alone(), None);
+    assert!(session.can_subscribe() && session.can_publish() && !session.restoring());
 }
 
 #[test]

@@ -273,8 +273,38 @@ fn retained_messages_under_way_are_asked_for_again() {
     let (mut table, now) = (Table::new(0), Instant::now());
     let ask = add(&mut table, "r", QoS::AtLeastOnce).1;
     table.confirm("r", ask.id, now);
-    let retained = |lost, later| table.restore(lost, now + later)[0].retained;
+    let mut retained = |lost, later| table.restore(lost, now + later)[0].retained;
     assert_eq!(retained(true, Duration::from_secs(1)), Retained::Send);
-    assert_eq!(retained(false, Duration::from_secs(1)), Retained::Never);
+    // In a session that is still there those of QoS 0 may be lost; not once some have come.
+    assert_eq!(retained(false, Duration::from_secs(1)), Retained::Send);
     assert_eq!(retained(true, RETAINED_UNDER_WAY), Retained::Never);
+    assert_eq!(table.audience("r", true, &[ask.id]).len(), 1);
+    let mut retained = |lost, later| table.restore(lost, now + later)[0].retained;
+    assert_eq!(retained(false, Duration::from_secs(1)), Retained::Never);
+    assert_eq!(retained(true, Duration::from_secs(1)), Retained::Send);
+}
+
+#[test]
+fn retained_messages_come_again_to_all_who_may_have_missed_them() {
+    let (mut table, now) = (Table::new(0), Instant::now());
+    let old = add(&mut table, "r", QoS::AtLeastOnce).1;
+    table.confirm("r", old.id, now);
+    let later = now + RETAINED_UNDER_WAY;
+    let newcomers: Vec<_> = (0..2)
+        .map(|_| {
+            let (key, ask) = add(&mut table, "r", QoS::AtLeastOnce);
+            table.confirm("r", ask.id, later);
+            key
+        })
+        .collect();
+    let ask = table
+        .restore(true, later + Duration::from_secs(1))
+        .remove(0);
+    assert_eq!(ask.retained, Retained::Send);
+    assert_eq!(table.audience("r", true, &[ask.id]).len(), 2);
+    // One that has left is nobody any more, and who comes now gets its own.
+    table.remove(&filter("r"), newcomers[0]);
+    assert_eq!(table.audience("r", true, &[ask.id]).len(), 1);
+    let next = add(&mut table, "r", QoS::AtLeastOnce).1;
+    assert_eq!(table.audience("r", true, &[next.id]).len(), 1);
 }

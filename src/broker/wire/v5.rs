@@ -1,13 +1,13 @@
-//! MQTT 5 on the wire; rumqttc's codec does the work.
+//! MQTT 5 on the wire; rumqttc's codec does most of the work.
 
+mod acks;
 mod inbound;
 
 use bytes::{Buf, Bytes, BytesMut};
 use rumqttc::v5::mqttbytes::v5::{
     ConnAck, ConnAckProperties, Connect, ConnectProperties, ConnectReturnCode, Disconnect,
-    DisconnectProperties, DisconnectReasonCode, Filter, Login, Packet, PingReq, PubAck,
-    PubAckReason, PubComp, PubCompReason, PubRec, PubRecReason, PubRel, Publish, PublishProperties,
-    RetainForwardRule, Subscribe, SubscribeProperties, SubscribeReasonCode, UnsubAckReason,
+    DisconnectProperties, DisconnectReasonCode, Filter, Login, Packet, PingReq, PubAck, PubComp,
+    PubRec, PubRel, Publish, PublishProperties, RetainForwardRule, Subscribe, SubscribeProperties,
     Unsubscribe,
 };
 use rumqttc::v5::mqttbytes::{self, QoS as WireQoS};
@@ -88,7 +88,9 @@ pub(super) fn decode(
     if buffer.first().is_some_and(|first| first >> 4 == 3) {
         return Ok(inbound::publish(buffer, max_packet_size)?.map(Inbound::Publish));
     }
-    accept_success(buffer);
+    if buffer.first().is_some_and(|first| acks::is_one(*first)) {
+        return acks::acknowledgement(buffer, max_packet_size);
+    }
     let before = buffer.len();
     let packet = match Packet::read(buffer, Some(max_packet_size)) {
         Ok(packet) => packet,
@@ -104,54 +106,19 @@ pub(super) fn decode(
     };
     Ok(Some(match packet {
         Packet::ConnAck(ack) => Inbound::ConnAck(welcome(ack)),
-        Packet::PubAck(ack) => Inbound::PubAck(
-            ack.pkid,
-            match ack.reason {
-                PubAckReason::Success | PubAckReason::NoMatchingSubscribers => Ok(()),
-                PubAckReason::NotAuthorized => Err(Refusal::denied(&ack.reason)),
-                _ => Err(Refusal::other(&ack.reason)),
-            },
-        ),
-        Packet::PubRec(rec) => Inbound::PubRec(
-            rec.pkid,
-            match rec.reason {
-                PubRecReason::Success | PubRecReason::NoMatchingSubscribers => Ok(()),
-                PubRecReason::NotAuthorized => Err(Refusal::denied(&rec.reason)),
-                _ => Err(Refusal::other(&rec.reason)),
-            },
-        ),
-        Packet::PubRel(rel) => Inbound::PubRel(rel.pkid),
-        Packet::PubComp(comp) => Inbound::PubComp(
-            comp.pkid,
-            match comp.reason {
-                PubCompReason::Success => Ok(()),
-                PubCompReason::PacketIdentifierNotFound => Err(Refusal::other(&comp.reason)),
-            },
-        ),
-        Packet::SubAck(ack) if ack.return_codes == [SubscribeReasonCode::PkidInUse] => {
-            Inbound::PkidInUse(ack.pkid)
-        }
-        Packet::SubAck(ack) => Inbound::SubAck(
-            ack.pkid,
-            // Every SUBSCRIBE of ours holds one filter.
-            match ack.return_codes.as_slice() {
-                [SubscribeReasonCode::Success(granted)] => Ok(qos_from_wire(*granted)),
-                [reason @ SubscribeReasonCode::NotAuthorized] => Err(Refusal::denied(reason)),
-                [reason] => Err(Refusal::other(reason)),
-                _ => return Err(invalid("a SUBACK of another length")),
-            },
-        ),
-        Packet::UnsubAck(ack) if ack.reasons == [UnsubAckReason::PacketIdentifierInUse] => {
-            Inbound::PkidInUse(ack.pkid)
-        }
-        Packet::UnsubAck(ack) => Inbound::UnsubAck(ack.pkid),
         Packet::PingResp(_) => Inbound::PingResp,
         Packet::Disconnect(disconnect) => Inbound::Disconnect(DisconnectNotice {
             reason: super::words(&disconnect.reason_code),
             taken_over: disconnect.reason_code == DisconnectReasonCode::SessionTakenOver,
         }),
-        // Taken off before the codec sees it.
-        Packet::Publish(_) => return Err(invalid("a PUBLISH out of place")),
+        // Taken off before the codec sees them, or with flags that they must not have.
+        Packet::Publish(_)
+        | Packet::PubAck(_)
+        | Packet::PubRec(_)
+        | Packet::PubRel(_)
+        | Packet::PubComp(_)
+        | Packet::SubAck(_)
+        | Packet::UnsubAck(_) => return Err(invalid("a packet with flags out of place")),
         Packet::Auth(_)
         | Packet::Connect(..)
         | Packet::PingReq(_)
@@ -160,26 +127,6 @@ pub(super) fn decode(
             return Err(invalid("a packet that only clients send"));
         }
     }))
-}
-
-/// Makes any reason code of success in an acknowledgement of a publish the one that
-/// the codec knows. Codes below 0x80 are success (MQTT 5, 2.4); mochi 2.7 answers a
-/// publish of QoS 1 with 0x01, and refusing that would break the link for ever.
-fn accept_success(buffer: &mut BytesMut) {
-    // PUBACK, PUBREC, PUBREL and PUBCOMP; behind the length two bytes of packet id.
-    if !matches!(buffer.first(), Some(0x40 | 0x50 | 0x62 | 0x70)) {
-        return;
-    }
-    let length = super::fit::variable(buffer.get(1..).unwrap_or_default());
-    let Ok(Some((3.., header))) = length else {
-        return;
-    };
-    if let Some(reason) = buffer.get_mut(1 + header + 2)
-        && (0x01..0x80).contains(reason)
-        && *reason != 0x10
-    {
-        *reason = 0;
-    }
 }
 
 fn welcome(ack: ConnAck) -> Result<Welcome, Refusal> {
