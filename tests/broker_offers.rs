@@ -11,6 +11,7 @@
 mod common;
 
 use std::net::Ipv4Addr;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use common::{Broker, Device, Stage, within};
 use exproto_sidecar::proto::ResultCode;
@@ -54,6 +55,10 @@ enum Answer {
     RetainedSubAck,
     /// SUBACKs with these codes in turn, over all connections; then with success.
     Codes(&'static [u8]),
+    /// It ends so many connections right behind the CONNACK.
+    Falls(&'static AtomicUsize),
+    /// It hangs up upon the filter `poison` while this is set.
+    HangsUp(&'static AtomicBool),
 }
 
 /// A PUBLISH of QoS 0 without properties.
@@ -163,10 +168,25 @@ async fn serve(
                 false => packet,
             },
             packet = incoming.recv() => match packet {
-                Some((0x10, _)) => connack.to_vec(),
+                Some((0x10, _)) => {
+                    if let Answer::Falls(times) = answer
+                        && times.load(Ordering::Relaxed) > 0
+                    {
+                        times.fetch_sub(1, Ordering::Relaxed);
+                        let _ = writer.write_all(connack).await;
+                        return;
+                    }
+                    connack.to_vec()
+                }
                 Some((0x82, body)) => {
                     let properties = usize::from(body[2]);
                     let filter = &body[3 + properties + 2..body.len() - 1];
+                    if let Answer::HangsUp(upon) = answer
+                        && upon.load(Ordering::Relaxed)
+                        && filter == b"poison"
+                    {
+                        return;
+                    }
                     let _ = subscribed.send(Subscribe {
                         filter: String::from_utf8(filter.to_vec()).unwrap(),
                         has_properties: properties > 0,
@@ -179,9 +199,9 @@ async fn serve(
                     let suback = vec![0x90, 0x04, body[0], body[1], 0, code];
                     let retained = publish("state", true, "kept");
                     match answer {
-                        Answer::SubAck | Answer::Codes(_) => suback,
                         Answer::SubAckRetained => [suback, retained].concat(),
                         Answer::RetainedSubAck => [retained, suback].concat(),
+                        _ => suback,
                     }
                 }
                 Some((0xa2, body)) => vec![0xb0, 0x04, body[0], body[1], 0, 0],
@@ -335,5 +355,70 @@ async fn a_topic_that_is_no_text_is_dropped_and_counted() {
     got(&stage, &device, &["for the device"]).await;
     let dropped = "exproto_messages_dropped_total{reason=\"bad_topic\"}";
     assert_eq!(stage.admin.metric(dropped).await, 1.0);
+    stage.finish().await;
+}
+
+const MISSING: &str = "exproto_broker_subscriptions_missing";
+
+/// A broker that falls over again and again is no reason to forget what it was to be
+/// asked: nothing proves that it was that.
+#[tokio::test]
+async fn no_subscription_is_blamed_for_a_broker_that_falls_by_itself() {
+    let falls: &AtomicUsize = Box::leak(Box::default());
+    let mut broker = Scripted::start(NO_IDENTIFIERS, Answer::Falls(falls)).await;
+    let stage = broker.stage().await;
+    let names = ["one", "two", "three", "four", "five"];
+    let mut devices = Vec::new();
+    for name in names {
+        devices.push(stage.subscriber(name, name, 1).await);
+        broker.subscribe().await;
+    }
+    falls.store(6, Ordering::Relaxed);
+    broker.hang_up();
+    let mut restored = Vec::new();
+    for _ in names {
+        restored.push(broker.subscribe().await.filter);
+    }
+    restored.sort();
+    assert_eq!(restored, ["five", "four", "one", "three", "two"]);
+    assert_eq!(falls.load(Ordering::Relaxed), 0);
+    for (name, device) in names.iter().zip(&devices) {
+        broker.send(publish(name, false, name));
+        got(&stage, device, &[name]).await;
+    }
+    assert_eq!(stage.admin.metric(MISSING).await, 0.0);
+    stage.finish().await;
+}
+
+/// One upon which the broker does hang up is found out and left out, and the gauge tells
+/// of it until somebody asks for it anew and gets it.
+#[tokio::test]
+async fn a_subscription_upon_which_the_broker_hangs_up_is_left_out() {
+    let upon: &AtomicBool = Box::leak(Box::default());
+    let mut broker = Scripted::start(NO_IDENTIFIERS, Answer::HangsUp(upon)).await;
+    let stage = broker.stage().await;
+    let mut devices = Vec::new();
+    for name in ["poison", "b", "c"] {
+        devices.push(stage.subscriber(name, name, 1).await);
+        broker.subscribe().await;
+    }
+    upon.store(true, Ordering::Relaxed);
+    broker.hang_up();
+    stage.admin.metric_until(MISSING, |n| n > 0.5).await;
+    stage.admin.ready_until(200, "ready").await;
+    for (name, device) in [("b", &devices[1]), ("c", &devices[2])] {
+        broker.send(publish(name, false, name));
+        got(&stage, device, &[name]).await;
+    }
+    // After another break, too: it is not asked for, and counted as missing.
+    broker.hang_up();
+    stage.admin.ready_until(200, "ready").await;
+    assert_eq!(stage.admin.metric(MISSING).await, 1.0);
+    upon.store(false, Ordering::Relaxed);
+    let again = stage.subscriber("again", "poison", 1).await;
+    stage.admin.metric_until(MISSING, |n| n < 0.5).await;
+    broker.send(publish("poison", false, "for both"));
+    got(&stage, &again, &["for both"]).await;
+    got(&stage, &devices[0], &["for both"]).await;
     stage.finish().await;
 }

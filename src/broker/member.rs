@@ -7,9 +7,9 @@ use std::collections::VecDeque;
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Waker};
+use std::time::Duration;
 
 use bytes::BytesMut;
-use std::time::Duration;
 use tokio::sync::oneshot;
 
 use tokio::time::Instant;

@@ -31,7 +31,7 @@ fn member() -> Arc<Member> {
         timestamp_property: None,
     };
     let metrics = BrokerMetrics::new(&Metrics::new().unwrap());
-    Member::new(String::new(), Arc::new(options), metrics).unwrap()
+    Member::new(0, String::new(), Arc::new(options), metrics).unwrap()
 }
 
 /// A queue, a member whose subscribers are the newcomers, and a clock.
