@@ -150,7 +150,7 @@ impl Bench {
             _ => "SSL_OPTIONS",
         };
         let mut plan = Plan::new(&broker.url(), &handler.url())
-            .set("IDLE_TIMEOUT", "infinity")
+            .set("IDLE_TIMEOUT", "1h")
             .set(&key("BIND"), &format!("127.0.0.1:{port}"))
             .set(&key("MAX_CONN_RATE"), "infinity");
         if tls.starts_with(&kind.to_uppercase()) {

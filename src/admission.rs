@@ -87,7 +87,7 @@ pub struct Permit {
 
 /// Room for one connection of an address; given back when dropped.
 #[derive(Debug)]
-pub struct AddressPermit(Option<(IpAddr, Addresses)>);
+pub struct AddressPermit(Option<Box<(IpAddr, Addresses)>>);
 
 /// Who is counted as one: whoever has an IPv6 address usually has all of its /64. An
 /// IPv4-mapped IPv6 address counts as the IPv4 address.
@@ -161,15 +161,17 @@ impl Admission {
             return Err(Refused::ConnectionsPerAddress);
         }
         *count += 1;
-        Ok(AddressPermit(Some((peer, self.addresses.clone()))))
+        let counted = (peer, self.addresses.clone());
+        Ok(AddressPermit(Some(Box::new(counted))))
     }
 }
 
 impl Drop for AddressPermit {
     fn drop(&mut self) {
-        let Some((peer, addresses)) = self.0.take() else {
+        let Some(counted) = self.0.take() else {
             return;
         };
+        let (peer, addresses) = *counted;
         let mut addresses = lock(&addresses);
         if let Entry::Occupied(mut entry) = addresses.entry(peer) {
             *entry.get_mut() -= 1;

@@ -8,8 +8,10 @@
 
 use std::future::Future;
 use std::io;
+use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::task::{Context, Poll};
 use std::thread::JoinHandle;
 
 use tokio::runtime::Handle;
@@ -77,24 +79,32 @@ impl Shard {
     }
 
     /// Runs a connection's task here.
-    pub fn spawn_connection(&self, task: impl Future<Output = ()> + Send + 'static) {
+    pub fn spawn_connection(&self, task: Pin<Box<dyn Future<Output = ()> + Send>>) {
         self.load.fetch_add(1, Ordering::Relaxed);
-        let counted = Counted(self.load.clone());
-        // On the heap, for each future around another would hold it twice.
-        let task = Box::pin(task);
-        let task = async move {
-            let _counted = counted;
-            task.await;
-        };
-        self.connections.spawn_on(task, &self.runtime);
+        let load = self.load.clone();
+        self.connections
+            .spawn_on(Counted { task, load }, &self.runtime);
     }
 }
 
-struct Counted(Arc<AtomicUsize>);
+/// A connection's task, counted while it lives. It comes on the heap: what a runtime
+/// holds for a task is small then, and a future around another would hold it twice.
+struct Counted {
+    task: Pin<Box<dyn Future<Output = ()> + Send>>,
+    load: Arc<AtomicUsize>,
+}
+
+impl Future for Counted {
+    type Output = ();
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
+        self.task.as_mut().poll(cx)
+    }
+}
 
 impl Drop for Counted {
     fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::Relaxed);
+        self.load.fetch_sub(1, Ordering::Relaxed);
     }
 }
 

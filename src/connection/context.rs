@@ -15,7 +15,7 @@ use crate::metrics::ListenerMetrics;
 #[derive(Debug, Clone)]
 pub struct Settings {
     /// Timers.
-    pub timeouts: Timeouts,
+    pub timeouts: Arc<Timeouts>,
     /// Bytes that may wait to be sent before Send waits.
     pub high_watermark: u32,
     /// Received bytes a second.

@@ -4,7 +4,7 @@
 //! inbox under one short lock and wake it. What the inbox holds is bounded: bytes
 //! to send by [`Handle::send`], messages by [`super::queue`], the rest by its shape.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeMap, VecDeque};
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Waker};
@@ -88,7 +88,7 @@ struct Inbox {
     keepalive: Option<Duration>,
     authenticated: bool,
     session: Session,
-    subscriptions: HashMap<String, Subscription>,
+    subscriptions: BTreeMap<String, Subscription>,
     waker: Option<Waker>,
 }
 
@@ -103,7 +103,6 @@ pub(super) struct Wishes {
 }
 
 struct Shared {
-    id: ConnId,
     peer: SocketAddr,
     /// Whether what is sent is a stream, or each piece a datagram of its own.
     stream: bool,
@@ -124,10 +123,9 @@ impl Handle {
         context: Arc<ListenerContext>,
     ) -> Self {
         Self(Arc::new(Shared {
-            id,
             peer,
             stream,
-            caller: Arc::new(Caller::new(id.to_string())),
+            caller: Arc::new(Caller::new(id)),
             context,
             inbox: Mutex::new(Inbox {
                 closed: false,
@@ -138,7 +136,7 @@ impl Handle {
                 keepalive: None,
                 authenticated: false,
                 session: Session::Anonymous,
-                subscriptions: HashMap::new(),
+                subscriptions: BTreeMap::new(),
                 waker: None,
             }),
         }))
@@ -146,7 +144,7 @@ impl Handle {
 
     /// Its id.
     pub fn id(&self) -> ConnId {
-        self.0.id
+        self.0.caller.conn
     }
 
     /// The device's address.

@@ -188,11 +188,8 @@ impl Door for PlainDoor {
             local: socket.local_addr(),
             certificate: None,
         };
-        self.entrance.shard.spawn_connection(async move {
-            // Moved into the task: its end is the only release.
-            let _room = room;
-            connection::serve(socket, info, context).await;
-        });
+        let connection = connection::serve(socket, &info, context, room);
+        self.entrance.shard.spawn_connection(connection);
     }
 }
 
@@ -260,7 +257,7 @@ impl Door for DtlsDoor {
                 local,
                 certificate,
             };
-            Some(Box::pin(connection::serve(socket, info, context)))
+            Some(connection::serve(socket, &info, context, ()))
         };
         let context_of_enter = context.clone();
         let enter = async move {
@@ -280,16 +277,17 @@ impl Door for DtlsDoor {
             tracing::debug!(listener, ?addresses, error, "connection refused");
             None
         };
-        self.entrance.shard.spawn_connection(async move {
+        // What the handshake takes is given back before the connection begins.
+        let entering = Box::pin(enter);
+        self.entrance.shard.spawn_connection(Box::pin(async move {
             let _room = room;
-            // What the handshake takes is given back before the connection begins.
-            let mut connection = Box::pin(enter).await;
+            let mut connection = entering.await;
             while let Some(running) = connection {
                 running.await;
                 // A device that has begun anew meanwhile is another connection.
                 let next = succession.take();
                 connection = next.and_then(|socket| begin(socket, context.clone()));
             }
-        });
+        }));
     }
 }

@@ -7,7 +7,6 @@
 use std::io;
 use std::net::SocketAddr;
 use std::os::fd::{AsRawFd, RawFd};
-use std::pin::Pin;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -17,7 +16,7 @@ use tokio_rustls::rustls::ServerConfig;
 use tokio_util::sync::CancellationToken;
 
 use crate::admission::{AddressPermit, Admission, Permit};
-use crate::connection::{self, ListenerContext};
+use crate::connection::{self, Connection, ListenerContext};
 use crate::metrics::ListenerMetrics;
 use crate::reload::Current;
 use crate::shard::Shard;
@@ -161,15 +160,16 @@ impl StreamListener {
             entrance: self.entrance.clone(),
             context: context.clone(),
         };
-        shard.spawn_connection(async move {
+        // What it takes to enter is given back before the connection begins.
+        let entering = Box::pin(task.enter());
+        shard.spawn_connection(Box::pin(async move {
             // Moved into the task: its end is the only release.
             let _permit = permit;
-            // What it takes to enter is given back before the connection begins.
-            let entered = Box::pin(task.enter()).await;
-            if let Some((connection, _room)) = entered {
+            let entered = entering.await;
+            if let Some(connection) = entered {
                 connection.await;
             }
-        });
+        }));
     }
 }
 
@@ -199,16 +199,12 @@ struct Incoming {
     context: Arc<ListenerContext>,
 }
 
-/// A connection that has begun.
-type Connection = Pin<Box<dyn Future<Output = ()> + Send>>;
-
 /// Why a stream did not become a connection: the word it is counted under, and more.
 type Failure = (&'static str, String);
 
 impl Incoming {
-    /// The connection, and room for one of its address; `None` when the stream does
-    /// not become one.
-    async fn enter(self) -> Option<(Connection, AddressPermit)> {
+    /// The connection; `None` when the stream does not become one.
+    async fn enter(self) -> Option<Connection> {
         let (context, peer) = (self.context.clone(), self.peer);
         let draining = context.draining.clone();
         // Somebody who has not become a connection is not waited for.
@@ -224,7 +220,7 @@ impl Incoming {
         entered.map_err(refused).ok()
     }
 
-    async fn try_enter(self) -> Result<(Connection, AddressPermit), Failure> {
+    async fn try_enter(self) -> Result<Connection, Failure> {
         let Self {
             stream,
             entrance,
@@ -232,16 +228,15 @@ impl Incoming {
             ..
         } = self;
         let (stream, mut info, room) = entrance.prepare(stream).await?;
-        let connection: Connection = match &entrance.tls {
-            None => Box::pin(connection::serve(stream, info, context)),
+        Ok(match &entrance.tls {
+            None => connection::serve(stream, &info, context, room),
             Some(tls) => {
                 let secured = tls.secure(stream).await;
                 let socket = secured.map_err(|error| ("handshake_failed", error))?;
                 info.certificate = socket.certificate().and_then(Subject::of);
-                Box::pin(connection::serve(socket, info, context))
+                connection::serve(socket, &info, context, room)
             }
-        };
-        Ok((connection, room))
+        })
     }
 }
 
