@@ -3,6 +3,8 @@
 //! Shared by the shards that accept. Nothing here waits: whoever finds no room is
 //! turned away and counted by the caller under [`Refused::word`].
 
+pub mod turns;
+
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::net::{IpAddr, Ipv6Addr};
@@ -139,13 +141,19 @@ impl Admission {
 
     /// Room for one more connection, in time and in number.
     pub fn enter(&self, now: Instant) -> Result<Permit, Refused> {
-        let rate = self.rate.as_ref().map(lock);
-        if rate.is_some_and(|mut rate| !rate.try_take(now)) {
-            return Err(Refused::Rate);
-        }
+        self.begin(now)?;
         let room = self.room.clone().try_acquire_owned();
         room.map(|room| Permit { _room: room })
             .map_err(|_| Refused::Connections)
+    }
+
+    /// Room in time alone: for a connection that takes the place of another.
+    pub fn begin(&self, now: Instant) -> Result<(), Refused> {
+        let rate = self.rate.as_ref().map(lock);
+        match rate.is_none_or(|mut rate| rate.try_take(now)) {
+            true => Ok(()),
+            false => Err(Refused::Rate),
+        }
     }
 
     /// Room for one more connection of a peer's address.

@@ -11,7 +11,6 @@ use std::io;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::task::{Context, Poll};
 use std::thread::JoinHandle;
 
 use tokio::runtime::Handle;
@@ -78,33 +77,26 @@ impl Shard {
         self.load.load(Ordering::Relaxed)
     }
 
-    /// Runs a connection's task here.
-    pub fn spawn_connection(&self, task: Pin<Box<dyn Future<Output = ()> + Send>>) {
+    /// Runs a connection's task here, which keeps what it is given until its end.
+    ///
+    /// It comes on the heap: a future around another would hold it twice, and the
+    /// runtime's own part of a task doubles above 24 bytes.
+    pub fn spawn_connection(&self, task: impl FnOnce(Counted) -> Task) {
         self.load.fetch_add(1, Ordering::Relaxed);
-        let load = self.load.clone();
-        self.connections
-            .spawn_on(Counted { task, load }, &self.runtime);
+        let task = task(Counted(self.load.clone()));
+        self.connections.spawn_on(task, &self.runtime);
     }
 }
 
-/// A connection's task, counted while it lives. It comes on the heap: what a runtime
-/// holds for a task is small then, and a future around another would hold it twice.
-struct Counted {
-    task: Pin<Box<dyn Future<Output = ()> + Send>>,
-    load: Arc<AtomicUsize>,
-}
+/// A connection's task.
+pub type Task = Pin<Box<dyn Future<Output = ()> + Send>>;
 
-impl Future for Counted {
-    type Output = ();
-
-    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
-        self.task.as_mut().poll(cx)
-    }
-}
+/// A connection that counts while this is kept.
+pub struct Counted(Arc<AtomicUsize>);
 
 impl Drop for Counted {
     fn drop(&mut self) {
-        self.load.fetch_sub(1, Ordering::Relaxed);
+        self.0.fetch_sub(1, Ordering::Relaxed);
     }
 }
 

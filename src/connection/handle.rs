@@ -81,7 +81,8 @@ pub(super) fn weight(bytes: &Bytes) -> usize {
 struct Inbox {
     /// Nothing is accepted any more.
     closed: bool,
-    outgoing: Outgoing,
+    /// Only while something waits.
+    outgoing: Option<Box<Outgoing>>,
     messages: MessageQueue,
     close: Option<CloseReason>,
     drain: bool,
@@ -129,7 +130,7 @@ impl Handle {
             context,
             inbox: Mutex::new(Inbox {
                 closed: false,
-                outgoing: Outgoing::default(),
+                outgoing: None,
                 messages: MessageQueue::default(),
                 close: None,
                 drain: false,
@@ -193,7 +194,7 @@ impl Handle {
     pub async fn send(&self, bytes: Bytes) -> Result<(), Refused> {
         let watermark = u64::from(self.0.context.settings.high_watermark);
         let answer = self.change(|inbox| {
-            let outgoing = &mut inbox.outgoing;
+            let outgoing = inbox.outgoing.get_or_insert_default();
             let waiting = outgoing.accepted - outgoing.sent;
             let size = match self.0.stream {
                 true => bytes.len(),
@@ -322,9 +323,8 @@ impl Handle {
     /// remembers whom to wake for more.
     pub(super) fn look(&self, cx: &Context<'_>, outgoing: &mut VecDeque<Bytes>) -> Wishes {
         let mut inbox = self.lock();
-        if !inbox.outgoing.chunks.is_empty() {
-            // Taken whole: an idle connection holds no memory for what it once sent.
-            outgoing.extend(std::mem::take(&mut inbox.outgoing.chunks));
+        if let Some(waiting) = &mut inbox.outgoing {
+            outgoing.extend(waiting.chunks.drain(..));
         }
         match &inbox.waker {
             Some(waker) if waker.will_wake(cx.waker()) => {}
@@ -347,7 +347,9 @@ impl Handle {
     /// Notes that the device took bytes, and answers the calls that waited for it.
     pub(super) fn sent(&self, bytes: usize) {
         let mut inbox = self.lock();
-        let outgoing = &mut inbox.outgoing;
+        let Some(outgoing) = &mut inbox.outgoing else {
+            return;
+        };
         outgoing.sent += bytes as u64;
         while let Some((position, _)) = outgoing.waiters.front()
             && *position <= outgoing.sent
@@ -357,8 +359,9 @@ impl Handle {
                 let _ = waiter.send(());
             }
         }
-        if outgoing.waiters.is_empty() {
-            outgoing.waiters = VecDeque::new();
+        if outgoing.accepted == outgoing.sent {
+            // An idle connection holds no memory for what it once sent.
+            inbox.outgoing = None;
         }
     }
 

@@ -31,7 +31,9 @@ pub fn topics(bytes: &[u8]) {
     if prefix.starts_with('$') {
         // The template's own, which no other name would change.
         let others = Mountpoint::resolve(template, "x", "y");
-        assert!(others.is_ok_and(|others| others.prefix().starts_with('$')) || template.len() > 60_000);
+        assert!(
+            others.is_ok_and(|others| others.prefix().starts_with('$')) || template.len() > 60_000
+        );
     }
     let mounted_name = name.as_ref().ok().and_then(|name| mount.mount(name).ok());
     let mounted_filter = filter.as_ref().ok();

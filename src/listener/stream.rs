@@ -4,17 +4,20 @@
 //! Nothing is awaited for a single peer in the loop: the PROXY header and the TLS
 //! handshake happen in the connection's own task, under their deadlines.
 
+use std::future::poll_fn;
 use std::io;
 use std::net::SocketAddr;
 use std::os::fd::{AsRawFd, RawFd};
+use std::pin::Pin;
 use std::sync::Arc;
+use std::task::Poll;
 use std::time::{Duration, Instant};
 
-use tokio::sync::Semaphore;
 use tokio::time::timeout;
 use tokio_rustls::rustls::ServerConfig;
 use tokio_util::sync::CancellationToken;
 
+use crate::admission::turns::Turns;
 use crate::admission::{AddressPermit, Admission, Permit};
 use crate::connection::{self, Connection, ListenerContext};
 use crate::metrics::ListenerMetrics;
@@ -22,7 +25,7 @@ use crate::reload::Current;
 use crate::shard::Shard;
 use crate::tls::Subject;
 use crate::transport::tcp::{self, Acceptor, Stream};
-use crate::transport::tls::TlsSocket;
+use crate::transport::tls::{Handshake, TlsSocket};
 use crate::transport::{Kind, PeerInfo, proxy_protocol};
 
 /// Pause after a failure to accept, such as no free file descriptor: the condition
@@ -41,7 +44,7 @@ pub struct Tls {
     /// The longest that a handshake may take, waiting for its turn included.
     pub handshake_timeout: Duration,
     /// Turns for handshakes.
-    pub handshakes: Semaphore,
+    pub handshakes: Arc<Turns>,
 }
 
 /// One listener, bound.
@@ -162,14 +165,16 @@ impl StreamListener {
         };
         // What it takes to enter is given back before the connection begins.
         let entering = Box::pin(task.enter());
-        shard.spawn_connection(Box::pin(async move {
-            // Moved into the task: its end is the only release.
-            let _permit = permit;
-            let entered = entering.await;
-            if let Some(connection) = entered {
-                connection.await;
-            }
-        }));
+        shard.spawn_connection(|counted| {
+            Box::pin(async move {
+                // Moved into the task: its end is the only release.
+                let _room = (permit, counted);
+                let entered = entering.await;
+                if let Some(connection) = entered {
+                    connection.await;
+                }
+            })
+        });
     }
 }
 
@@ -231,8 +236,7 @@ impl Incoming {
         Ok(match &entrance.tls {
             None => connection::serve(stream, &info, context, room),
             Some(tls) => {
-                let secured = tls.secure(stream).await;
-                let socket = secured.map_err(|error| ("handshake_failed", error))?;
+                let socket = tls.secure(stream).await?;
                 info.certificate = socket.certificate().and_then(Subject::of);
                 connection::serve(socket, &info, context, room)
             }
@@ -279,17 +283,34 @@ impl Entrance {
 }
 
 impl Tls {
-    /// Does the handshake. A peer that says nothing takes no turn.
-    async fn secure(&self, stream: Stream) -> Result<TlsSocket, String> {
+    /// Does the handshake. A peer that says nothing takes no turn, and one that falls
+    /// silent gives way to others.
+    async fn secure(&self, stream: Stream) -> Result<TlsSocket, Failure> {
+        let failed = |error: String| ("handshake_failed", error);
         let handshake = async {
-            stream.readable().await?;
-            let _turn = self.handshakes.acquire().await.map_err(io::Error::other)?;
-            TlsSocket::accept(stream, self.config.get()).await
+            let readable = stream.readable().await;
+            readable.map_err(|error| failed(error.to_string()))?;
+            let mut turn = self.handshakes.wait().await;
+            let mut handshake = Handshake::new(stream, self.config.get());
+            let mut heard = 0;
+            poll_fn(|cx| {
+                if turn.poll_lost(cx).is_ready() {
+                    let silent = "silent while others waited for a turn".to_owned();
+                    return Poll::Ready(Err(("handshake_silent", silent)));
+                }
+                let done = Pin::new(&mut handshake).poll(cx);
+                let received = handshake.received();
+                if received > heard {
+                    let bytes = usize::try_from(received - heard).unwrap_or(usize::MAX);
+                    turn.heard(bytes, Instant::now());
+                    heard = received;
+                }
+                done.map_err(|error| failed(error.to_string()))
+            })
+            .await
         };
         let limit = self.handshake_timeout;
-        match timeout(limit, handshake).await {
-            Ok(result) => result.map_err(|error| error.to_string()),
-            Err(_) => Err(format!("not done within {limit:?}")),
-        }
+        let late = |_| Err(failed(format!("not done within {limit:?}")));
+        timeout(limit, handshake).await.unwrap_or_else(late)
     }
 }

@@ -41,6 +41,10 @@ impl Acceptor {
         let socket = RawSocket::new(domain, Type::STREAM.nonblocking(), Some(Protocol::TCP))?;
         // A restart must not wait for connections of the last run to time out.
         socket.set_reuse_address(true)?;
+        if address.is_ipv6() && address.ip().is_unspecified() {
+            // [::] is both, whatever the system's default.
+            socket.set_only_v6(false)?;
+        }
         // Buffer sizes of a listening socket are inherited; set later they come too
         // late for the window scale of the handshake (tcp(7)).
         if let Some(bytes) = options.recbuf {
@@ -82,7 +86,9 @@ impl Acceptor {
 pub struct Stream {
     tcp: TcpStream,
     /// Bytes that came behind a PROXY header.
-    early: Bytes,
+    early: Option<Box<Bytes>>,
+    /// Bytes that were read, for whoever wants to know whether something comes.
+    received: u64,
 }
 
 impl Stream {
@@ -92,7 +98,8 @@ impl Stream {
         stream.set_nodelay(options.nodelay)?;
         Ok(Self {
             tcp: TcpStream::from_std(stream)?,
-            early: Bytes::new(),
+            early: None,
+            received: 0,
         })
     }
 
@@ -103,7 +110,12 @@ impl Stream {
 
     /// Puts back bytes that were read too far.
     pub fn unread(&mut self, bytes: Bytes) {
-        self.early = bytes;
+        self.early = (!bytes.is_empty()).then(|| Box::new(bytes));
+    }
+
+    /// Bytes that were read as the device's.
+    pub fn received(&self) -> u64 {
+        self.received
     }
 
     /// The addresses of the device and of this end.
@@ -113,7 +125,7 @@ impl Stream {
 
     /// Waits until something has come. Cancel safe.
     pub async fn readable(&self) -> io::Result<()> {
-        if self.early.is_empty() {
+        if self.early.is_none() {
             self.tcp.readable().await?;
         }
         Ok(())
@@ -148,11 +160,17 @@ impl AsyncRead for Stream {
         cx: &mut Context<'_>,
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        if self.early.is_empty() {
-            return Pin::new(&mut self.tcp).poll_read(cx, buffer);
+        let before = buffer.filled().len();
+        if let Some(early) = &mut self.early {
+            let count = early.len().min(buffer.remaining());
+            buffer.put_slice(&early.split_to(count));
+            if early.is_empty() {
+                self.early = None;
+            }
+        } else {
+            ready!(Pin::new(&mut self.tcp).poll_read(cx, buffer))?;
         }
-        let count = self.early.len().min(buffer.remaining());
-        buffer.put_slice(&self.early.split_to(count));
+        self.received += (buffer.filled().len() - before) as u64;
         Poll::Ready(Ok(()))
     }
 }
