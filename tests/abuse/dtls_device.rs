@@ -56,6 +56,13 @@ impl Write for Wire {
 impl DtlsDevice {
     /// From a port of this address; it has said nothing yet.
     pub fn new(from: [u8; 4], to: SocketAddr) -> Self {
+        let socket = UdpSocket::bind(SocketAddr::from((from, 0))).unwrap();
+        socket.connect(to).unwrap();
+        Self::over(socket)
+    }
+
+    /// From where another was: the device has lost its state.
+    pub fn over(socket: UdpSocket) -> Self {
         let mut builder = SslContext::builder(SslMethod::dtls_client()).unwrap();
         builder
             .set_max_proto_version(Some(SslVersion::DTLS1_2))
@@ -64,8 +71,6 @@ impl DtlsDevice {
         let mut ssl = Ssl::new(&builder.build()).unwrap();
         ssl.set_mtu(1200).unwrap();
         ssl.set_connect_state();
-        let socket = UdpSocket::bind(SocketAddr::from((from, 0))).unwrap();
-        socket.connect(to).unwrap();
         socket.set_read_timeout(Some(LOOK)).unwrap();
         let wire = Wire {
             socket,
