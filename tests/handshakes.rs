@@ -8,17 +8,13 @@
     clippy::indexing_slicing
 )]
 
-#[path = "abuse/dtls_device.rs"]
-mod dtls_device;
-
 mod common;
 
 use std::net::SocketAddr;
 use std::path::Path;
 use std::time::Duration;
 
-use common::{Authority, Call, Files, Stage, until, within};
-use dtls_device::DtlsDevice;
+use common::{Authority, Call, DtlsDevice, Files, Stage, until, within};
 use exproto_sidecar::tls;
 use tempfile::TempDir;
 use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream};

@@ -1,12 +1,12 @@
 //! A device over DTLS that can stop wherever it likes.
 
 use std::io::{self, Read, Write};
-use std::net::{SocketAddr, UdpSocket};
+use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::time::{Duration, Instant};
 
 use openssl::ssl::{ErrorCode, Ssl, SslContext, SslMethod, SslStream, SslVerifyMode, SslVersion};
 
-use crate::common::LIMIT;
+use super::LIMIT;
 
 /// How long it waits for a datagram before it looks whether to send again.
 const LOOK: Duration = Duration::from_millis(200);
@@ -55,8 +55,8 @@ impl Write for Wire {
 
 impl DtlsDevice {
     /// From a port of this address; it has said nothing yet.
-    pub fn new(from: [u8; 4], to: SocketAddr) -> Self {
-        let socket = UdpSocket::bind(SocketAddr::from((from, 0))).unwrap();
+    pub fn new(from: impl Into<IpAddr>, to: SocketAddr) -> Self {
+        let socket = UdpSocket::bind(SocketAddr::new(from.into(), 0)).unwrap();
         socket.connect(to).unwrap();
         Self::over(socket)
     }
@@ -83,7 +83,8 @@ impl DtlsDevice {
     }
 
     /// One that has done its handshake.
-    pub async fn connect(from: [u8; 4], to: SocketAddr) -> Self {
+    pub async fn connect(from: impl Into<IpAddr>, to: SocketAddr) -> Self {
+        let from = from.into();
         let connecting = move || {
             let mut device = Self::new(from, to);
             device.handshake();
