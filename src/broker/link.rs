@@ -22,6 +22,7 @@ use super::session::{Event, Receipt, Session};
 use super::wire::{Decoder, InboundPublish, Protocol};
 use super::{Address, Delivery, Message, Options, PublishError, now_ms};
 use crate::id::{MessageId, MessageIds};
+use crate::telemetry::Seldom;
 
 /// Bytes read from the broker at once.
 const READ_CHUNK: usize = 64 * 1024;
@@ -210,6 +211,7 @@ async fn serve(
         write_blocked: None,
         ping_sent: None,
         announced: false,
+        complaints: Seldom::default(),
     };
     let ended = poll_fn(|cx| link.poll(cx)).await;
     for (_, waiter) in link.written.drain(..) {
@@ -244,6 +246,8 @@ struct Link<'a> {
     write_blocked: Option<Instant>,
     ping_sent: Option<Instant>,
     announced: bool,
+    /// For lines about messages, which anybody may publish.
+    complaints: Seldom,
 }
 
 impl Link<'_> {
@@ -352,10 +356,13 @@ impl Link<'_> {
                 Event::UnsubscribeAgain(filter) => self.member.unsubscribe_again(filter),
                 Event::TooLarge(topic) => {
                     self.member.metrics().too_large.increment(1);
-                    tracing::warn!(
-                        ?topic,
-                        "a message larger than broker.max_packet_size is dropped"
-                    );
+                    if let Some(left_out) = self.complaints.tell(Instant::now().into_std()) {
+                        tracing::warn!(
+                            ?topic,
+                            left_out,
+                            "a message larger than broker.max_packet_size is dropped"
+                        );
+                    }
                 }
                 Event::NotRestored(filter, refusal) => {
                     self.member.not_restored(&filter, &refusal);
@@ -384,7 +391,9 @@ impl Link<'_> {
             return;
         }
         let Ok(topic) = String::from_utf8(publish.topic.to_vec()) else {
-            tracing::warn!("a message whose topic is not UTF-8 is dropped");
+            if let Some(left_out) = self.complaints.tell(Instant::now().into_std()) {
+                tracing::warn!(left_out, "a message whose topic is not UTF-8 is dropped");
+            }
             return;
         };
         let audience = self.member.audience(&publish, &topic);

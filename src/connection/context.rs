@@ -10,6 +10,7 @@ use super::registry::Registry;
 use crate::handler::Handlers;
 use crate::id::ShardId;
 use crate::metrics::ListenerMetrics;
+use crate::telemetry::Seldom;
 
 /// How connections behave.
 #[derive(Debug, Clone)]
@@ -51,4 +52,6 @@ pub struct ListenerContext {
     pub metrics: ListenerMetrics,
     /// Cancelled when the gateway drains.
     pub draining: CancellationToken,
+    /// For the lines above `debug` about a connection.
+    pub complaints: Seldom,
 }

@@ -3,6 +3,7 @@
 use std::panic::AssertUnwindSafe;
 use std::pin::Pin;
 use std::sync::Arc;
+use std::time::Instant;
 
 use futures_util::FutureExt;
 use tracing::{Instrument, Span};
@@ -35,7 +36,9 @@ pub fn serve<S: Socket>(
         Ok(id) => id,
         Err(error) => {
             context.metrics.refused("setup");
-            tracing::error!(%error, "no randomness for a connection id");
+            if let Some(left_out) = context.complaints.tell(Instant::now()) {
+                tracing::error!(%error, left_out, "no randomness for a connection id");
+            }
             return Box::pin(std::future::ready(()));
         }
     };

@@ -283,11 +283,15 @@ impl<S: Socket> Driver<S> {
             Err(failure) => {
                 self.context.metrics.dropped_closed.increment(count);
                 // A gateway that drains waits for no handler, which is no news.
-                if self.context.draining.is_cancelled() {
-                    tracing::debug!(%failure, "a callback failed");
-                } else {
+                let told = match self.context.draining.is_cancelled() {
+                    true => None,
+                    false => self.context.complaints.tell(Instant::now()),
+                };
+                if let Some(left_out) = told {
                     let (conn, listener) = (self.handle.id(), &*self.context.name);
-                    tracing::warn!(%conn, listener, %failure, "a callback failed");
+                    tracing::warn!(%conn, listener, %failure, left_out, "a callback failed");
+                } else {
+                    tracing::debug!(%failure, "a callback failed");
                 }
                 match failure {
                     CallFailure::Unavailable(_) => Outcome::Unavailable,
@@ -490,7 +494,9 @@ impl<S: Socket> Driver<S> {
     pub(super) async fn after_panic(&mut self) {
         self.context.metrics.panics.increment(1);
         let (conn, listener) = (self.handle.id(), &*self.context.name);
-        tracing::error!(%conn, listener, "a fault of the gateway's ended this connection");
+        if let Some(left_out) = self.context.complaints.tell(Instant::now()) {
+            tracing::error!(%conn, listener, left_out, "a fault of the gateway's ended this connection");
+        }
         self.end();
         self.call = None;
         self.batch.clear();

@@ -100,6 +100,7 @@ fn context(metrics: &Metrics, recorder: &Recorder) -> Arc<ListenerContext> {
         registry: Arc::new(Registry::new(NodeTag::of("node"), 1)),
         metrics: ListenerMetrics::new(metrics, "tcp.test"),
         draining: CancellationToken::new(),
+        complaints: crate::telemetry::Seldom::default(),
     })
 }
 

@@ -23,6 +23,7 @@ use crate::metrics::{ListenerMetrics, Metrics};
 use crate::options::{self, Sending};
 use crate::reload::{Current, Watch};
 use crate::shard::Shard;
+use crate::telemetry::Seldom;
 use crate::transport::tcp::Acceptor;
 use crate::transport::udp;
 
@@ -266,6 +267,7 @@ impl Build<'_> {
                 registry: self.registry.clone(),
                 metrics: metrics.clone(),
                 draining: self.draining.clone(),
+                complaints: Seldom::default(),
             })
         };
         self.shards.iter().zip(pools).map(context).collect()

@@ -16,6 +16,7 @@ use crate::connection::{self, ListenerContext};
 use crate::metrics::ListenerMetrics;
 use crate::reload::Current;
 use crate::shard::Shard;
+use crate::telemetry::Seldom;
 use crate::tls::Subject;
 use crate::transport::dtls::{
     self, DtlsSocket, Gate, HandshakeError, Handshakes, Look, Restarts, Session,
@@ -98,6 +99,7 @@ impl DatagramListener {
                     let handshakes = Handshakes {
                         gate: Mutex::new(gate),
                         context: dtls.context,
+                        complaints: Seldom::default(),
                         restarts: Box::new(again),
                         limit: dtls.handshake_timeout,
                     };

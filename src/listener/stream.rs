@@ -23,6 +23,7 @@ use crate::connection::{self, Connection, ListenerContext};
 use crate::metrics::ListenerMetrics;
 use crate::reload::Current;
 use crate::shard::Shard;
+use crate::telemetry::Seldom;
 use crate::tls::Subject;
 use crate::transport::tcp::{self, Acceptor, Stream};
 use crate::transport::tls::{Handshake, TlsSocket};
@@ -93,7 +94,7 @@ impl StreamListener {
     pub async fn run(self, shards: Vec<Shard>, stop: CancellationToken) {
         let (name, admission) = (&*self.entrance.name, &self.entrance.admission);
         let for_devices = descriptors_for_devices();
-        let (mut scarce, mut in_trouble) = (false, false);
+        let (mut scarce, mut in_trouble, complaints) = (false, false, Seldom::default());
         loop {
             let accepted = tokio::select! {
                 biased;
@@ -108,8 +109,10 @@ impl StreamListener {
                 Err(error) if is_the_peers_fault(&error) => continue,
                 Err(error) => {
                     self.metrics.accept_errors.increment(1);
-                    if !std::mem::replace(&mut in_trouble, true) {
-                        tracing::error!(listener = name, %error, "cannot accept; trying on");
+                    // Peers that come and go could bring trouble about, and end it, at will.
+                    if !in_trouble && let Some(left_out) = complaints.tell(Instant::now()) {
+                        in_trouble = true;
+                        tracing::error!(listener = name, %error, left_out, "cannot accept; trying on");
                     }
                     tokio::time::sleep(ACCEPT_PAUSE).await;
                     continue;

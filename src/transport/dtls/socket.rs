@@ -18,6 +18,7 @@ use tokio::time::Sleep;
 use super::{Gate, Look, Read, Session, Shown, WriteError};
 use crate::admission::turns::Turn;
 use crate::reload::Current;
+use crate::telemetry::Seldom;
 use crate::transport::scratch::with_scratch;
 use crate::transport::udp::UdpSocket;
 use crate::transport::{Received, Socket};
@@ -67,6 +68,8 @@ pub struct Handshakes {
     pub gate: Mutex<Gate>,
     /// Certificates and keys; replaced when their files change.
     pub context: Arc<Current<super::Context>>,
+    /// For lines about what a device was not sent.
+    pub complaints: Seldom,
     /// Asked when a device begins anew.
     pub restarts: Box<dyn Restarts>,
     /// The longest that one may take.
@@ -393,7 +396,9 @@ impl Socket for DtlsSocket {
                 Err(WriteError::Full) => ready!(self.poll_transmit(cx))?,
                 Err(error @ WriteError::TooLarge { .. }) => {
                     let (addresses, bytes) = (self.addresses(), message.len());
-                    tracing::warn!(?addresses, bytes, %error, "not sent to the device");
+                    if let Some(left_out) = self.handshakes.complaints.tell(Instant::now()) {
+                        tracing::warn!(?addresses, bytes, %error, left_out, "not sent to the device");
+                    }
                     return Poll::Ready(Ok(message.len()));
                 }
                 Err(error) => return Poll::Ready(Err(io::Error::other(error.to_string()))),
