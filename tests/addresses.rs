@@ -114,12 +114,15 @@ impl Place {
 
     /// Devices of all kinds from this address are refused by the access rules.
     async fn denies(&self, host: &str) {
-        for kind in ["tcp", "udp"] {
+        for (kind, _) in KINDS {
             let to = self.address(kind, host);
-            if kind == "tcp" {
-                Device::dial(to).await.closed().await;
-            } else {
-                self.device(kind, host).await;
+            match kind {
+                "tcp" | "ssl" => Device::dial(to).await.closed().await,
+                // Whatever it says: nobody looks at it.
+                _ => {
+                    let socket = UdpSocket::bind(SocketAddr::new(to.ip(), 0)).await.unwrap();
+                    socket.send_to(b"x", to).await.unwrap();
+                }
             }
             let refused = format!(
                 "exproto_connections_refused_total{{listener=\"{kind}.default\",reason=\"access_rules\"}}"

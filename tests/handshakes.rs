@@ -53,8 +53,8 @@ impl Made {
         ];
         let files = files.map(|(key, value)| (format!("{options}__{key}"), value));
         let keys = keys.iter().map(|(key, value)| match *key {
-            "MAX_CONN_RATE" => ((*key).to_owned(), *value),
-            key => (format!("{options}__{key}"), *value),
+            "HANDSHAKE_TIMEOUT" | "MAX_HANDSHAKES" => (format!("{options}__{key}"), *value),
+            key => (key.to_owned(), *value),
         });
         let mut all = vec![("BIND".to_owned(), "127.0.0.1:0")];
         all.extend(files.into_iter().chain(keys));
@@ -324,4 +324,48 @@ async fn beginning_anew_counts_to_the_rate() {
     assert_eq!(created.count(), 1);
     anew.wire();
     stage.finish().await;
+}
+
+/// The limits on connections hold over TLS and DTLS as over TCP and UDP: who is one too
+/// many is turned away before any callback, and counted.
+#[tokio::test]
+async fn limits_hold_over_tls_and_dtls() {
+    let made = Made::new();
+    for (key, most, reason) in [
+        ("MAX_CONNECTIONS", "1", "max_connections"),
+        (
+            "MAX_CONNECTIONS_PER_ADDRESS",
+            "1",
+            "max_connections_per_address",
+        ),
+        // One at once, and the next after 100 seconds.
+        ("MAX_CONN_RATE", "0.01", "max_conn_rate"),
+    ] {
+        let stage = made.stage("SSL", &[(key, most)]).await;
+        let to = address(&stage, "ssl.default");
+        let tcp = TcpStream::connect(to).await.unwrap();
+        let port = tcp.local_addr().unwrap().port();
+        let connecting = made.connector().connect(name(), tcp);
+        let _first = within("the handshake", connecting).await.unwrap();
+        stage.handler.created(port).await;
+        let tcp = TcpStream::connect(to).await.unwrap();
+        let second = within("the refusal", made.connector().connect(name(), tcp)).await;
+        assert!(second.is_err(), "{key}");
+        let refused_there = refused("ssl.default", reason);
+        stage.admin.metric_until(&refused_there, |n| n > 0.5).await;
+        assert_eq!(stage.gateway.connections(), 1);
+        stage.finish().await;
+
+        let stage = made.stage("DTLS", &[(key, most)]).await;
+        let to = address(&stage, "dtls.default");
+        let mut first = DtlsDevice::connect([127, 0, 0, 1], to).await;
+        let port = first.wire().socket.local_addr().unwrap().port();
+        stage.handler.created(port).await;
+        let showing = move || DtlsDevice::new([127, 0, 0, 1], to).show_address();
+        tokio::task::spawn_blocking(showing).await.unwrap();
+        let refused_there = refused("dtls.default", reason);
+        stage.admin.metric_until(&refused_there, |n| n > 0.5).await;
+        assert_eq!(stage.gateway.connections(), 1);
+        stage.finish().await;
+    }
 }

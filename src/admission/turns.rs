@@ -28,7 +28,7 @@ use tokio::sync::oneshot;
 pub const SILENCE: Duration = Duration::from_secs(2);
 
 /// Bytes that count as progress. Whoever sends one byte now and then is as good as
-/// silent; the shortest flight of a handshake that goes on is longer.
+/// silent; the shortest flight of a handshake that goes on, or its answer, is longer.
 const PROGRESS: usize = 64;
 
 /// See the module.
@@ -192,7 +192,7 @@ impl Drop for Leaving<'_> {
 }
 
 impl Turn {
-    /// Bytes came from the peer.
+    /// Bytes came from the peer, or an answer went there.
     pub fn heard(&self, bytes: usize, now: Instant) {
         let mut state = self.turns.lock();
         let state = &mut *state;

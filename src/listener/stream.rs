@@ -295,18 +295,19 @@ impl Tls {
             readable.map_err(|error| failed(error.to_string()))?;
             let mut turn = self.handshakes.wait().await;
             let mut handshake = Handshake::new(stream, self.config.get());
-            let mut heard = 0;
+            let mut known = 0;
             poll_fn(|cx| {
                 if turn.poll_lost(cx).is_ready() {
                     let silent = "silent while others waited for a turn".to_owned();
                     return Poll::Ready(Err(("handshake_silent", silent)));
                 }
                 let done = Pin::new(&mut handshake).poll(cx);
-                let received = handshake.received();
-                if received > heard {
-                    let bytes = usize::try_from(received - heard).unwrap_or(usize::MAX);
+                // Ours count too: there is an answer only where a message was whole.
+                let carried = handshake.carried();
+                if carried > known {
+                    let bytes = usize::try_from(carried - known).unwrap_or(usize::MAX);
                     turn.heard(bytes, Instant::now());
-                    heard = received;
+                    known = carried;
                 }
                 done.map_err(|error| failed(error.to_string()))
             })

@@ -87,8 +87,8 @@ pub struct Stream {
     tcp: TcpStream,
     /// Bytes that came behind a PROXY header.
     early: Option<Box<Bytes>>,
-    /// Bytes that were read, for whoever wants to know whether something comes.
-    received: u64,
+    /// Bytes that went either way, for whoever wants to know whether something happens.
+    carried: u64,
 }
 
 impl Stream {
@@ -99,7 +99,7 @@ impl Stream {
         Ok(Self {
             tcp: TcpStream::from_std(stream)?,
             early: None,
-            received: 0,
+            carried: 0,
         })
     }
 
@@ -113,9 +113,9 @@ impl Stream {
         self.early = (!bytes.is_empty()).then(|| Box::new(bytes));
     }
 
-    /// Bytes that were read as the device's.
-    pub fn received(&self) -> u64 {
-        self.received
+    /// Bytes of the device that were read, and bytes that were sent to it.
+    pub fn carried(&self) -> u64 {
+        self.carried
     }
 
     /// The addresses of the device and of this end.
@@ -170,7 +170,7 @@ impl AsyncRead for Stream {
         } else {
             ready!(Pin::new(&mut self.tcp).poll_read(cx, buffer))?;
         }
-        self.received += (buffer.filled().len() - before) as u64;
+        self.carried += (buffer.filled().len() - before) as u64;
         Poll::Ready(Ok(()))
     }
 }
@@ -181,7 +181,9 @@ impl AsyncWrite for Stream {
         cx: &mut Context<'_>,
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.tcp).poll_write(cx, bytes)
+        let sent = ready!(Pin::new(&mut self.tcp).poll_write(cx, bytes))?;
+        self.carried += sent as u64;
+        Poll::Ready(Ok(sent))
     }
 
     fn poll_write_vectored(
@@ -189,7 +191,9 @@ impl AsyncWrite for Stream {
         cx: &mut Context<'_>,
         chunks: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.tcp).poll_write_vectored(cx, chunks)
+        let sent = ready!(Pin::new(&mut self.tcp).poll_write_vectored(cx, chunks))?;
+        self.carried += sent as u64;
+        Poll::Ready(Ok(sent))
     }
 
     fn is_write_vectored(&self) -> bool {
@@ -239,5 +243,73 @@ impl Socket for Stream {
 
     fn abort(&mut self) {
         Stream::abort(self);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What the options say is what the sockets have, those that are accepted too.
+    #[tokio::test]
+    async fn options_reach_the_sockets() {
+        for nodelay in [true, false] {
+            let options = Options {
+                backlog: 7,
+                nodelay,
+                recbuf: Some(32 * 1024),
+                sndbuf: Some(48 * 1024),
+            };
+            let acceptor = Acceptor::bind("127.0.0.1:0".parse().unwrap(), &options).unwrap();
+            let address = acceptor.local_addr().unwrap();
+            let _device = TcpStream::connect(address).await.unwrap();
+            let (stream, _) = acceptor.accept().await.unwrap();
+            let mut stream = Stream::adopt(stream, &options).unwrap();
+            assert_eq!(stream.tcp_mut().nodelay().unwrap(), nodelay);
+            let socket = SockRef::from(&stream.tcp);
+            // The kernel counts double for what it adds itself (socket(7)).
+            assert_eq!(socket.recv_buffer_size().unwrap(), 64 * 1024);
+            assert_eq!(socket.send_buffer_size().unwrap(), 96 * 1024);
+        }
+    }
+
+    #[tokio::test]
+    async fn all_addresses_are_those_of_both_families() {
+        let options = Options {
+            backlog: 7,
+            nodelay: true,
+            recbuf: None,
+            sndbuf: None,
+        };
+        let acceptor = Acceptor::bind("[::]:0".parse().unwrap(), &options).unwrap();
+        assert!(!SockRef::from(&acceptor.listener).only_v6().unwrap());
+        let port = acceptor.local_addr().unwrap().port();
+        TcpStream::connect(("127.0.0.1", port)).await.unwrap();
+        TcpStream::connect(("::1", port)).await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn what_was_read_too_far_comes_first_and_counts() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let (device, accepted) = tokio::join!(TcpStream::connect(address), listener.accept());
+        let options = Options {
+            backlog: 7,
+            nodelay: true,
+            recbuf: None,
+            sndbuf: None,
+        };
+        let accepted = accepted.unwrap().0.into_std().unwrap();
+        let mut stream = Stream::adopt(accepted, &options).unwrap();
+        stream.unread(Bytes::from_static(b"early"));
+        stream.readable().await.unwrap();
+        device.unwrap().try_write(b" late").unwrap();
+        let mut heard = [0; 10];
+        tokio::io::AsyncReadExt::read_exact(&mut stream, &mut heard)
+            .await
+            .unwrap();
+        assert_eq!(&heard, b"early late");
+        assert_eq!(stream.carried(), 10);
+        assert!(stream.early.is_none());
     }
 }

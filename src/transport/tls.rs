@@ -29,9 +29,9 @@ impl Handshake {
         Self(TlsAcceptor::from(config).accept(stream))
     }
 
-    /// Bytes that have come from the device so far, until it is done.
-    pub fn received(&self) -> u64 {
-        self.0.get_ref().map_or(0, Stream::received)
+    /// Bytes that went either way so far, until it is done.
+    pub fn carried(&self) -> u64 {
+        self.0.get_ref().map_or(0, Stream::carried)
     }
 }
 
