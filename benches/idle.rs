@@ -4,7 +4,7 @@
 //! handler that takes every callback. Its resident set (VmRSS of /proc/PID/status) is
 //! read when FIRST devices are connected, and again when CONNECTIONS more are: each
 //! has sent four bytes, the handler has taken them all, and twenty seconds have passed
-//! without a byte. The difference, divided by the number, is what one costs: allocator,
+//! without a byte. Each has the timer of an idle_timeout that is far off. The difference, divided by the number, is what one costs: allocator,
 //! runtime, tables and all. The kernel's buffers are not in it, nor is what is there
 //! once whatever the number, such as buffers of the threads.
 //!
