@@ -3,6 +3,8 @@
 //! Shared by the shards that accept. Nothing here waits: whoever finds no room is
 //! turned away and counted by the caller under [`Refused::word`].
 
+pub mod turns;
+
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::net::{IpAddr, Ipv6Addr};
@@ -87,7 +89,7 @@ pub struct Permit {
 
 /// Room for one connection of an address; given back when dropped.
 #[derive(Debug)]
-pub struct AddressPermit(Option<(IpAddr, Addresses)>);
+pub struct AddressPermit(Option<Box<(IpAddr, Addresses)>>);
 
 /// Who is counted as one: whoever has an IPv6 address usually has all of its /64. An
 /// IPv4-mapped IPv6 address counts as the IPv4 address.
@@ -139,13 +141,19 @@ impl Admission {
 
     /// Room for one more connection, in time and in number.
     pub fn enter(&self, now: Instant) -> Result<Permit, Refused> {
-        let rate = self.rate.as_ref().map(lock);
-        if rate.is_some_and(|mut rate| !rate.try_take(now)) {
-            return Err(Refused::Rate);
-        }
+        self.begin(now)?;
         let room = self.room.clone().try_acquire_owned();
         room.map(|room| Permit { _room: room })
             .map_err(|_| Refused::Connections)
+    }
+
+    /// Room in time alone: for a connection that takes the place of another.
+    pub fn begin(&self, now: Instant) -> Result<(), Refused> {
+        let rate = self.rate.as_ref().map(lock);
+        match rate.is_none_or(|mut rate| rate.try_take(now)) {
+            true => Ok(()),
+            false => Err(Refused::Rate),
+        }
     }
 
     /// Room for one more connection of a peer's address.
@@ -161,15 +169,17 @@ impl Admission {
             return Err(Refused::ConnectionsPerAddress);
         }
         *count += 1;
-        Ok(AddressPermit(Some((peer, self.addresses.clone()))))
+        let counted = (peer, self.addresses.clone());
+        Ok(AddressPermit(Some(Box::new(counted))))
     }
 }
 
 impl Drop for AddressPermit {
     fn drop(&mut self) {
-        let Some((peer, addresses)) = self.0.take() else {
+        let Some(counted) = self.0.take() else {
             return;
         };
+        let (peer, addresses) = *counted;
         let mut addresses = lock(&addresses);
         if let Entry::Occupied(mut entry) = addresses.entry(peer) {
             *entry.get_mut() -= 1;

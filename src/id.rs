@@ -33,7 +33,9 @@ pub struct ShardId(pub u16);
 pub struct ConnId {
     node: NodeTag,
     shard: ShardId,
-    nonce: u128,
+    /// 128 random bits, in two halves: as one number they would take 8 bytes more, in
+    /// every table of connections.
+    nonce: [u64; 2],
 }
 
 impl ConnId {
@@ -47,7 +49,7 @@ impl ConnId {
         Ok(Self {
             node,
             shard,
-            nonce: u128::from_be_bytes(nonce),
+            nonce: halves(u128::from_be_bytes(nonce)),
         })
     }
 
@@ -65,7 +67,7 @@ impl ConnId {
         Some(Self {
             node: NodeTag(u32::from_str_radix(node, 16).ok()?),
             shard: ShardId(u16::from_str_radix(shard, 16).ok()?),
-            nonce: u128::from_str_radix(nonce, 16).ok()?,
+            nonce: halves(u128::from_str_radix(nonce, 16).ok()?),
         })
     }
 
@@ -81,18 +83,21 @@ impl ConnId {
 
     /// A number that differs for each connection, for spreading work.
     pub fn route(&self) -> u64 {
-        // The low half of random bits is as random as the whole.
-        self.nonce as u64
+        // Half of random bits is as random as the whole.
+        self.nonce[1]
     }
+}
+
+fn halves(nonce: u128) -> [u64; 2] {
+    // The cast cuts off what the other half holds.
+    [(nonce >> 64) as u64, nonce as u64]
 }
 
 impl fmt::Display for ConnId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(
-            f,
-            "{:08x}-{:04x}-{:032x}",
-            self.node.0, self.shard.0, self.nonce
-        )
+        let [high, low] = self.nonce;
+        let (node, shard) = (self.node.0, self.shard.0);
+        write!(f, "{node:08x}-{shard:04x}-{high:016x}{low:016x}")
     }
 }
 

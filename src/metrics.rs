@@ -66,7 +66,7 @@ const TABLE: &[(Kind, &str, Unit, &str, &str)] = &[
     (Kind::Gauge, CONNECTIONS, Unit::Count, "listener", "Device connections that are open."),
     (Kind::Counter, OPENED, Unit::Count, "listener", "Device connections accepted."),
     (Kind::Counter, CLOSED, Unit::Count, "listener, reason", "Device connections ended, by the reason that OnSocketClosed gives."),
-    (Kind::Counter, REFUSED, Unit::Count, "listener, reason", "Device connections refused before any callback, by reason: access_rules, max_connections, max_connections_per_address, max_conn_rate, proxy_protocol, proxy_protocol_trusted, max_handshakes, handshake_failed, setup."),
+    (Kind::Counter, REFUSED, Unit::Count, "listener, reason", "Device connections refused before any callback, by reason: access_rules, max_connections, max_connections_per_address, max_conn_rate, proxy_protocol, proxy_protocol_trusted, max_handshakes, handshake_failed, handshake_silent, setup."),
     (Kind::Counter, RELOADS, Unit::Count, "listener, outcome", "Changes of certificate and key files, by outcome: ok, or failed where the old ones stay in use."),
     (Kind::Counter, ACCEPT_ERRORS, Unit::Count, "listener", "Failures to accept, such as no free file descriptor."),
     (Kind::Counter, PANICS, Unit::Count, "listener", "Connections ended by a fault of the gateway's own."),
@@ -179,7 +179,7 @@ fn label(name: &'static str, value: impl Into<SharedString>) -> Label {
 }
 
 /// Why connections are refused.
-const REFUSALS: [&str; 9] = [
+const REFUSALS: [&str; 10] = [
     "access_rules",
     "max_connections",
     "max_connections_per_address",
@@ -188,6 +188,7 @@ const REFUSALS: [&str; 9] = [
     "proxy_protocol_trusted",
     "max_handshakes",
     "handshake_failed",
+    "handshake_silent",
     "setup",
 ];
 

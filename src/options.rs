@@ -244,12 +244,12 @@ pub fn connection(config: &Config, listener: &ListenerView<'_>, sending: Sending
     let name: &str = &common.handler;
     let handler = config.handler_named(name).unwrap_or(&config.handler);
     Settings {
-        timeouts: Timeouts {
+        timeouts: Arc::new(Timeouts {
             idle: config.idle_timeout.finite(),
             reap: listener.kind.is_datagram(),
             authenticate: config.authenticate_timeout.finite(),
             send: sending.timeout,
-        },
+        }),
         high_watermark: sending.high_watermark,
         max_bytes_rate: rate(&common.max_bytes_rate),
         max_messages_rate: rate(&common.max_messages_rate),

@@ -8,6 +8,7 @@
 
 use std::future::Future;
 use std::io;
+use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread::JoinHandle;
@@ -76,21 +77,22 @@ impl Shard {
         self.load.load(Ordering::Relaxed)
     }
 
-    /// Runs a connection's task here.
-    pub fn spawn_connection(&self, task: impl Future<Output = ()> + Send + 'static) {
+    /// Runs a connection's task here, which keeps what it is given until its end.
+    ///
+    /// It comes on the heap: a future around another would hold it twice, and the
+    /// runtime's own part of a task doubles above 24 bytes.
+    pub fn spawn_connection(&self, task: impl FnOnce(Counted) -> Task) {
         self.load.fetch_add(1, Ordering::Relaxed);
-        let counted = Counted(self.load.clone());
-        // On the heap, for each future around another would hold it twice.
-        let task = Box::pin(task);
-        let task = async move {
-            let _counted = counted;
-            task.await;
-        };
+        let task = task(Counted(self.load.clone()));
         self.connections.spawn_on(task, &self.runtime);
     }
 }
 
-struct Counted(Arc<AtomicUsize>);
+/// A connection's task.
+pub type Task = Pin<Box<dyn Future<Output = ()> + Send>>;
+
+/// A connection that counts while this is kept.
+pub struct Counted(Arc<AtomicUsize>);
 
 impl Drop for Counted {
     fn drop(&mut self) {

@@ -21,6 +21,7 @@ use exproto_sidecar::proto::ResultCode;
 use serde_json::Value;
 use tempfile::TempDir;
 use tokio::net::TcpListener;
+use tonic::Status;
 
 /// A program with its broker and handler, ready.
 struct Scene {
@@ -590,4 +591,32 @@ async fn a_killed_gateway_starts_clean() {
         broker.logged("Received DISCONNECT from exproto"),
     )
     .await;
+}
+
+/// Devices from many addresses whose callbacks all fail write a few lines, and the others
+/// are counted.
+#[tokio::test]
+async fn a_flood_does_not_fill_the_log() {
+    const DEVICES: u8 = 250;
+    let begun = Instant::now();
+    let scene = Scene::with(&[("SHARDS", "1")]).await;
+    scene
+        .handler
+        .behave(|_| async { Err(Status::internal("not today")) });
+    let to = scene.program.address("devices on").await;
+    let mut devices = Vec::new();
+    for host in 1..=DEVICES {
+        devices.push(Device::dial_from(&format!("127.0.4.{host}"), to).await);
+    }
+    let closed =
+        "exproto_connections_closed_total{listener=\"tcp.default\",reason=\"handler_error\"}";
+    let all = f64::from(DEVICES) - 0.5;
+    let admin = scene.program.admin().await;
+    admin.metric_until(closed, |n| n > all).await;
+    let log = scene.program.log();
+    let told = log.iter().filter(|line| line.contains("a callback failed"));
+    // Ten in ten seconds.
+    let most = 10 * (1 + begun.elapsed().as_secs() / 10);
+    let told = told.count() as u64;
+    assert!((1..=most).contains(&told), "{told} lines");
 }

@@ -633,6 +633,20 @@ async fn a_wildcard_cannot_come_in_through_the_mountpoint() {
     stage.finish().await;
 }
 
+/// Neither may a name lead to the topics that are the broker's own, or into a shared
+/// subscription.
+#[tokio::test]
+async fn a_name_with_a_dollar_does_not_begin_a_topic() {
+    let stage = Stage::with(&[("MOUNTPOINT", "${clientid}/")]).await;
+    let device = stage.device().await;
+    for id in ["$SYS", "$share", "$"] {
+        let answer = stage.adapter.authenticate(&device.conn, id).await;
+        answer.refused(ResultCode::ParamsTypeError);
+    }
+    stage.adapter.authenticate(&device.conn, "a$b").await.ok();
+    stage.finish().await;
+}
+
 /// What waits comes as one list, up to `max_batch`; with 1, one at a time.
 #[tokio::test]
 async fn messages_that_wait_come_in_batches() {

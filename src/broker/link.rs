@@ -23,6 +23,7 @@ use super::session::{Event, Receipt, Session};
 use super::wire::{Decoder, InboundPublish, Protocol};
 use super::{Address, Delivery, Message, Options, PublishError, now_ms};
 use crate::id::{MessageId, MessageIds};
+use crate::telemetry::Seldom;
 
 /// Bytes read from the broker at once.
 const READ_CHUNK: usize = 64 * 1024;
@@ -227,6 +228,7 @@ async fn serve(
         ping_sent: None,
         announced: false,
         up,
+        complaints: Seldom::default(),
     };
     let ended = poll_fn(|cx| link.poll(cx)).await;
     for (_, waiter) in link.written.drain(..) {
@@ -262,6 +264,8 @@ struct Link<'a> {
     ping_sent: Option<Instant>,
     announced: bool,
     up: &'a Gauge,
+    /// For lines about messages, which anybody may publish.
+    complaints: Seldom,
 }
 
 impl Link<'_> {
@@ -371,10 +375,13 @@ impl Link<'_> {
                 Event::UnsubscribeAgain(filter) => self.member.unsubscribe_again(filter),
                 Event::TooLarge(topic) => {
                     self.member.metrics().too_large.increment(1);
-                    tracing::warn!(
-                        ?topic,
-                        "a message larger than broker.max_packet_size is dropped"
-                    );
+                    if let Some(left_out) = self.complaints.tell(Instant::now().into_std()) {
+                        tracing::warn!(
+                            ?topic,
+                            left_out,
+                            "a message larger than broker.max_packet_size is dropped"
+                        );
+                    }
                 }
                 Event::NotRestored(filter, refusal) => {
                     self.member.not_restored(&filter, &refusal);
@@ -403,8 +410,10 @@ impl Link<'_> {
             return;
         }
         let Ok(topic) = String::from_utf8(publish.topic.to_vec()) else {
-            tracing::debug!("a message whose topic is not UTF-8 is dropped");
             metrics.dropped_bad_topic.increment(1);
+            if let Some(left_out) = self.complaints.tell(Instant::now().into_std()) {
+                tracing::warn!(left_out, "a message whose topic is not UTF-8 is dropped");
+            }
             return;
         };
         let audience = self.member.audience(&publish, &topic);

@@ -30,6 +30,9 @@ pub enum TopicError {
     /// `$share` without a group name or without a filter.
     #[error("a shared subscription is $share/<group>/<filter>, the group without + and #")]
     Share,
+    /// A client id or user name made the mountpoint begin with `$`.
+    #[error("a client id or user name that begins with $ must not begin the mountpoint")]
+    Dollar,
 }
 
 fn check_text(topic: &str) -> Result<(), TopicError> {
@@ -179,7 +182,9 @@ impl Mountpoint {
     ///
     /// # Errors
     /// A result that could not begin a topic name is refused: a client id such
-    /// as `+` must not turn a subscription into one on everybody's topics.
+    /// as `+` must not turn a subscription into one on everybody's topics. Neither must
+    /// one such as `$SYS` lead to what is the broker's own ([`TopicError::Dollar`]); a
+    /// template that begins with `$` itself is the wish of whoever wrote it.
     pub fn resolve(template: &str, clientid: &str, username: &str) -> Result<Self, TopicError> {
         if template.is_empty() {
             return Ok(Self::default());
@@ -204,6 +209,9 @@ impl Mountpoint {
         prefix.push_str(rest);
         if prefix.is_empty() {
             return Ok(Self::default());
+        }
+        if prefix.starts_with('$') && !is_literal_dollar(template) {
+            return Err(TopicError::Dollar);
         }
         TopicName::parse(prefix).map(|name| Self(name.0.into()))
     }
@@ -242,6 +250,12 @@ impl Mountpoint {
     pub fn unmount<'a>(&self, topic: &'a str) -> &'a str {
         topic.strip_prefix(&*self.0).unwrap_or(topic)
     }
+}
+
+/// Whether a template begins with a `$` that is not a placeholder's.
+fn is_literal_dollar(template: &str) -> bool {
+    let placeholder = ["${clientid}", "${username}"];
+    template.starts_with('$') && !placeholder.iter().any(|name| template.starts_with(name))
 }
 
 #[cfg(test)]
@@ -352,12 +366,35 @@ mod tests {
         }
         assert!(Mountpoint::resolve("t/", "+", "").is_ok());
         for (template, clientid, filter) in [
-            ("${clientid}/", "$share", "g/victim/#"),
-            ("${clientid}", "$sha", "re/g/victim/#"),
+            ("$share/${clientid}/", "g", "victim/#"),
+            ("$sha", "c", "re/g/victim/#"),
         ] {
             let mount = Mountpoint::resolve(template, clientid, "").unwrap();
             let filter = TopicFilter::parse(filter).unwrap();
             assert_eq!(mount.mount_filter(&filter), Err(TopicError::Share));
+        }
+    }
+
+    #[test]
+    fn a_name_cannot_begin_a_topic_with_a_dollar() {
+        for (template, clientid, username) in [
+            ("${clientid}/", "$SYS", ""),
+            ("${clientid}", "$sha", ""),
+            ("${clientid}", "$", ""),
+            ("${username}/${clientid}/", "c", "$SYS"),
+            ("${username}${clientid}/", "$SYS", ""),
+            ("${username}$SYS/", "c", ""),
+        ] {
+            let resolved = Mountpoint::resolve(template, clientid, username);
+            assert_eq!(resolved, Err(TopicError::Dollar), "{template}");
+        }
+        for (template, clientid, expected) in [
+            ("t/${clientid}/", "$SYS", "t/$SYS/"),
+            ("$devices/${clientid}/", "c", "$devices/c/"),
+            ("${other}/", "c", "${other}/"),
+        ] {
+            let resolved = Mountpoint::resolve(template, clientid, "").unwrap();
+            assert_eq!(resolved.prefix(), expected);
         }
     }
 

@@ -130,7 +130,7 @@ section! {
     /// `[listeners.tcp.NAME]`: one TCP listener.
     pub struct TcpListener {
         /// IP address and port, such as `"0.0.0.0:7993"` or `"[::]:7993"`; a port alone is every IPv4
-        /// address. Required but for the name default.
+        /// address, `[::]` every IPv4 and IPv6 address. Required but for the name default.
         bind: SocketAddr = "0.0.0.0:7993",
 
         /// What listeners of every kind have.
@@ -279,7 +279,8 @@ section! {
         /// The longest that the handshake takes. A duration.
         handshake_timeout: Duration = Within("15s", TICK..),
 
-        /// The most handshakes under way at a time, at least 1; further ones wait for their turn.
+        /// The most handshakes under way at a time, at least 1. Beyond it the one that has been
+        /// silent for longest, two seconds at least, gives way; else further ones wait.
         max_handshakes: usize = Within("1000", 1..),
     }
 }
@@ -312,7 +313,8 @@ section! {
         /// The longest that the handshake takes. A duration.
         handshake_timeout: Duration = Within("15s", TICK..),
 
-        /// The most handshakes under way at a time, at least 1; beyond it a device's attempts are
+        /// The most handshakes under way at a time, at least 1. Beyond it the one that has been
+        /// silent for longest, two seconds at least, gives way; else a device's attempts are
         /// dropped, and it tries again.
         max_handshakes: usize = Within("1000", 1..),
     }

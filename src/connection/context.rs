@@ -10,12 +10,13 @@ use super::registry::Registry;
 use crate::handler::Handlers;
 use crate::id::ShardId;
 use crate::metrics::ListenerMetrics;
+use crate::telemetry::Seldom;
 
 /// How connections behave.
 #[derive(Debug, Clone)]
 pub struct Settings {
     /// Timers.
-    pub timeouts: Timeouts,
+    pub timeouts: Arc<Timeouts>,
     /// Bytes that may wait to be sent before Send waits.
     pub high_watermark: u32,
     /// Received bytes a second.
@@ -51,4 +52,6 @@ pub struct ListenerContext {
     pub metrics: ListenerMetrics,
     /// Cancelled when the gateway drains.
     pub draining: CancellationToken,
+    /// For the lines above `debug` about a connection.
+    pub complaints: Seldom,
 }

@@ -4,7 +4,7 @@
 //! inbox under one short lock and wake it. What the inbox holds is bounded: bytes
 //! to send by [`Handle::send`], messages by [`super::queue`], the rest by its shape.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeMap, VecDeque};
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Waker};
@@ -81,14 +81,15 @@ pub(super) fn weight(bytes: &Bytes) -> usize {
 struct Inbox {
     /// Nothing is accepted any more.
     closed: bool,
-    outgoing: Outgoing,
+    /// Only while something waits.
+    outgoing: Option<Box<Outgoing>>,
     messages: MessageQueue,
     close: Option<CloseReason>,
     drain: bool,
     keepalive: Option<Duration>,
     authenticated: bool,
     session: Session,
-    subscriptions: HashMap<String, Subscription>,
+    subscriptions: BTreeMap<String, Subscription>,
     waker: Option<Waker>,
 }
 
@@ -103,7 +104,6 @@ pub(super) struct Wishes {
 }
 
 struct Shared {
-    id: ConnId,
     peer: SocketAddr,
     /// Whether what is sent is a stream, or each piece a datagram of its own.
     stream: bool,
@@ -124,21 +124,20 @@ impl Handle {
         context: Arc<ListenerContext>,
     ) -> Self {
         Self(Arc::new(Shared {
-            id,
             peer,
             stream,
-            caller: Arc::new(Caller::new(id.to_string())),
+            caller: Arc::new(Caller::new(id)),
             context,
             inbox: Mutex::new(Inbox {
                 closed: false,
-                outgoing: Outgoing::default(),
+                outgoing: None,
                 messages: MessageQueue::default(),
                 close: None,
                 drain: false,
                 keepalive: None,
                 authenticated: false,
                 session: Session::Anonymous,
-                subscriptions: HashMap::new(),
+                subscriptions: BTreeMap::new(),
                 waker: None,
             }),
         }))
@@ -146,7 +145,7 @@ impl Handle {
 
     /// Its id.
     pub fn id(&self) -> ConnId {
-        self.0.id
+        self.0.caller.conn
     }
 
     /// The device's address.
@@ -195,7 +194,7 @@ impl Handle {
     pub async fn send(&self, bytes: Bytes) -> Result<(), Refused> {
         let watermark = u64::from(self.0.context.settings.high_watermark);
         let answer = self.change(|inbox| {
-            let outgoing = &mut inbox.outgoing;
+            let outgoing = inbox.outgoing.get_or_insert_default();
             let waiting = outgoing.accepted - outgoing.sent;
             let size = match self.0.stream {
                 true => bytes.len(),
@@ -324,9 +323,8 @@ impl Handle {
     /// remembers whom to wake for more.
     pub(super) fn look(&self, cx: &Context<'_>, outgoing: &mut VecDeque<Bytes>) -> Wishes {
         let mut inbox = self.lock();
-        if !inbox.outgoing.chunks.is_empty() {
-            // Taken whole: an idle connection holds no memory for what it once sent.
-            outgoing.extend(std::mem::take(&mut inbox.outgoing.chunks));
+        if let Some(waiting) = &mut inbox.outgoing {
+            outgoing.extend(waiting.chunks.drain(..));
         }
         match &inbox.waker {
             Some(waker) if waker.will_wake(cx.waker()) => {}
@@ -349,7 +347,9 @@ impl Handle {
     /// Notes that the device took bytes, and answers the calls that waited for it.
     pub(super) fn sent(&self, bytes: usize) {
         let mut inbox = self.lock();
-        let outgoing = &mut inbox.outgoing;
+        let Some(outgoing) = &mut inbox.outgoing else {
+            return;
+        };
         outgoing.sent += bytes as u64;
         while let Some((position, _)) = outgoing.waiters.front()
             && *position <= outgoing.sent
@@ -359,8 +359,9 @@ impl Handle {
                 let _ = waiter.send(());
             }
         }
-        if outgoing.waiters.is_empty() {
-            outgoing.waiters = VecDeque::new();
+        if outgoing.accepted == outgoing.sent {
+            // An idle connection holds no memory for what it once sent.
+            inbox.outgoing = None;
         }
     }
 

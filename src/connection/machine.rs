@@ -19,6 +19,7 @@
 //! device: its bytes stay in the kernel and push back on it.
 
 use std::collections::VecDeque;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -128,7 +129,8 @@ enum Phase {
 /// See the module. `B` is a batch of messages.
 #[derive(Debug)]
 pub struct Machine<B> {
-    timeouts: Timeouts,
+    /// Those of all connections of the listener.
+    timeouts: Arc<Timeouts>,
     phase: Phase,
     calling: bool,
     /// Whether the handler may know of the connection. One that was away all the
@@ -154,9 +156,9 @@ pub struct Machine<B> {
 
 impl<B> Machine<B> {
     /// A connection that has just opened: the handler is to be told.
-    pub fn start(timeouts: Timeouts, now: Instant) -> Self {
+    pub fn start(timeouts: impl Into<Arc<Timeouts>>, now: Instant) -> Self {
         Self {
-            timeouts,
+            timeouts: timeouts.into(),
             phase: Phase::Opening,
             calling: true,
             announced: false,
@@ -176,7 +178,12 @@ impl<B> Machine<B> {
 
     /// The next thing to do, until there is none.
     pub fn next_action(&mut self) -> Option<Action<B>> {
-        self.actions.pop_front()
+        let action = self.actions.pop_front();
+        if self.actions.is_empty() {
+            // An idle connection holds no memory for what it once had to do.
+            self.actions = VecDeque::new();
+        }
+        action
     }
 
     /// Whether bytes may be read from the device.

@@ -22,6 +22,7 @@ mod queue;
 mod rates;
 mod reason;
 mod registry;
+mod serve;
 mod task;
 
 pub use context::{ListenerContext, Settings};
@@ -29,7 +30,7 @@ pub use handle::{Client, Handle, Refused};
 pub use queue::{Limits, Policy};
 pub use reason::CloseReason;
 pub use registry::{NotFound, Registry};
-pub use task::serve;
+pub use serve::{Connection, serve};
 
 #[cfg(test)]
 mod tests;

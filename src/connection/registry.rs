@@ -62,14 +62,11 @@ impl Registry {
     }
 
     /// Enters a connection; it leaves when the entry is dropped.
-    pub(super) fn enter(self: &Arc<Self>, handle: Handle) -> Entry {
+    pub(super) fn enter(&self, handle: Handle) -> Entry {
         if let Some(shard) = self.shard(handle.id().shard()) {
             lock(shard).insert(handle.id(), handle.clone());
         }
-        Entry {
-            registry: self.clone(),
-            id: handle.id(),
-        }
+        Entry(handle)
     }
 
     /// Gives a client id to a connection; returns the one that had it.
@@ -114,15 +111,14 @@ impl Registry {
 }
 
 /// A connection's place in the registry.
-pub(super) struct Entry {
-    registry: Arc<Registry>,
-    id: ConnId,
-}
+pub(super) struct Entry(Handle);
 
 impl Drop for Entry {
     fn drop(&mut self) {
-        if let Some(shard) = self.registry.shard(self.id.shard()) {
-            lock(shard).remove(&self.id);
-        }
+        let id = self.0.id();
+        let left = self.0.context().registry.shard(id.shard());
+        // Dropped outside of the lock.
+        let left = left.map(|shard| lock(shard).remove(&id));
+        drop(left);
     }
 }

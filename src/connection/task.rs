@@ -11,17 +11,14 @@
 use std::collections::VecDeque;
 use std::future::{Future, poll_fn};
 use std::io::IoSlice;
-use std::panic::AssertUnwindSafe;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Instant;
 
 use bytes::{Buf, Bytes};
-use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
 use tokio::time::Sleep;
-use tracing::{Instrument, Span};
 
 use super::context::ListenerContext;
 use super::handle::{Client, Handle, weight};
@@ -29,10 +26,8 @@ use super::linger::linger;
 use super::machine::{Action, Call, Input, Machine, Outcome};
 use super::rates::Rates;
 use super::reason::CloseReason;
-use super::registry::Entry;
 use crate::broker::Delivery;
 use crate::handler::{CallFailure, Caller, Event, EventSink};
-use crate::id::ConnId;
 use crate::proto;
 use crate::transport::scratch::{READ_CHUNK, with_scratch};
 use crate::transport::{PeerInfo, Received, Socket};
@@ -48,72 +43,8 @@ const MAX_BATCH_BYTES: usize = 1024 * 1024;
 /// Chunks given to the socket in one call; the kernel takes 1,024.
 const MAX_SLICES: usize = 64;
 
-/// Serves a connection from OnSocketCreated to OnSocketClosed.
-///
-/// The future ends after the socket is closed and the last callback ended. A panic
-/// within ends this connection alone. What a connection holds is made here and lies on
-/// the heap, once: futures that are moved into each other would hold it several times.
-pub fn serve<S: Socket>(
-    socket: S,
-    peer: PeerInfo,
-    context: Arc<ListenerContext>,
-) -> impl Future<Output = ()> + Send {
-    let begun = match context.registry.new_id(context.shard) {
-        Ok(id) => Some(begin(socket, &peer, id, context)),
-        Err(error) => {
-            context.metrics.refused("setup");
-            tracing::error!(%error, "no randomness for a connection id");
-            None
-        }
-    };
-    async move {
-        if let Some((driver, entry, span)) = begun {
-            run(driver, entry).instrument(span).await;
-        }
-    }
-}
-
-/// A connection that handlers can name from now on.
-fn begin<S: Socket>(
-    socket: S,
-    peer: &PeerInfo,
-    id: ConnId,
-    context: Arc<ListenerContext>,
-) -> (Box<Driver<S>>, Entry, Span) {
-    // At debug every line tells whose it is. Above, the few that are about a connection
-    // name it themselves: a span takes half a kilobyte for as long as it lives.
-    let span =
-        tracing::debug_span!("connection", conn = %id, peer = %peer.peer, listener = %context.name);
-    let handle = Handle::new(id, peer.peer, S::STREAM, context.clone());
-    let entry = context.registry.enter(handle.clone());
-    // A gateway that began to drain before this line has not seen the entry.
-    if context.draining.is_cancelled() {
-        let _ = handle.drain();
-    }
-    context.metrics.opened.increment(1);
-    context.metrics.open.increment(1.0);
-    let driver = Driver::new(socket, peer, handle, context);
-    (Box::new(driver), entry, span)
-}
-
-async fn run<S: Socket>(mut driver: Box<Driver<S>>, entry: Entry) {
-    tracing::debug!("connection opened");
-    let outcome = AssertUnwindSafe(driver.drive()).catch_unwind().await;
-    if outcome.is_err() {
-        Box::pin(driver.after_panic()).await;
-    }
-    let reason = driver.reason();
-    drop(entry);
-    let metrics = &driver.context.metrics;
-    metrics.open.decrement(1.0);
-    metrics.closed(reason.word());
-    tracing::debug!(%reason, "connection closed");
-    if outcome.is_ok() {
-        Box::pin(driver.linger(&reason)).await;
-    }
-}
-
-struct Driver<S> {
+/// See the module.
+pub(super) struct Driver<S> {
     /// Gone once the connection was cut off.
     socket: Option<S>,
     handle: Handle,
@@ -143,7 +74,12 @@ struct Driver<S> {
 }
 
 impl<S: Socket> Driver<S> {
-    fn new(socket: S, peer: &PeerInfo, handle: Handle, context: Arc<ListenerContext>) -> Self {
+    pub(super) fn new(
+        socket: S,
+        peer: &PeerInfo,
+        handle: Handle,
+        context: Arc<ListenerContext>,
+    ) -> Self {
         let now = Instant::now();
         Self {
             socket: Some(socket),
@@ -169,7 +105,7 @@ impl<S: Socket> Driver<S> {
         }
     }
 
-    async fn drive(&mut self) {
+    pub(super) async fn drive(&mut self) {
         loop {
             while let Some(action) = self.machine.next_action() {
                 self.act(action);
@@ -183,7 +119,11 @@ impl<S: Socket> Driver<S> {
         }
     }
 
-    fn reason(&self) -> CloseReason {
+    pub(super) fn context(&self) -> &ListenerContext {
+        &self.context
+    }
+
+    pub(super) fn reason(&self) -> CloseReason {
         let fault = || CloseReason::SocketError("internal error".to_owned());
         self.machine.close_reason().cloned().unwrap_or_else(fault)
     }
@@ -267,7 +207,7 @@ impl<S: Socket> Driver<S> {
     }
 
     fn poll_input(&mut self, cx: &mut Context<'_>) -> Poll<Input<Vec<Delivery>>> {
-        if let Some(input) = self.inputs.pop_front() {
+        if let Some(input) = self.next_input() {
             return Poll::Ready(input);
         }
         if let Some(call) = &mut self.call
@@ -283,7 +223,7 @@ impl<S: Socket> Driver<S> {
         let drain = wishes.drain.then_some(Input::DrainRequested);
         let wishes_in_order = [authenticated, keepalive, close, drain];
         self.inputs.extend(wishes_in_order.into_iter().flatten());
-        if let Some(input) = self.inputs.pop_front() {
+        if let Some(input) = self.next_input() {
             return Poll::Ready(input);
         }
         if let Poll::Ready(input) = self.poll_send(cx) {
@@ -313,6 +253,16 @@ impl<S: Socket> Driver<S> {
         self.poll_timer(cx)
     }
 
+    /// The next of what was found together.
+    fn next_input(&mut self) -> Option<Input<Vec<Delivery>>> {
+        let input = self.inputs.pop_front()?;
+        if self.inputs.is_empty() {
+            // An idle connection holds no memory for what once came together.
+            self.inputs = VecDeque::new();
+        }
+        Some(input)
+    }
+
     fn take_batch(&mut self) -> Poll<Input<Vec<Delivery>>> {
         self.messages_next = false;
         let count = self.context.settings.max_batch;
@@ -333,11 +283,15 @@ impl<S: Socket> Driver<S> {
             Err(failure) => {
                 self.context.metrics.dropped_closed.increment(count);
                 // A gateway that drains waits for no handler, which is no news.
-                if self.context.draining.is_cancelled() {
-                    tracing::debug!(%failure, "a callback failed");
-                } else {
+                let told = match self.context.draining.is_cancelled() {
+                    true => None,
+                    false => self.context.complaints.tell(Instant::now()),
+                };
+                if let Some(left_out) = told {
                     let (conn, listener) = (self.handle.id(), &*self.context.name);
-                    tracing::warn!(%conn, listener, %failure, "a callback failed");
+                    tracing::warn!(%conn, listener, %failure, left_out, "a callback failed");
+                } else {
+                    tracing::debug!(%failure, "a callback failed");
                 }
                 match failure {
                     CallFailure::Unavailable(_) => Outcome::Unavailable,
@@ -537,10 +491,12 @@ impl<S: Socket> Driver<S> {
 
     /// The task panicked: tells the handler that the connection is over, if it may
     /// know of it and has not been told.
-    async fn after_panic(&mut self) {
+    pub(super) async fn after_panic(&mut self) {
         self.context.metrics.panics.increment(1);
         let (conn, listener) = (self.handle.id(), &*self.context.name);
-        tracing::error!(%conn, listener, "a fault of the gateway's ended this connection");
+        if let Some(left_out) = self.context.complaints.tell(Instant::now()) {
+            tracing::error!(%conn, listener, left_out, "a fault of the gateway's ended this connection");
+        }
         self.end();
         self.call = None;
         self.batch.clear();
@@ -553,7 +509,7 @@ impl<S: Socket> Driver<S> {
     }
 
     /// See [`linger`].
-    async fn linger(&mut self, reason: &CloseReason) {
+    pub(super) async fn linger(&mut self, reason: &CloseReason) {
         let failed = matches!(reason, CloseReason::SocketError(_));
         let Some(socket) = self.socket.take() else {
             return;

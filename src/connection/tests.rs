@@ -60,7 +60,7 @@ impl EventSink for Recorder {
             event => event.method().to_owned(),
         };
         self.events.lock().unwrap().push(text);
-        *self.conn.lock().unwrap() = caller.conn.clone();
+        *self.conn.lock().unwrap() = caller.conn.to_string();
         Box::pin(std::future::ready(Ok(())))
     }
 }
@@ -77,12 +77,12 @@ fn context(metrics: &Metrics, recorder: &Recorder) -> Arc<ListenerContext> {
         name: "tcp.test".to_owned(),
         shard: ShardId(0),
         settings: Settings {
-            timeouts: Timeouts {
+            timeouts: Arc::new(Timeouts {
                 reap: false,
                 idle: None,
                 authenticate: None,
                 send: Duration::from_secs(1),
-            },
+            }),
             high_watermark: 1024,
             max_bytes_rate: None,
             max_messages_rate: None,
@@ -100,6 +100,7 @@ fn context(metrics: &Metrics, recorder: &Recorder) -> Arc<ListenerContext> {
         registry: Arc::new(Registry::new(NodeTag::of("node"), 1)),
         metrics: ListenerMetrics::new(metrics, "tcp.test"),
         draining: CancellationToken::new(),
+        complaints: crate::telemetry::Seldom::default(),
     })
 }
 
@@ -118,7 +119,7 @@ async fn a_panic_ends_its_connection_alone_and_the_handler_is_told() {
     let metrics = Metrics::new().unwrap();
     let recorder = Recorder::default();
     let context = context(&metrics, &recorder);
-    serve(Faulty, peer(), context.clone()).await;
+    serve(Faulty, &peer(), context.clone(), ()).await;
     let events = recorder.events.lock().unwrap().clone();
     assert_eq!(
         events,
@@ -176,7 +177,7 @@ async fn what_is_sent_goes_out_as_one_datagram_each_empty_ones_too() {
     let context = context(&metrics, &recorder);
     let (sent, mut datagrams) = tokio::sync::mpsc::unbounded_channel();
     let socket = Datagrams { sent, busy: false };
-    let served = tokio::spawn(serve(socket, peer(), context.clone()));
+    let served = tokio::spawn(serve(socket, &peer(), context.clone(), ()));
     let handle = loop {
         tokio::task::yield_now().await;
         let conn = recorder.conn.lock().unwrap().clone();

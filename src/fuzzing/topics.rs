@@ -13,7 +13,8 @@ pub fn topics(bytes: &[u8]) {
     };
     let mut lines = text.split('\n');
     let mut line = || lines.next().unwrap_or_default();
-    let mount = Mountpoint::resolve(line(), line(), line());
+    let (template, clientid, username) = (line(), line(), line());
+    let mount = Mountpoint::resolve(template, clientid, username);
     let (name, filter) = (TopicName::parse(line()), TopicFilter::parse(line()));
     if let Ok(name) = &name {
         let itself = TopicFilter::parse(name.as_str());
@@ -27,6 +28,13 @@ pub fn topics(bytes: &[u8]) {
     }
     let Ok(mount) = mount else { return };
     let prefix = mount.prefix();
+    if prefix.starts_with('$') {
+        // The template's own, which no other name would change.
+        let others = Mountpoint::resolve(template, "x", "y");
+        assert!(
+            others.is_ok_and(|others| others.prefix().starts_with('$')) || template.len() > 60_000
+        );
+    }
     let mounted_name = name.as_ref().ok().and_then(|name| mount.mount(name).ok());
     let mounted_filter = filter.as_ref().ok();
     let mounted_filter = mounted_filter.and_then(|filter| mount.mount_filter(filter).ok());

@@ -8,11 +8,11 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use tokio::net::TcpListener as Acceptors;
-use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 
 use super::{BindError, Error, Pools};
 use crate::admission::Admission;
+use crate::admission::turns::Turns;
 use crate::config::{
     Config, DtlsListener, DtlsOptions, Kind, ListenerView, ProxyProtocol, SslListener, SslOptions,
     TcpListener, TcpOptions, UdpListener, UdpOptions,
@@ -23,6 +23,7 @@ use crate::metrics::{ListenerMetrics, Metrics};
 use crate::options::{self, Sending};
 use crate::reload::{Current, Watch};
 use crate::shard::Shard;
+use crate::telemetry::Seldom;
 use crate::transport::tcp::Acceptor;
 use crate::transport::udp;
 
@@ -266,6 +267,7 @@ impl Build<'_> {
                 registry: self.registry.clone(),
                 metrics: metrics.clone(),
                 draining: self.draining.clone(),
+                complaints: Seldom::default(),
             })
         };
         self.shards.iter().zip(pools).map(context).collect()
@@ -282,7 +284,7 @@ impl Build<'_> {
         Ok(Tls {
             config: self.watched(listener, options::ssl_files(options), make, metrics)?,
             handshake_timeout: options.handshake_timeout,
-            handshakes: Semaphore::new(options.max_handshakes.min(Semaphore::MAX_PERMITS)),
+            handshakes: Turns::new(options.max_handshakes),
         })
     }
 
@@ -294,11 +296,10 @@ impl Build<'_> {
     ) -> Result<Dtls, Error> {
         let (key, owned) = (listener.key(), options.clone());
         let make = move || options::dtls(&key, &owned);
-        let handshakes = options.max_handshakes.min(Semaphore::MAX_PERMITS);
         Ok(Dtls {
             context: self.watched(listener, options::dtls_files(options), make, metrics)?,
             handshake_timeout: options.handshake_timeout,
-            handshakes: Arc::new(Semaphore::new(handshakes)),
+            handshakes: Turns::new(options.max_handshakes),
         })
     }
 

@@ -35,6 +35,7 @@ use crate::memory;
 use crate::metrics::{AdapterMetrics, BrokerMetrics, HandlerMetrics, Metrics};
 use crate::options;
 use crate::shard::{Shard, ShardThread};
+use crate::telemetry::Seldom;
 use build::{Build, Sockets};
 
 /// How often histograms are tidied; what is recorded between waits in memory.
@@ -453,6 +454,7 @@ async fn accept_handlers(
     tasks: TaskTracker,
     stop: CancellationToken,
 ) {
+    let (complaints, trouble) = (Seldom::default(), Seldom::default());
     for shard in shards.iter().cycle() {
         let accepted = loop {
             let accepted = tokio::select! {
@@ -464,14 +466,18 @@ async fn accept_handlers(
             match stream {
                 Ok(accepted) => break accepted,
                 Err(error) => {
-                    tracing::error!(%error, "cannot accept a handler; trying on");
+                    if let Some(left_out) = trouble.tell(Instant::now().into_std()) {
+                        tracing::error!(%error, left_out, "cannot accept a handler; trying on");
+                    }
                     tokio::time::sleep(Duration::from_millis(100)).await;
                 }
             }
         };
         let (stream, peer) = accepted;
         if tasks.len() >= MAX_HANDLER_CONNECTIONS {
-            tracing::error!(%peer, "a handler's connection is refused: there are too many");
+            if let Some(left_out) = complaints.tell(Instant::now().into_std()) {
+                tracing::error!(%peer, left_out, "a handler's connection is refused: there are too many");
+            }
             continue;
         }
         let connection = adapter.clone().serve(stream, peer, stop.clone());

@@ -289,7 +289,7 @@ impl Shared {
         caller: &Caller,
         event: &Event,
     ) -> Result<(), Status> {
-        let conn = caller.conn.clone();
+        let conn = caller.conn.to_string();
         let method = event.method_index();
         match event {
             Event::SocketCreated(conninfo) => {

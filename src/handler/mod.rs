@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use futures_util::future::BoxFuture;
 
+use crate::id::ConnId;
 use crate::metrics::METHODS;
 use crate::proto;
 
@@ -76,8 +77,8 @@ pub enum CallFailure {
 /// is not the handler's, who must not be blamed for it.
 #[derive(Debug)]
 pub struct Caller {
-    /// The `conn` of the interface.
-    pub conn: String,
+    /// The `conn` of the interface; written as text for each call.
+    pub conn: ConnId,
     waits: Mutex<Waits>,
 }
 
@@ -96,7 +97,7 @@ pub struct Waiting<'a>(&'a Caller);
 
 impl Caller {
     /// A caller that waits for nothing.
-    pub fn new(conn: String) -> Self {
+    pub fn new(conn: ConnId) -> Self {
         Self {
             conn,
             waits: Mutex::default(),

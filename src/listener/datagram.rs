@@ -8,15 +8,19 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::sync::CancellationToken;
 
+use crate::admission::turns::{Turn, Turns};
 use crate::admission::{AddressPermit, Admission, Permit, Refused};
 use crate::connection::{self, ListenerContext};
+use crate::metrics::ListenerMetrics;
 use crate::reload::Current;
 use crate::shard::Shard;
+use crate::telemetry::Seldom;
 use crate::tls::Subject;
-use crate::transport::dtls::{self, DtlsSocket, Gate, Handshakes, Look, Session};
+use crate::transport::dtls::{
+    self, DtlsSocket, Gate, HandshakeError, Handshakes, Look, Restarts, Session,
+};
 use crate::transport::udp::{self, Demux, Door, Stranger, UdpSocket, Verdict};
 use crate::transport::{Kind, PeerInfo};
 
@@ -40,7 +44,7 @@ pub struct Dtls {
     /// The longest that a handshake may take.
     pub handshake_timeout: Duration,
     /// Handshakes that may be under way.
-    pub handshakes: Arc<Semaphore>,
+    pub handshakes: Arc<Turns>,
 }
 
 /// One listener, bound: a socket for each shard.
@@ -87,14 +91,21 @@ impl DatagramListener {
                 Protocol::Dtls(dtls) => {
                     let context = dtls.context.get();
                     let gate = Gate::new((*context).clone(), Instant::now())?;
+                    let again = Again {
+                        admission: self.admission.clone(),
+                        turns: dtls.handshakes.clone(),
+                        metrics: entrance.context.metrics.clone(),
+                    };
                     let handshakes = Handshakes {
                         gate: Mutex::new(gate),
                         context: dtls.context,
-                        turns: dtls.handshakes,
+                        complaints: Seldom::default(),
+                        restarts: Box::new(again),
                         limit: dtls.handshake_timeout,
                     };
                     let door = DtlsDoor {
                         entrance,
+                        turns: dtls.handshakes,
                         handshakes: Arc::new(handshakes),
                     };
                     receive(shard, socket, door, options, counters, tokens);
@@ -188,16 +199,40 @@ impl Door for PlainDoor {
             local: socket.local_addr(),
             certificate: None,
         };
-        self.entrance.shard.spawn_connection(async move {
-            // Moved into the task: its end is the only release.
-            let _room = room;
-            connection::serve(socket, info, context).await;
-        });
+        self.entrance
+            .shard
+            .spawn_connection(|counted| connection::serve(socket, &info, context, (room, counted)));
+    }
+}
+
+/// The rules for a device that begins anew: it keeps its room, and has to be let in.
+struct Again {
+    admission: Arc<Admission>,
+    turns: Arc<Turns>,
+    metrics: ListenerMetrics,
+}
+
+impl Restarts for Again {
+    fn begin(&self, now: Instant) -> Option<Turn> {
+        let begun = self.admission.begin(now);
+        begun
+            .map_err(|refused| self.metrics.refused(refused.word()))
+            .ok()?;
+        let turn = self.turns.take(now);
+        if turn.is_none() {
+            self.metrics.refused("max_handshakes");
+        }
+        turn
+    }
+
+    fn failed(&self, error: &HandshakeError) {
+        self.metrics.refused(error.word());
     }
 }
 
 struct DtlsDoor {
     entrance: Entrance,
+    turns: Arc<Turns>,
     handshakes: Arc<Handshakes>,
 }
 
@@ -205,7 +240,7 @@ struct DtlsDoor {
 struct Accepted {
     session: Box<Session>,
     room: Room,
-    turn: OwnedSemaphorePermit,
+    turn: Turn,
 }
 
 impl Door for DtlsDoor {
@@ -222,11 +257,12 @@ impl Door for DtlsDoor {
             Look::Shown(shown) => shown,
         };
         let metrics = &self.entrance.context.metrics;
-        let Ok(turn) = self.handshakes.turns.clone().try_acquire_owned() else {
-            metrics.refused("max_handshakes");
+        let Some(room) = self.entrance.enter(stranger, now) else {
             return Verdict::Refuse;
         };
-        let Some(room) = self.entrance.enter(stranger, now) else {
+        // Last: nobody is to give way for somebody who does not come in.
+        let Some(turn) = self.turns.take(now) else {
+            metrics.refused("max_handshakes");
             return Verdict::Refuse;
         };
         match self.handshakes.accept(&mut gate, &shown) {
@@ -247,7 +283,7 @@ impl Door for DtlsDoor {
         let Accepted {
             session,
             room,
-            turn,
+            mut turn,
         } = accepted;
         let mut socket = DtlsSocket::new(socket, session, self.handshakes.clone());
         let succession = socket.succession();
@@ -260,36 +296,38 @@ impl Door for DtlsDoor {
                 local,
                 certificate,
             };
-            Some(Box::pin(connection::serve(socket, info, context)))
+            Some(connection::serve(socket, &info, context, ()))
         };
         let context_of_enter = context.clone();
         let enter = async move {
-            let _turn = turn;
             let context = context_of_enter;
             // Somebody who has not become a connection is not waited for.
             let done = tokio::select! {
                 biased;
                 () = context.draining.cancelled() => return None,
-                done = socket.handshake() => done,
+                done = socket.handshake(&mut turn) => done,
             };
             let Err(error) = done else {
                 return begin(socket, context);
             };
-            context.metrics.refused("handshake_failed");
+            context.metrics.refused(error.word());
             let (listener, addresses) = (&context.name, socket.addresses());
-            tracing::debug!(listener, ?addresses, error, "connection refused");
+            tracing::debug!(listener, ?addresses, %error, "connection refused");
             None
         };
-        self.entrance.shard.spawn_connection(async move {
-            let _room = room;
-            // What the handshake takes is given back before the connection begins.
-            let mut connection = Box::pin(enter).await;
-            while let Some(running) = connection {
-                running.await;
-                // A device that has begun anew meanwhile is another connection.
-                let next = succession.take();
-                connection = next.and_then(|socket| begin(socket, context.clone()));
-            }
+        // What the handshake takes is given back before the connection begins.
+        let entering = Box::pin(enter);
+        self.entrance.shard.spawn_connection(|counted| {
+            Box::pin(async move {
+                let _room = (room, counted);
+                let mut connection = entering.await;
+                while let Some(running) = connection {
+                    running.await;
+                    // A device that has begun anew meanwhile is another connection.
+                    let next = succession.take();
+                    connection = next.and_then(|socket| begin(socket, context.clone()));
+                }
+            })
         });
     }
 }

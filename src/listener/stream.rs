@@ -4,26 +4,29 @@
 //! Nothing is awaited for a single peer in the loop: the PROXY header and the TLS
 //! handshake happen in the connection's own task, under their deadlines.
 
+use std::future::poll_fn;
 use std::io;
 use std::net::SocketAddr;
 use std::os::fd::{AsRawFd, RawFd};
 use std::pin::Pin;
 use std::sync::Arc;
+use std::task::Poll;
 use std::time::{Duration, Instant};
 
-use tokio::sync::Semaphore;
 use tokio::time::timeout;
 use tokio_rustls::rustls::ServerConfig;
 use tokio_util::sync::CancellationToken;
 
+use crate::admission::turns::Turns;
 use crate::admission::{AddressPermit, Admission, Permit};
-use crate::connection::{self, ListenerContext};
+use crate::connection::{self, Connection, ListenerContext};
 use crate::metrics::ListenerMetrics;
 use crate::reload::Current;
 use crate::shard::Shard;
+use crate::telemetry::Seldom;
 use crate::tls::Subject;
 use crate::transport::tcp::{self, Acceptor, Stream};
-use crate::transport::tls::TlsSocket;
+use crate::transport::tls::{Handshake, TlsSocket};
 use crate::transport::{Kind, PeerInfo, proxy_protocol};
 
 /// Pause after a failure to accept, such as no free file descriptor: the condition
@@ -42,7 +45,7 @@ pub struct Tls {
     /// The longest that a handshake may take, waiting for its turn included.
     pub handshake_timeout: Duration,
     /// Turns for handshakes.
-    pub handshakes: Semaphore,
+    pub handshakes: Arc<Turns>,
 }
 
 /// One listener, bound.
@@ -91,7 +94,7 @@ impl StreamListener {
     pub async fn run(self, shards: Vec<Shard>, stop: CancellationToken) {
         let (name, admission) = (&*self.entrance.name, &self.entrance.admission);
         let for_devices = descriptors_for_devices();
-        let (mut scarce, mut in_trouble) = (false, false);
+        let (mut scarce, mut in_trouble, complaints) = (false, false, Seldom::default());
         loop {
             let accepted = tokio::select! {
                 biased;
@@ -106,8 +109,10 @@ impl StreamListener {
                 Err(error) if is_the_peers_fault(&error) => continue,
                 Err(error) => {
                     self.metrics.accept_errors.increment(1);
-                    if !std::mem::replace(&mut in_trouble, true) {
-                        tracing::error!(listener = name, %error, "cannot accept; trying on");
+                    // Peers that come and go could bring trouble about, and end it, at will.
+                    if !in_trouble && let Some(left_out) = complaints.tell(Instant::now()) {
+                        in_trouble = true;
+                        tracing::error!(listener = name, %error, left_out, "cannot accept; trying on");
                     }
                     tokio::time::sleep(ACCEPT_PAUSE).await;
                     continue;
@@ -161,14 +166,17 @@ impl StreamListener {
             entrance: self.entrance.clone(),
             context: context.clone(),
         };
-        shard.spawn_connection(async move {
-            // Moved into the task: its end is the only release.
-            let _permit = permit;
-            // What it takes to enter is given back before the connection begins.
-            let entered = Box::pin(task.enter()).await;
-            if let Some((connection, _room)) = entered {
-                connection.await;
-            }
+        // What it takes to enter is given back before the connection begins.
+        let entering = Box::pin(task.enter());
+        shard.spawn_connection(|counted| {
+            Box::pin(async move {
+                // Moved into the task: its end is the only release.
+                let _room = (permit, counted);
+                let entered = entering.await;
+                if let Some(connection) = entered {
+                    connection.await;
+                }
+            })
         });
     }
 }
@@ -199,16 +207,12 @@ struct Incoming {
     context: Arc<ListenerContext>,
 }
 
-/// A connection that has begun.
-type Connection = Pin<Box<dyn Future<Output = ()> + Send>>;
-
 /// Why a stream did not become a connection: the word it is counted under, and more.
 type Failure = (&'static str, String);
 
 impl Incoming {
-    /// The connection, and room for one of its address; `None` when the stream does
-    /// not become one.
-    async fn enter(self) -> Option<(Connection, AddressPermit)> {
+    /// The connection; `None` when the stream does not become one.
+    async fn enter(self) -> Option<Connection> {
         let (context, peer) = (self.context.clone(), self.peer);
         let draining = context.draining.clone();
         // Somebody who has not become a connection is not waited for.
@@ -224,7 +228,7 @@ impl Incoming {
         entered.map_err(refused).ok()
     }
 
-    async fn try_enter(self) -> Result<(Connection, AddressPermit), Failure> {
+    async fn try_enter(self) -> Result<Connection, Failure> {
         let Self {
             stream,
             entrance,
@@ -232,16 +236,14 @@ impl Incoming {
             ..
         } = self;
         let (stream, mut info, room) = entrance.prepare(stream).await?;
-        let connection: Connection = match &entrance.tls {
-            None => Box::pin(connection::serve(stream, info, context)),
+        Ok(match &entrance.tls {
+            None => connection::serve(stream, &info, context, room),
             Some(tls) => {
-                let secured = tls.secure(stream).await;
-                let socket = secured.map_err(|error| ("handshake_failed", error))?;
+                let socket = tls.secure(stream).await?;
                 info.certificate = socket.certificate().and_then(Subject::of);
-                Box::pin(connection::serve(socket, info, context))
+                connection::serve(socket, &info, context, room)
             }
-        };
-        Ok((connection, room))
+        })
     }
 }
 
@@ -284,17 +286,35 @@ impl Entrance {
 }
 
 impl Tls {
-    /// Does the handshake. A peer that says nothing takes no turn.
-    async fn secure(&self, stream: Stream) -> Result<TlsSocket, String> {
+    /// Does the handshake. A peer that says nothing takes no turn, and one that falls
+    /// silent gives way to others.
+    async fn secure(&self, stream: Stream) -> Result<TlsSocket, Failure> {
+        let failed = |error: String| ("handshake_failed", error);
         let handshake = async {
-            stream.readable().await?;
-            let _turn = self.handshakes.acquire().await.map_err(io::Error::other)?;
-            TlsSocket::accept(stream, self.config.get()).await
+            let readable = stream.readable().await;
+            readable.map_err(|error| failed(error.to_string()))?;
+            let mut turn = self.handshakes.wait().await;
+            let mut handshake = Handshake::new(stream, self.config.get());
+            let mut known = 0;
+            poll_fn(|cx| {
+                if turn.poll_lost(cx).is_ready() {
+                    let silent = "silent while others waited for a turn".to_owned();
+                    return Poll::Ready(Err(("handshake_silent", silent)));
+                }
+                let done = Pin::new(&mut handshake).poll(cx);
+                // Ours count too: there is an answer only where a message was whole.
+                let carried = handshake.carried();
+                if carried > known {
+                    let bytes = usize::try_from(carried - known).unwrap_or(usize::MAX);
+                    turn.heard(bytes, Instant::now());
+                    known = carried;
+                }
+                done.map_err(|error| failed(error.to_string()))
+            })
+            .await
         };
         let limit = self.handshake_timeout;
-        match timeout(limit, handshake).await {
-            Ok(result) => result.map_err(|error| error.to_string()),
-            Err(_) => Err(format!("not done within {limit:?}")),
-        }
+        let late = |_| Err(failed(format!("not done within {limit:?}")));
+        timeout(limit, handshake).await.unwrap_or_else(late)
     }
 }

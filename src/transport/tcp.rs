@@ -41,6 +41,10 @@ impl Acceptor {
         let socket = RawSocket::new(domain, Type::STREAM.nonblocking(), Some(Protocol::TCP))?;
         // A restart must not wait for connections of the last run to time out.
         socket.set_reuse_address(true)?;
+        if address.is_ipv6() && address.ip().is_unspecified() {
+            // [::] is both, whatever the system's default.
+            socket.set_only_v6(false)?;
+        }
         // Buffer sizes of a listening socket are inherited; set later they come too
         // late for the window scale of the handshake (tcp(7)).
         if let Some(bytes) = options.recbuf {
@@ -82,7 +86,9 @@ impl Acceptor {
 pub struct Stream {
     tcp: TcpStream,
     /// Bytes that came behind a PROXY header.
-    early: Bytes,
+    early: Option<Box<Bytes>>,
+    /// Bytes that went either way, for whoever wants to know whether something happens.
+    carried: u64,
 }
 
 impl Stream {
@@ -92,7 +98,8 @@ impl Stream {
         stream.set_nodelay(options.nodelay)?;
         Ok(Self {
             tcp: TcpStream::from_std(stream)?,
-            early: Bytes::new(),
+            early: None,
+            carried: 0,
         })
     }
 
@@ -103,7 +110,12 @@ impl Stream {
 
     /// Puts back bytes that were read too far.
     pub fn unread(&mut self, bytes: Bytes) {
-        self.early = bytes;
+        self.early = (!bytes.is_empty()).then(|| Box::new(bytes));
+    }
+
+    /// Bytes of the device that were read, and bytes that were sent to it.
+    pub fn carried(&self) -> u64 {
+        self.carried
     }
 
     /// The addresses of the device and of this end.
@@ -113,7 +125,7 @@ impl Stream {
 
     /// Waits until something has come. Cancel safe.
     pub async fn readable(&self) -> io::Result<()> {
-        if self.early.is_empty() {
+        if self.early.is_none() {
             self.tcp.readable().await?;
         }
         Ok(())
@@ -148,11 +160,17 @@ impl AsyncRead for Stream {
         cx: &mut Context<'_>,
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        if self.early.is_empty() {
-            return Pin::new(&mut self.tcp).poll_read(cx, buffer);
+        let before = buffer.filled().len();
+        if let Some(early) = &mut self.early {
+            let count = early.len().min(buffer.remaining());
+            buffer.put_slice(&early.split_to(count));
+            if early.is_empty() {
+                self.early = None;
+            }
+        } else {
+            ready!(Pin::new(&mut self.tcp).poll_read(cx, buffer))?;
         }
-        let count = self.early.len().min(buffer.remaining());
-        buffer.put_slice(&self.early.split_to(count));
+        self.carried += (buffer.filled().len() - before) as u64;
         Poll::Ready(Ok(()))
     }
 }
@@ -163,7 +181,9 @@ impl AsyncWrite for Stream {
         cx: &mut Context<'_>,
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.tcp).poll_write(cx, bytes)
+        let sent = ready!(Pin::new(&mut self.tcp).poll_write(cx, bytes))?;
+        self.carried += sent as u64;
+        Poll::Ready(Ok(sent))
     }
 
     fn poll_write_vectored(
@@ -171,7 +191,9 @@ impl AsyncWrite for Stream {
         cx: &mut Context<'_>,
         chunks: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.tcp).poll_write_vectored(cx, chunks)
+        let sent = ready!(Pin::new(&mut self.tcp).poll_write_vectored(cx, chunks))?;
+        self.carried += sent as u64;
+        Poll::Ready(Ok(sent))
     }
 
     fn is_write_vectored(&self) -> bool {
@@ -221,5 +243,73 @@ impl Socket for Stream {
 
     fn abort(&mut self) {
         Stream::abort(self);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What the options say is what the sockets have, those that are accepted too.
+    #[tokio::test]
+    async fn options_reach_the_sockets() {
+        for nodelay in [true, false] {
+            let options = Options {
+                backlog: 7,
+                nodelay,
+                recbuf: Some(32 * 1024),
+                sndbuf: Some(48 * 1024),
+            };
+            let acceptor = Acceptor::bind("127.0.0.1:0".parse().unwrap(), &options).unwrap();
+            let address = acceptor.local_addr().unwrap();
+            let _device = TcpStream::connect(address).await.unwrap();
+            let (stream, _) = acceptor.accept().await.unwrap();
+            let mut stream = Stream::adopt(stream, &options).unwrap();
+            assert_eq!(stream.tcp_mut().nodelay().unwrap(), nodelay);
+            let socket = SockRef::from(&stream.tcp);
+            // The kernel counts double for what it adds itself (socket(7)).
+            assert_eq!(socket.recv_buffer_size().unwrap(), 64 * 1024);
+            assert_eq!(socket.send_buffer_size().unwrap(), 96 * 1024);
+        }
+    }
+
+    #[tokio::test]
+    async fn all_addresses_are_those_of_both_families() {
+        let options = Options {
+            backlog: 7,
+            nodelay: true,
+            recbuf: None,
+            sndbuf: None,
+        };
+        let acceptor = Acceptor::bind("[::]:0".parse().unwrap(), &options).unwrap();
+        assert!(!SockRef::from(&acceptor.listener).only_v6().unwrap());
+        let port = acceptor.local_addr().unwrap().port();
+        TcpStream::connect(("127.0.0.1", port)).await.unwrap();
+        TcpStream::connect(("::1", port)).await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn what_was_read_too_far_comes_first_and_counts() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let (device, accepted) = tokio::join!(TcpStream::connect(address), listener.accept());
+        let options = Options {
+            backlog: 7,
+            nodelay: true,
+            recbuf: None,
+            sndbuf: None,
+        };
+        let accepted = accepted.unwrap().0.into_std().unwrap();
+        let mut stream = Stream::adopt(accepted, &options).unwrap();
+        stream.unread(Bytes::from_static(b"early"));
+        stream.readable().await.unwrap();
+        device.unwrap().try_write(b" late").unwrap();
+        let mut heard = [0; 10];
+        tokio::io::AsyncReadExt::read_exact(&mut stream, &mut heard)
+            .await
+            .unwrap();
+        assert_eq!(&heard, b"early late");
+        assert_eq!(stream.carried(), 10);
+        assert!(stream.early.is_none());
     }
 }

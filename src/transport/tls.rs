@@ -6,9 +6,9 @@ use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio_rustls::TlsAcceptor;
 use tokio_rustls::rustls::ServerConfig;
 use tokio_rustls::server::TlsStream;
+use tokio_rustls::{Accept, TlsAcceptor};
 
 use super::tcp::Stream;
 use super::{Received, Socket};
@@ -20,17 +20,34 @@ pub struct TlsSocket {
     encrypted: usize,
 }
 
-impl TlsSocket {
-    /// Does the handshake. The caller limits the time; dropped half way the
-    /// connection is gone.
-    pub async fn accept(stream: Stream, config: Arc<ServerConfig>) -> io::Result<Self> {
-        let stream = TlsAcceptor::from(config).accept(stream).await?;
-        Ok(Self {
-            stream,
-            encrypted: 0,
-        })
+/// A handshake. The caller limits the time; dropped half way the connection is gone.
+pub struct Handshake(Accept<Stream>);
+
+impl Handshake {
+    /// Begins when it is polled.
+    pub fn new(stream: Stream, config: Arc<ServerConfig>) -> Self {
+        Self(TlsAcceptor::from(config).accept(stream))
     }
 
+    /// Bytes that went either way so far, until it is done.
+    pub fn carried(&self) -> u64 {
+        self.0.get_ref().map_or(0, Stream::carried)
+    }
+}
+
+impl Future for Handshake {
+    type Output = io::Result<TlsSocket>;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<TlsSocket>> {
+        let stream = ready!(Pin::new(&mut self.0).poll(cx))?;
+        Poll::Ready(Ok(TlsSocket {
+            stream,
+            encrypted: 0,
+        }))
+    }
+}
+
+impl TlsSocket {
     /// The device's own certificate in DER, if it showed one.
     pub fn certificate(&self) -> Option<&[u8]> {
         let (_, connection) = self.stream.get_ref();

@@ -4,8 +4,8 @@ use std::net::SocketAddr;
 
 use tokio::net::{TcpStream, UdpSocket};
 
+use crate::common::DtlsDevice;
 use crate::common::{Adapter, Peer, within};
-use crate::dtls_device::DtlsDevice;
 use crate::scene::{Echo, Scene};
 
 /// A device over UDP that hears itself again.

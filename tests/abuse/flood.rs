@@ -10,8 +10,8 @@ use tokio::sync::watch;
 use tokio::time::interval;
 
 use crate::common::Call;
+use crate::common::DtlsDevice;
 use crate::crowd::{Flood, Flooded, PEERS};
-use crate::dtls_device::DtlsDevice;
 use crate::scene::{Scene, patiently};
 
 /// Peers that were there before the flood.

@@ -6,9 +6,9 @@ use std::sync::atomic::Ordering;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
+use crate::common::DtlsDevice;
 use crate::common::within;
 use crate::crowd::Crowd;
-use crate::dtls_device::DtlsDevice;
 use crate::scene::{Scene, patiently};
 
 const REFUSED: &str = "exproto_connections_refused_total";

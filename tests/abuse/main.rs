@@ -17,7 +17,6 @@
 mod common;
 mod crowd;
 mod descriptors;
-mod dtls_device;
 mod flood;
 mod garbage;
 mod handshakes;

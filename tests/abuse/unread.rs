@@ -3,8 +3,8 @@
 use exproto_sidecar::proto::ResultCode;
 use tokio::net::{TcpSocket, UdpSocket};
 
+use crate::common::DtlsDevice;
 use crate::common::pattern;
-use crate::dtls_device::DtlsDevice;
 use crate::scene::{Echo, Scene};
 
 /// Over TLS: what waits for each is bounded, `send_timeout` ends it, and others are

@@ -51,7 +51,7 @@ mod tests;
 pub use context::{ClientCertificates, Context, Options};
 pub use gate::{Gate, Look, Offer, Shown};
 pub use session::{PeerIdentity, Read, Session, WriteError};
-pub use socket::{DtlsSocket, Handshakes, Succession};
+pub use socket::{DtlsSocket, HandshakeError, Handshakes, Restarts, Succession};
 
 use std::path::PathBuf;
 

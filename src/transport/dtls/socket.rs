@@ -13,26 +13,73 @@ use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::Sleep;
 
 use super::{Gate, Look, Read, Session, Shown, WriteError};
+use crate::admission::turns::Turn;
 use crate::reload::Current;
+use crate::telemetry::Seldom;
 use crate::transport::scratch::with_scratch;
 use crate::transport::udp::UdpSocket;
 use crate::transport::{Received, Socket};
 
+/// Whether a device that is there may begin anew: the listener's rules.
+pub trait Restarts: Send + Sync {
+    /// A turn for its handshake; `None`, counted, when there is none for now.
+    fn begin(&self, now: Instant) -> Option<Turn>;
+
+    /// Counts a handshake that came to nothing, by its reason.
+    fn failed(&self, error: &HandshakeError);
+}
+
+/// Why a handshake came to nothing.
+#[derive(Debug, thiserror::Error)]
+pub enum HandshakeError {
+    /// It has given way to somebody else's.
+    #[error("silent while others waited for a turn")]
+    Silent,
+    /// The time is over.
+    #[error("not done within {0:?}")]
+    Late(Duration),
+    /// Something else, for the log.
+    #[error("{0}")]
+    Failed(String),
+}
+
+impl HandshakeError {
+    /// The `reason` under which it is counted.
+    pub fn word(&self) -> &'static str {
+        match self {
+            Self::Silent => "handshake_silent",
+            Self::Late(_) | Self::Failed(_) => "handshake_failed",
+        }
+    }
+}
+
+impl From<io::Error> for HandshakeError {
+    fn from(error: io::Error) -> Self {
+        Self::Failed(error.to_string())
+    }
+}
+
 /// What the handshakes of a listener on one shard share.
-#[derive(Debug)]
 pub struct Handshakes {
     /// Knows which devices have shown their address.
     pub gate: Mutex<Gate>,
     /// Certificates and keys; replaced when their files change.
     pub context: Arc<Current<super::Context>>,
-    /// Those that may be under way.
-    pub turns: Arc<Semaphore>,
+    /// For lines about what a device was not sent.
+    pub complaints: Seldom,
+    /// Asked when a device begins anew.
+    pub restarts: Box<dyn Restarts>,
     /// The longest that one may take.
     pub limit: Duration,
+}
+
+impl std::fmt::Debug for Handshakes {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Handshakes").finish_non_exhaustive()
+    }
 }
 
 impl Handshakes {
@@ -81,7 +128,7 @@ pub struct DtlsSocket {
 struct Next {
     session: Box<Session>,
     deadline: Pin<Box<Sleep>>,
-    _turn: OwnedSemaphorePermit,
+    turn: Turn,
 }
 
 impl DtlsSocket {
@@ -113,51 +160,53 @@ impl DtlsSocket {
         self.succession.clone()
     }
 
-    /// Does the rest of the handshake. Dropped half way the peer is forgotten.
-    ///
-    /// # Errors
-    /// The reason, for the log.
-    pub async fn handshake(&mut self) -> Result<(), String> {
+    /// Does the rest of the handshake, as long as it is its turn. Dropped half way the
+    /// peer is forgotten.
+    pub async fn handshake(&mut self, turn: &mut Turn) -> Result<(), HandshakeError> {
         let limit = self.handshakes.limit;
         let handshake = async {
             // The first datagram is known to the session.
-            poll_fn(|cx| with_scratch(|scratch| self.udp()?.poll_receive(cx, scratch)))
-                .await
-                .map_err(|error| error.to_string())?;
+            poll_fn(|cx| with_scratch(|scratch| self.udp()?.poll_receive(cx, scratch))).await?;
             let mut timer: Option<Pin<Box<Sleep>>> = None;
-            poll_fn(|cx| self.poll_handshake(cx, &mut timer)).await
+            poll_fn(|cx| match turn.poll_lost(cx) {
+                Poll::Ready(()) => Poll::Ready(Err(HandshakeError::Silent)),
+                Poll::Pending => self.poll_handshake(cx, turn, &mut timer),
+            })
+            .await
         };
         match tokio::time::timeout(limit, handshake).await {
             Ok(done) => done,
-            Err(_) => Err(format!("not done within {limit:?}")),
+            Err(_) => Err(HandshakeError::Late(limit)),
         }
     }
 
     fn poll_handshake(
         &mut self,
         cx: &mut Context<'_>,
+        turn: &Turn,
         timer: &mut Option<Pin<Box<Sleep>>>,
-    ) -> Poll<Result<(), String>> {
+    ) -> Poll<Result<(), HandshakeError>> {
         loop {
-            let sent = self.poll_transmit(cx).map_err(|error| error.to_string())?;
+            let sent = self.poll_transmit(cx)?;
             if self.session.is_established() {
                 return Poll::Ready(Ok(()));
             }
             if self.session.is_closed() {
                 let reason = self.session.failure().unwrap_or("the device gave up");
-                return Poll::Ready(Err(reason.to_owned()));
+                return Poll::Ready(Err(HandshakeError::Failed(reason.to_owned())));
             }
             let received = with_scratch(|scratch| {
                 let received = ready!(self.udp()?.poll_receive(cx, scratch));
                 if let Received::Bytes(count) = received? {
                     let datagram = scratch.get(..count).unwrap_or_default();
+                    turn.heard(count, Instant::now());
                     self.session.receive(datagram);
                 }
                 Poll::Ready(io::Result::Ok(()))
             });
             match received {
                 Poll::Ready(Ok(())) => continue,
-                Poll::Ready(Err(error)) => return Poll::Ready(Err(error.to_string())),
+                Poll::Ready(Err(error)) => return Poll::Ready(Err(error.into())),
                 Poll::Pending => {}
             }
             // What is not on its way yet needs no second time.
@@ -212,6 +261,9 @@ impl DtlsSocket {
     /// that one.
     fn take(&mut self, datagram: &[u8]) {
         if let Some(next) = &mut self.next {
+            if is_handshake(datagram) {
+                next.turn.heard(datagram.len(), Instant::now());
+            }
             next.session.receive(datagram);
         }
         self.session.receive(datagram);
@@ -236,7 +288,7 @@ impl DtlsSocket {
             }
             Look::Ignored => return,
         };
-        let Ok(turn) = self.handshakes.turns.clone().try_acquire_owned() else {
+        let Some(turn) = self.handshakes.restarts.begin(Instant::now()) else {
             return;
         };
         let accepted = self.handshakes.accept(&mut gate, &shown);
@@ -244,7 +296,7 @@ impl DtlsSocket {
             Box::new(Next {
                 session,
                 deadline: Box::pin(tokio::time::sleep(self.handshakes.limit)),
-                _turn: turn,
+                turn,
             })
         });
     }
@@ -254,13 +306,32 @@ impl DtlsSocket {
         let Some(next) = &mut self.next else {
             return false;
         };
-        let over = next.deadline.as_mut().poll(cx).is_ready();
-        let is_done = next.session.is_established();
-        if next.session.is_closed() || (over && !is_done) {
-            self.next = None;
+        if next.session.is_established() {
+            return true;
         }
-        is_done
+        let error = if next.session.is_closed() {
+            let reason = next.session.failure().unwrap_or("the device gave up");
+            HandshakeError::Failed(reason.to_owned())
+        } else if next.turn.poll_lost(cx).is_ready() {
+            HandshakeError::Silent
+        } else if next.deadline.as_mut().poll(cx).is_ready() {
+            HandshakeError::Late(self.handshakes.limit)
+        } else {
+            return false;
+        };
+        self.handshakes.restarts.failed(&error);
+        self.next = None;
+        false
     }
+}
+
+/// Whether a datagram begins with a record that is not a message of a session that is
+/// there (RFC 6347, 4.3.1).
+fn is_handshake(datagram: &[u8]) -> bool {
+    const APPLICATION_DATA: u8 = 23;
+    datagram
+        .first()
+        .is_some_and(|kind| *kind != APPLICATION_DATA)
 }
 
 impl Drop for DtlsSocket {
@@ -325,7 +396,9 @@ impl Socket for DtlsSocket {
                 Err(WriteError::Full) => ready!(self.poll_transmit(cx))?,
                 Err(error @ WriteError::TooLarge { .. }) => {
                     let (addresses, bytes) = (self.addresses(), message.len());
-                    tracing::warn!(?addresses, bytes, %error, "not sent to the device");
+                    if let Some(left_out) = self.handshakes.complaints.tell(Instant::now()) {
+                        tracing::warn!(?addresses, bytes, %error, left_out, "not sent to the device");
+                    }
                     return Poll::Ready(Ok(message.len()));
                 }
                 Err(error) => return Poll::Ready(Err(io::Error::other(error.to_string()))),

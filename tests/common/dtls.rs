@@ -1,12 +1,12 @@
 //! A device over DTLS that can stop wherever it likes.
 
 use std::io::{self, Read, Write};
-use std::net::{SocketAddr, UdpSocket};
+use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::time::{Duration, Instant};
 
 use openssl::ssl::{ErrorCode, Ssl, SslContext, SslMethod, SslStream, SslVerifyMode, SslVersion};
 
-use crate::common::LIMIT;
+use super::LIMIT;
 
 /// How long it waits for a datagram before it looks whether to send again.
 const LOOK: Duration = Duration::from_millis(200);
@@ -55,7 +55,14 @@ impl Write for Wire {
 
 impl DtlsDevice {
     /// From a port of this address; it has said nothing yet.
-    pub fn new(from: [u8; 4], to: SocketAddr) -> Self {
+    pub fn new(from: impl Into<IpAddr>, to: SocketAddr) -> Self {
+        let socket = UdpSocket::bind(SocketAddr::new(from.into(), 0)).unwrap();
+        socket.connect(to).unwrap();
+        Self::over(socket)
+    }
+
+    /// From where another was: the device has lost its state.
+    pub fn over(socket: UdpSocket) -> Self {
         let mut builder = SslContext::builder(SslMethod::dtls_client()).unwrap();
         builder
             .set_max_proto_version(Some(SslVersion::DTLS1_2))
@@ -64,8 +71,6 @@ impl DtlsDevice {
         let mut ssl = Ssl::new(&builder.build()).unwrap();
         ssl.set_mtu(1200).unwrap();
         ssl.set_connect_state();
-        let socket = UdpSocket::bind(SocketAddr::from((from, 0))).unwrap();
-        socket.connect(to).unwrap();
         socket.set_read_timeout(Some(LOOK)).unwrap();
         let wire = Wire {
             socket,
@@ -78,7 +83,8 @@ impl DtlsDevice {
     }
 
     /// One that has done its handshake.
-    pub async fn connect(from: [u8; 4], to: SocketAddr) -> Self {
+    pub async fn connect(from: impl Into<IpAddr>, to: SocketAddr) -> Self {
+        let from = from.into();
         let connecting = move || {
             let mut device = Self::new(from, to);
             device.handshake();
