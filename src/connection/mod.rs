@@ -6,7 +6,7 @@
 //!                inputs  v | actions          +------ broker's deliveries
 //!                      machine
 //!                        |
-//!                        v one callback at a time
+//!                        v one callback at a time, or several on streams
 //!                     handler
 //! ```
 //!
@@ -14,6 +14,7 @@
 //! [`machine`] that decides.
 
 pub mod command;
+mod calls;
 mod context;
 mod handle;
 mod linger;
