@@ -358,8 +358,9 @@ impl Log {
         let mut wrong = Vec::new();
         let name = event.call.name();
         let together = self.shared_streams && matches!(name, "bytes" | "messages");
-        let beside = |other: &&str| together && **other != name && matches!(**other, "bytes" | "messages");
-        if !state.in_flight.iter().all(|other| beside(&other)) {
+        let beside =
+            |other: &str| together && other != name && matches!(other, "bytes" | "messages");
+        if !state.in_flight.iter().all(|other| beside(other)) {
             wrong.push("a second callback at a time");
         }
         state.in_flight.push(name);
