@@ -166,13 +166,15 @@ async fn closed_waits_for_everything_before_it() {
         device.send(line(number)).await;
     }
     stage.handler.bytes(&device.conn, 8).await;
-    let conn = device.conn.clone();
-    drop(device);
-    // The gateway has seen the end: another one is closed and told of.
+    let received = r#"exproto_received_bytes_total{listener="tcp.default"}"#;
+    stage.admin.metric_until(received, |n| n > 79.5).await;
+    stage.adapter.close(&device.conn).await.ok();
+    // The socket is closed; only the handler is not told yet.
+    assert!(device.read_all().await.is_empty());
+    assert_eq!(stage.handler.names(&device.conn), ["created", "bytes"]);
     gate.open();
-    assert_eq!(stage.handler.closed(&conn).await, "normal");
-    let bytes = stage.handler.bytes(&conn, 80).await;
-    assert_eq!(bytes.len(), 80);
+    assert_eq!(stage.closed(&device).await, "closed_by_handler");
+    assert_eq!(stage.handler.bytes(&device.conn, 80).await.len(), 80);
     // That nothing is at the same time as another is checked here.
     stage.finish().await;
 }
