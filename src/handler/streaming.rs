@@ -67,10 +67,10 @@ pub struct Streaming {
 }
 
 /// What is under way on a channel.
-#[derive(Debug, Default)]
 struct Load {
     events: AtomicUsize,
     bytes: AtomicUsize,
+    metrics: HandlerMetrics,
 }
 
 /// An event on its way.
@@ -88,21 +88,17 @@ struct Entry {
 /// An entry's part of the load, until it is dropped.
 struct Held {
     load: Arc<Load>,
-    metrics: HandlerMetrics,
     bytes: usize,
 }
 
 impl Held {
-    fn new(load: &Arc<Load>, metrics: &HandlerMetrics, bytes: usize) -> Self {
+    fn new(load: &Arc<Load>, bytes: usize) -> Self {
         load.events.fetch_add(1, Ordering::Relaxed);
         load.bytes.fetch_add(bytes, Ordering::Relaxed);
-        metrics.in_flight.increment(1.0);
-        metrics.unacknowledged.increment(1.0);
-        Self {
-            load: load.clone(),
-            metrics: metrics.clone(),
-            bytes,
-        }
+        load.metrics.in_flight.increment(1.0);
+        load.metrics.unacknowledged.increment(1.0);
+        let load = load.clone();
+        Self { load, bytes }
     }
 }
 
@@ -110,19 +106,24 @@ impl Drop for Held {
     fn drop(&mut self) {
         self.load.events.fetch_sub(1, Ordering::Relaxed);
         self.load.bytes.fetch_sub(self.bytes, Ordering::Relaxed);
-        self.metrics.in_flight.decrement(1.0);
-        self.metrics.unacknowledged.decrement(1.0);
+        self.load.metrics.in_flight.decrement(1.0);
+        self.load.metrics.unacknowledged.decrement(1.0);
     }
 }
 
 impl Streaming {
     /// Over this channel.
     pub fn new(client: Arc<Client>, options: Options) -> Self {
+        let load = Arc::new(Load {
+            events: AtomicUsize::new(0),
+            bytes: AtomicUsize::new(0),
+            metrics: client.shared.metrics.clone(),
+        });
         Self {
             client,
             options,
             lanes: Default::default(),
-            load: Arc::default(),
+            load,
         }
     }
 
@@ -171,8 +172,7 @@ impl EventSink for Streaming {
             event => return self.client.deliver(caller, event),
         };
         let (done, ended) = oneshot::channel();
-        let metrics = &self.client.shared.metrics;
-        let held = Held::new(&self.load, metrics, request.len());
+        let held = Held::new(&self.load, request.len());
         let entry = Entry {
             caller,
             request: request.into(),
@@ -325,7 +325,9 @@ impl Lane {
                 }
                 Some(()) = next(&mut again) => {
                     again = None;
-                    self.ledger.resume(Instant::now(), &mut self.hands);
+                    if self.hands.client.link.is_up() {
+                        self.ledger.resume(Instant::now(), &mut self.hands);
+                    }
                 }
                 () = timer.as_mut(), if due.is_some() => self.elapsed(),
             }
