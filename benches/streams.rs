@@ -116,7 +116,11 @@ fn processor_time() -> Duration {
 }
 
 async fn measure(port: u16, streaming: Option<streaming::Options>, each: usize) {
-    let name = if streaming.is_some() { "stream" } else { "calls" };
+    let name = if streaming.is_some() {
+        "stream"
+    } else {
+        "calls"
+    };
     let metrics = HandlerMetrics::new(&Metrics::new().unwrap(), "bench");
     let target = Target {
         host: "127.0.0.1".to_owned(),
@@ -141,7 +145,11 @@ async fn measure(port: u16, streaming: Option<streaming::Options>, each: usize) 
     let sink = pool.assign();
     let (begun, before) = (Instant::now(), processor_time());
     let devices = (0..CONNECTIONS).map(|number| {
-        tokio::spawn(device(sink.clone(), format!("a-connection-of-the-usual-length-{number}"), each))
+        tokio::spawn(device(
+            sink.clone(),
+            format!("a-connection-of-the-usual-length-{number}"),
+            each,
+        ))
     });
     for device in devices.collect::<Vec<_>>() {
         device.await.unwrap();

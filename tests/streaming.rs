@@ -17,8 +17,8 @@ use std::process::Stdio;
 use std::time::Duration;
 
 use common::{
-    Broker, Call, Device, Gate, Handler, Log, Peer, Plan, Process, Proxy, Stage, free_port, pattern,
-    within,
+    Broker, Call, Device, Gate, Handler, Log, Peer, Plan, Process, Proxy, Stage, free_port,
+    pattern, within,
 };
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tokio::process::{Child, Command};
@@ -111,7 +111,9 @@ async fn each_connections_bytes_come_in_order_and_once() {
     for _ in 0..10 {
         devices.push(stage.device().await);
     }
-    let devices = within("the devices", send_lines(devices, 200)).await.unwrap();
+    let devices = within("the devices", send_lines(devices, 200))
+        .await
+        .unwrap();
     for device in devices {
         assert_eq!(all_lines(&stage, &device, 200).await, 0);
         let conn = device.conn.clone();
@@ -121,7 +123,11 @@ async fn each_connections_bytes_come_in_order_and_once() {
     let streams = stage.handler.streams(|log| log.streams.clone());
     let of = |name| streams.iter().filter(move |(other, _)| *other == name);
     assert!(of("bytes").any(|(_, count)| *count > 1), "{streams:?}");
-    assert!(of("created").chain(of("closed")).all(|(_, count)| *count == 1));
+    assert!(
+        of("created")
+            .chain(of("closed"))
+            .all(|(_, count)| *count == 1)
+    );
     assert!(stage.admin.metric(&ended("OnReceivedBytes", "ok")).await > 0.5);
     assert!(stage.admin.metric(UNACKNOWLEDGED).await < 0.5);
     assert!(stage.admin.metric(RESENT).await < 0.5);
@@ -218,8 +224,17 @@ async fn a_killed_handler_loses_nothing() {
         again += all_lines(&stage, device, 600).await;
     }
     let resent = stage.admin.metric(RESENT).await;
-    assert!(again as f64 <= resent + 0.5, "{again} came again, {resent} were sent again");
-    assert!(stage.admin.metric(&ended("OnReceivedBytes", "broken")).await > 0.5);
+    assert!(
+        again as f64 <= resent + 0.5,
+        "{again} came again, {resent} were sent again"
+    );
+    assert!(
+        stage
+            .admin
+            .metric(&ended("OnReceivedBytes", "broken"))
+            .await
+            > 0.5
+    );
     stage.finish().await;
 }
 
@@ -250,7 +265,10 @@ async fn a_reset_line_loses_nothing() {
         again += all_lines(&stage, device, 600).await;
     }
     let resent = stage.admin.metric(RESENT).await;
-    assert!(again as f64 <= resent + 0.5, "{again} came again, {resent} were sent again");
+    assert!(
+        again as f64 <= resent + 0.5,
+        "{again} came again, {resent} were sent again"
+    );
     stage.finish().await;
 }
 
@@ -276,7 +294,9 @@ async fn unavailable_is_sent_again_in_order() {
             }
         }
     });
-    let devices = within("the device", send_lines(vec![device], 50)).await.unwrap();
+    let devices = within("the device", send_lines(vec![device], 50))
+        .await
+        .unwrap();
     assert!(all_lines(&stage, &devices[0], 50).await > 0);
     assert!(stage.admin.metric(RESENT).await > 0.5);
     stage.finish().await;
@@ -348,7 +368,9 @@ async fn an_answer_before_the_end_loses_nothing() {
         devices.push(stage.device().await);
     }
     stage.handler.streams(|log| log.hasty = true);
-    let devices = within("the devices", send_lines(devices, 50)).await.unwrap();
+    let devices = within("the devices", send_lines(devices, 50))
+        .await
+        .unwrap();
     for device in &devices {
         all_lines(&stage, device, 50).await;
     }
@@ -373,7 +395,10 @@ async fn a_handler_that_never_reads_is_given_up() {
     within("the end at the device", endless).await.unwrap();
     let received = r#"exproto_received_bytes_total{listener="tcp.default"}"#;
     let received = stage.admin.metric(received).await;
-    assert!(received < 2.0 * 1024.0 * 1024.0, "{received} bytes were read");
+    assert!(
+        received < 2.0 * 1024.0 * 1024.0,
+        "{received} bytes were read"
+    );
     stage.handler.streams(|log| log.deaf = None);
     gate.open();
     // It works again for others.
@@ -396,7 +421,9 @@ async fn a_drain_waits_for_every_answer() {
     }
     let received = r#"exproto_received_bytes_total{listener="tcp.default"}"#;
     stage.admin.metric_until(received, |n| n > 79.5).await;
-    let Stage { gateway, handler, .. } = stage;
+    let Stage {
+        gateway, handler, ..
+    } = stage;
     let drain = tokio::spawn(gateway.drain());
     gate.open();
     let drained = within("the drain", drain).await.unwrap();
@@ -551,7 +578,10 @@ async fn a_python_handler_serves_and_is_restarted() {
     // What the handler saw of the connections: the end of each, after all of its bytes.
     python.child.kill().await.unwrap();
     let seen = std::fs::read_to_string(&file).unwrap();
-    let closed: Vec<&str> = seen.lines().filter_map(|l| l.strip_prefix("closed ")).collect();
+    let closed: Vec<&str> = seen
+        .lines()
+        .filter_map(|l| l.strip_prefix("closed "))
+        .collect();
     assert_eq!(closed.len(), 20, "{closed:?}");
     let distinct: HashSet<&str> = closed.into_iter().collect();
     assert_eq!(distinct.len(), 20);

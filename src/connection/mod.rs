@@ -13,8 +13,8 @@
 //! A private `task`, a cloneable `handle`, an entry in the `registry`, and a
 //! [`machine`] that decides.
 
-pub mod command;
 mod calls;
+pub mod command;
 mod context;
 mod handle;
 mod linger;

@@ -313,7 +313,10 @@ impl<E> Ledger<E> {
         self.outage = None;
         for item in std::mem::take(&mut self.waiting) {
             self.no_longer_waits(item.conn);
-            out.settle(item.entry, Err(CallFailure::Unavailable(trouble.to_owned())));
+            out.settle(
+                item.entry,
+                Err(CallFailure::Unavailable(trouble.to_owned())),
+            );
         }
     }
 
@@ -468,7 +471,13 @@ impl<E> Ledger<E> {
     }
 
     /// What was on a stream that broke goes before what waits.
-    fn broke(&mut self, items: Vec<Item<E>>, trouble: &str, now: Instant, out: &mut impl Output<E>) {
+    fn broke(
+        &mut self,
+        items: Vec<Item<E>>,
+        trouble: &str,
+        now: Instant,
+        out: &mut impl Output<E>,
+    ) {
         self.suspended = true;
         self.outage.get_or_insert(now);
         if self.limits.at_least_once {

@@ -495,7 +495,8 @@ impl Service {
 #[tonic::async_trait]
 impl ConnectionHandler for Service {
     async fn on_socket_created(&self, stream: Request<Streaming<SocketCreatedRequest>>) -> Taken {
-        let call = |m: SocketCreatedRequest| (m.conn, Call::Created(m.conninfo.unwrap_or_default()));
+        let call =
+            |m: SocketCreatedRequest| (m.conn, Call::Created(m.conninfo.unwrap_or_default()));
         self.take_all("created", stream, call).await
     }
 

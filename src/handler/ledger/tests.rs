@@ -108,7 +108,10 @@ impl Output<Name> for Recorder {
 
 #[derive(Debug, Clone)]
 enum Step {
-    Push { conn: usize, size: usize },
+    Push {
+        conn: usize,
+        size: usize,
+    },
     /// The answer of the stream in this place.
     Ended(usize, End),
     /// Which of the entries tried alone fail first, if any.
@@ -182,7 +185,9 @@ impl World {
         self.ledger.ended(stream, end, self.now, &mut self.out);
         if taken {
             assert_eq!(self.out.fates.len(), count + entries.len());
-            let all = entries.iter().all(|entry| self.out.fates[entry] == Fate::Taken);
+            let all = entries
+                .iter()
+                .all(|entry| self.out.fates[entry] == Fate::Taken);
             assert!(all, "taken is taken");
         }
     }
@@ -239,7 +244,10 @@ impl World {
         while let Some(due) = self.ledger.deadline().filter(|due| *due <= until) {
             self.now = self.now.max(due);
             self.ledger.elapsed(self.now, &mut self.out);
-            let late = self.ledger.late(self.now, |_| Duration::ZERO).map(|(stream, ..)| stream);
+            let late = self
+                .ledger
+                .late(self.now, |_| Duration::ZERO)
+                .map(|(stream, ..)| stream);
             if let Some(stream) = late {
                 self.ended(stream, End::Late);
             }
