@@ -147,6 +147,8 @@ pub(super) struct Ledger<E> {
     conns: HashMap<ConnKey, Conn>,
     /// Most messages on a stream for now.
     most: usize,
+    /// The handler answers streams before their end, so each carries one message.
+    cautious: bool,
     /// No stream is opened: the handler is away.
     suspended: bool,
     /// Since when nothing got through, if something was to.
@@ -162,6 +164,7 @@ impl<E> Ledger<E> {
             streams: VecDeque::new(),
             waiting: VecDeque::new(),
             conns: HashMap::new(),
+            cautious: false,
             suspended: false,
             outage: None,
         }
@@ -260,8 +263,10 @@ impl<E> Ledger<E> {
             End::Broken(trouble) => self.broke(stream.items, &trouble, now, out),
             // An answer before the end: nobody can know what the handler has read.
             End::Taken | End::Refused | End::Late => {
-                if end == End::Late {
-                    self.most = (self.most / 4).max(1);
+                match end {
+                    End::Late => self.most = (self.most / 4).max(1),
+                    End::Taken => (self.cautious, self.most) = (true, 1),
+                    End::Broken(_) | End::Refused => {}
                 }
                 stream.state = State::Trying;
                 let items = std::mem::take(&mut stream.items).into_iter();
@@ -297,6 +302,8 @@ impl<E> Ledger<E> {
     /// Opens no stream until [`Ledger::resume`].
     pub(super) fn suspend(&mut self, now: Instant) {
         self.suspended = true;
+        // It may be another one that comes back.
+        self.cautious = false;
         if !self.is_empty() {
             self.outage.get_or_insert(now);
         }
@@ -436,9 +443,10 @@ impl<E> Ledger<E> {
         self.waiting = passed_over;
     }
 
-    /// Ends the open stream if it is full or old and no other is under way.
+    /// Ends the open stream if it is full or old and no other is under way. One that
+    /// carries a single message need not wait for others.
     fn end_if_due(&mut self, now: Instant, out: &mut impl Output<E>) -> bool {
-        if self.streams.len() != 1 {
+        if self.streams.len() != 1 && !self.cautious {
             return false;
         }
         let (limits, most) = (&self.limits, self.most);
@@ -462,6 +470,9 @@ impl<E> Ledger<E> {
         let State::Ended(since, _) = stream.state else {
             return;
         };
+        if self.cautious {
+            return;
+        }
         let took = now.saturating_duration_since(since);
         if took * 2 > self.limits.patience {
             self.most = (self.most / 2).max(1);
@@ -478,7 +489,7 @@ impl<E> Ledger<E> {
         now: Instant,
         out: &mut impl Output<E>,
     ) {
-        self.suspended = true;
+        self.suspend(now);
         self.outage.get_or_insert(now);
         if self.limits.at_least_once {
             for mut item in items.into_iter().rev() {

@@ -419,3 +419,21 @@ fn an_early_answer_is_no_answer() {
     assert_eq!(world.out.fates[&(1, 1)], Fate::Failed, "after a failure");
     assert!(world.ledger.is_empty());
 }
+
+/// A handler that answers too early gets streams of one message, which are over before
+/// it can, until it has been away.
+#[test]
+fn who_answers_early_gets_one_message_a_stream() {
+    let mut world = World::new(limits(true));
+    world.push(1, 1);
+    world.ended(StreamId(0), End::Taken);
+    world.tried(None);
+    world.push(1, 1);
+    world.push(2, 1);
+    assert_eq!(world.out.streams[&StreamId(1)], (vec![(1, 1)], true));
+    assert_eq!(world.out.streams[&StreamId(2)], (vec![(2, 0)], true));
+    world.ended(StreamId(1), End::Broken("gone".to_owned()));
+    world.ended(StreamId(2), End::Taken);
+    world.step(Step::Resume);
+    assert!(!world.out.streams[&StreamId(3)].1);
+}

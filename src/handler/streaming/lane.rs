@@ -202,8 +202,9 @@ impl Lane {
         };
         if early && end == End::Taken && !std::mem::replace(&mut self.warned, true) {
             tracing::warn!(
-                "a handler answered a stream before its end; each of its messages is sent again by itself, for \
-                 nobody knows which of them it has read"
+                "a handler answered a stream before its end, and nobody knows which of its messages it has read; \
+                 they are sent again, each by itself, and so is everything from now on. It must read a stream to its \
+                 end, or be used without handler.streaming"
             );
         }
         self.ledger
