@@ -244,11 +244,8 @@ impl World {
         while let Some(due) = self.ledger.deadline().filter(|due| *due <= until) {
             self.now = self.now.max(due);
             self.ledger.elapsed(self.now, &mut self.out);
-            let late = self
-                .ledger
-                .late(self.now, |_| Duration::ZERO)
-                .map(|(stream, ..)| stream);
-            if let Some(stream) = late {
+            // Two may be late at the same time.
+            while let Some((stream, ..)) = self.ledger.late(self.now, |_| Duration::ZERO) {
                 self.ended(stream, End::Late);
             }
             assert_ne!(self.ledger.deadline(), Some(due), "a timer without effect");
