@@ -1,5 +1,5 @@
 //! What an OnReceivedBytes costs, as a call and on a stream: processor time of the
-//! gateway's side and the handler's together, both real, over loopback.
+//! gateway's side, and of it and the handler's together, both real, over loopback.
 //!
 //! `cargo bench --bench streams`
 
@@ -101,12 +101,13 @@ fn runtime() -> tokio::runtime::Runtime {
         .unwrap()
 }
 
-fn processor_time() -> Duration {
+/// Of this thread, or of all.
+fn processor_time(whose: libc::c_int) -> Duration {
     let mut usage = std::mem::MaybeUninit::<libc::rusage>::uninit();
     // SAFETY: the pointer is to room for what is written.
     #[allow(unsafe_code)]
     let usage = unsafe {
-        assert_eq!(libc::getrusage(libc::RUSAGE_SELF, usage.as_mut_ptr()), 0);
+        assert_eq!(libc::getrusage(whose, usage.as_mut_ptr()), 0);
         usage.assume_init()
     };
     let time = |t: libc::timeval| {
@@ -143,7 +144,8 @@ async fn measure(port: u16, streaming: Option<streaming::Options>, each: usize) 
     };
     let pool = Pool::new(vec![link], options, metrics, CancellationToken::new()).unwrap();
     let sink = pool.assign();
-    let (begun, before) = (Instant::now(), processor_time());
+    let times = || [libc::RUSAGE_THREAD, libc::RUSAGE_SELF].map(processor_time);
+    let (begun, before) = (Instant::now(), times());
     let devices = (0..CONNECTIONS).map(|number| {
         tokio::spawn(device(
             sink.clone(),
@@ -155,11 +157,11 @@ async fn measure(port: u16, streaming: Option<streaming::Options>, each: usize) 
         device.await.unwrap();
     }
     let count = (CONNECTIONS * each) as f64;
-    let micros = |time: Duration| time.as_secs_f64() * 1e6 / count;
+    let after = times();
+    let [own, both] = [0, 1].map(|i| (after[i] - before[i]).as_secs_f64() * 1e6 / count);
+    let rate = count / begun.elapsed().as_secs_f64();
     println!(
-        "{name}: {:.0} a second, {:.2} µs of processor time each, both sides",
-        count / begun.elapsed().as_secs_f64(),
-        micros(processor_time() - before),
+        "{name}: {rate:.0} a second, {own:.2} µs of processor time each, {both:.2} with the handler"
     );
     running.abort();
 }
