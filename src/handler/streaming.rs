@@ -11,7 +11,7 @@
 //! when everything before them is answered.
 //!
 //! One task for each kind and channel, begun with the first event, runs a
-//! [`super::ledger::Ledger`], which decides; it opens the streams, writes, and tells the connections
+//! `Ledger`, which decides; it opens the streams, writes, and tells the connections
 //! what became of their events.
 
 mod lane;
