@@ -391,6 +391,9 @@ async fn an_answer_before_the_end_loses_nothing() {
 async fn a_handler_that_never_reads_is_given_up() {
     let stage = stage(&[("HANDLER__REQUEST_TIMEOUT", "1s")]).await;
     let mut device = stage.device().await;
+    let answered = |log: &Log| (!log.streams.is_empty()).then_some(());
+    let what = "the answer to OnSocketCreated";
+    stage.handler.wait(what, answered).await;
     let gate = Gate::closed();
     stage.handler.streams(|log| log.deaf = Some(gate.clone()));
     let endless = tokio::spawn(async move {
