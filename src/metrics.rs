@@ -39,6 +39,10 @@ const CALLBACK_SECONDS: &str = "exproto_callback_duration_seconds";
 const CALLBACKS_IN_FLIGHT: &str = "exproto_callbacks_in_flight";
 const CALLBACKS_RETRIED: &str = "exproto_callbacks_retried_total";
 const CLOSED_LOST: &str = "exproto_closed_callbacks_lost_total";
+const STREAMS_OPENED: &str = "exproto_handler_streams_opened_total";
+const STREAMS_ENDED: &str = "exproto_handler_streams_ended_total";
+const UNACKNOWLEDGED: &str = "exproto_handler_stream_unacknowledged";
+const RESENT: &str = "exproto_handler_stream_resent_total";
 const HANDLER_UP: &str = "exproto_handler_channels_up";
 const ADAPTER_CALLS: &str = "exproto_adapter_calls_total";
 const ADAPTER_CONNECTIONS: &str = "exproto_adapter_connections";
@@ -82,6 +86,10 @@ const TABLE: &[(Kind, &str, Unit, &str, &str)] = &[
     (Kind::Gauge, CALLBACKS_IN_FLIGHT, Unit::Count, "handler", "Callbacks that wait for their answer."),
     (Kind::Counter, CALLBACKS_RETRIED, Unit::Count, "handler", "Callbacks sent again because the handler was unavailable."),
     (Kind::Counter, CLOSED_LOST, Unit::Count, "handler", "OnSocketClosed callbacks that no handler took."),
+    (Kind::Counter, STREAMS_OPENED, Unit::Count, "handler, method", "With handler.streaming: streams opened."),
+    (Kind::Counter, STREAMS_ENDED, Unit::Count, "handler, method, outcome", "With handler.streaming: streams that ended, by outcome: ok, broken (its messages are sent again), and those whose messages are sent again each by itself: error (a status other than UNAVAILABLE), late (no answer within request_timeout), early (answered before its end)."),
+    (Kind::Gauge, UNACKNOWLEDGED, Unit::Count, "handler", "With handler.streaming: callbacks with bytes and messages that wait to be sent or whose stream is not answered."),
+    (Kind::Counter, RESENT, Unit::Count, "handler", "With handler.streaming: callbacks sent again because their stream was not answered with OK; a handler may have had them before."),
     (Kind::Gauge, HANDLER_UP, Unit::Count, "handler", "Connected channels to the handler; each shard keeps one for each address."),
     (Kind::Counter, ADAPTER_CALLS, Unit::Count, "method, code", "Calls of handlers to the adapter, by result code."),
     (Kind::Gauge, ADAPTER_CONNECTIONS, Unit::Count, "", "Connections of handlers to the adapter."),
@@ -305,6 +313,21 @@ impl ListenerMetrics {
     }
 }
 
+/// How a stream to a handler ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum StreamOutcome {
+    /// It was answered with OK.
+    Ok,
+    /// The channel broke, or the handler was unavailable.
+    Broken,
+    /// It was answered with another status.
+    Error,
+    /// It was not answered in time.
+    Late,
+    /// It was answered with OK before its end.
+    Early,
+}
+
 /// Metrics of one handler.
 #[derive(Clone)]
 pub struct HandlerMetrics {
@@ -316,6 +339,10 @@ pub struct HandlerMetrics {
     pub retried: Counter,
     /// OnSocketClosed that no handler took.
     pub closed_lost: Counter,
+    /// Events handed to streams and not known to be taken.
+    pub unacknowledged: Gauge,
+    /// Events of streams sent again.
+    pub resent: Counter,
     /// Connected channels.
     pub channels_up: Gauge,
     ok: [Counter; METHODS.len()],
@@ -345,6 +372,8 @@ impl HandlerMetrics {
             in_flight: metrics.gauge(CALLBACKS_IN_FLIGHT, labels()),
             retried: metrics.counter(CALLBACKS_RETRIED, labels()),
             closed_lost: metrics.counter(CLOSED_LOST, labels()),
+            unacknowledged: metrics.gauge(UNACKNOWLEDGED, labels()),
+            resent: metrics.counter(RESENT, labels()),
             channels_up: metrics.gauge(HANDLER_UP, labels()),
             ok: METHODS.map(|method| {
                 let mut labels = by_method(method);
@@ -363,6 +392,34 @@ impl HandlerMetrics {
             ok.increment(1);
             seconds.record(elapsed.as_secs_f64());
         }
+    }
+
+    /// Counts a stream that was opened.
+    pub fn stream_opened(&self, method: usize) {
+        let method = METHODS.get(method).copied().unwrap_or_default();
+        let labels = vec![
+            label("handler", self.handler.clone()),
+            label("method", method),
+        ];
+        self.metrics.counter(STREAMS_OPENED, labels).increment(1);
+    }
+
+    /// Counts a stream that ended.
+    pub fn stream_ended(&self, method: usize, outcome: StreamOutcome) {
+        let method = METHODS.get(method).copied().unwrap_or_default();
+        let outcome = match outcome {
+            StreamOutcome::Ok => "ok",
+            StreamOutcome::Broken => "broken",
+            StreamOutcome::Error => "error",
+            StreamOutcome::Late => "late",
+            StreamOutcome::Early => "early",
+        };
+        let labels = vec![
+            label("handler", self.handler.clone()),
+            label("method", method),
+            label("outcome", outcome),
+        ];
+        self.metrics.counter(STREAMS_ENDED, labels).increment(1);
     }
 
     /// Records a callback that failed for good.

@@ -17,7 +17,7 @@ use crate::config::{
 };
 use crate::connection::machine::Timeouts;
 use crate::connection::{Limits, Policy, Settings};
-use crate::handler::{client, link};
+use crate::handler::{client, link, streaming};
 use crate::tls::{self, Identity, PeerCheck};
 use crate::transport::dtls::{self, ClientCertificates};
 use crate::transport::{tcp, udp};
@@ -132,6 +132,12 @@ pub fn client(handler: &Handler, shards: usize) -> client::Options {
             OnUnavailable::Hold => handler.max_outage.finite(),
             OnUnavailable::Close => Some(Duration::ZERO),
         },
+        streaming: handler.streaming.then(|| streaming::Options {
+            max_messages: handler.stream_max_messages,
+            max_bytes: handler.stream_max_bytes.bytes(),
+            max_age: handler.stream_max_age,
+            at_least_once: true,
+        }),
     }
 }
 

@@ -15,7 +15,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use common::{Broker, Call, Device, Gate, Handler, Peer, Stage, assert_same, pattern, within};
+use common::{Broker, Call, Device, Gate, Handler, Log, Peer, Stage, assert_same, pattern, within};
 use exproto_sidecar::proto::{Address, ResultCode, SocketType, TimerType};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tonic::Status;
@@ -101,6 +101,10 @@ async fn the_streaming_service_gets_the_same_callbacks() {
     assert_eq!(stage.closed(&device).await, "keepalive_timeout");
     let names = stage.handler.names(&device.conn);
     assert_eq!(names, ["created", "bytes", "messages", "timer", "closed"]);
+    let handler = &stage.handler;
+    let each_alone = |log: &Log| (log.streams.len() == 5).then(|| log.streams.clone());
+    let streams = handler.wait("the ends of the streams", each_alone).await;
+    assert!(streams.iter().all(|(_, count)| *count == 1), "{streams:?}");
     stage.finish().await;
 }
 

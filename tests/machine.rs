@@ -35,6 +35,7 @@ enum Step {
     /// Time goes by, milliseconds, without anybody looking.
     Wait(u64),
     Pause(bool),
+    Window(usize),
 }
 
 fn outcomes() -> impl Strategy<Value = Outcome> {
@@ -67,6 +68,7 @@ fn steps() -> impl Strategy<Value = Step> {
         4 => Just(Step::Elapsed),
         4 => (0..3000_u64).prop_map(Step::Wait),
         1 => any::<bool>().prop_map(Step::Pause),
+        1 => (1..4_usize).prop_map(Step::Window),
     ]
 }
 
@@ -82,12 +84,29 @@ fn timeouts() -> impl Strategy<Value = Timeouts> {
     })
 }
 
+/// Whether a callback may be in flight beside others.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Many,
+    Alone,
+}
+
+impl Kind {
+    fn of(call: &Call<u8>) -> Self {
+        match call {
+            Call::Bytes(_) | Call::Batch(_) => Self::Many,
+            Call::Created | Call::Timer | Call::Closed(_) => Self::Alone,
+        }
+    }
+}
+
 /// What the connection's task is, to the machine.
 struct Task {
     machine: Machine<u8>,
     now: Instant,
     calls: Vec<Call<u8>>,
-    in_flight: bool,
+    in_flight: Vec<Kind>,
+    window: usize,
     flushing: bool,
     /// Flush or Abort was asked for: the connection takes no requests.
     ended: bool,
@@ -106,7 +125,8 @@ impl Task {
             machine: Machine::start(timeouts, now),
             now,
             calls: Vec::new(),
-            in_flight: false,
+            in_flight: Vec::new(),
+            window: 1,
             flushing: false,
             ended: false,
             aborts: 0,
@@ -124,8 +144,11 @@ impl Task {
             assert_eq!(self.finishes, 0, "{action:?} after Finish");
             match action {
                 Action::Call(call) => {
-                    assert!(!self.in_flight, "two callbacks at a time");
-                    self.in_flight = true;
+                    let kind = Kind::of(&call);
+                    let together = |other: &Kind| kind == Kind::Many && *other == Kind::Many;
+                    assert!(self.in_flight.iter().all(together), "together: {call:?}");
+                    assert!(self.in_flight.len() < self.window, "too many at a time");
+                    self.in_flight.push(kind);
                     self.calls.push(call);
                 }
                 Action::Flush => {
@@ -160,7 +183,8 @@ impl Task {
             assert!(!self.flushing, "Closed before the device has everything");
         }
         if self.machine.is_reading() {
-            assert!(!self.in_flight, "read ahead of the handler");
+            let in_flight = self.in_flight.len();
+            assert!(in_flight < self.window, "read ahead of the handler");
             assert!(!self.ended, "read after the end began");
         }
         assert_eq!(self.ended, self.machine.close_reason().is_some());
@@ -193,8 +217,8 @@ impl Task {
                 self.peer_ended = true;
                 self.input(Input::SocketFailed("reset".to_owned()));
             }
-            Step::CallEnded(outcome) if self.in_flight => {
-                self.in_flight = false;
+            Step::CallEnded(outcome) if !self.in_flight.is_empty() => {
+                self.in_flight.remove(0);
                 self.input(Input::CallEnded(outcome));
             }
             // A wish that was left before the end may be found after it began.
@@ -218,6 +242,10 @@ impl Task {
             },
             Step::Wait(milliseconds) => self.now += Duration::from_millis(milliseconds),
             Step::Pause(paused) => self.machine.set_paused(paused),
+            Step::Window(window) => {
+                self.window = window;
+                self.machine.set_window(window);
+            }
             _ => return false,
         }
         true
@@ -259,7 +287,7 @@ fn never() -> Timeouts {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(1000))]
 
-    /// Created first, Closed last and once, at most one callback at a time, nothing
+    /// Created first, Closed last and once, at most so many callbacks at a time, nothing
     /// after Closed or Finish, in whatever order things happen; and from every state
     /// there is a way to Finish.
     #[test]
@@ -395,6 +423,48 @@ fn a_busy_handler_is_not_the_devices_silence() {
     assert!(task.machine.deadline().is_some());
     task.step(Step::Received(1));
     assert_eq!(task.machine.deadline(), None);
+}
+
+/// With a window: reading goes on while callbacks are in flight, the keepalive counts,
+/// and the timer is told when all of them have ended.
+#[test]
+fn with_a_window_the_timer_waits_for_what_is_in_flight() {
+    let mut task = Task::new(never());
+    task.step(Step::Window(3));
+    task.step(Step::CallEnded(Outcome::Taken));
+    task.step(Step::KeepaliveSet(2));
+    task.step(Step::Received(1));
+    task.step(Step::Batch(2));
+    assert!(task.machine.is_reading());
+    task.step(Step::Elapsed);
+    assert_eq!(task.calls.last(), Some(&Call::Batch(2)), "told too early");
+    assert!(!task.machine.is_reading());
+    task.step(Step::CallEnded(Outcome::Taken));
+    assert_eq!(task.calls.last(), Some(&Call::Batch(2)));
+    task.step(Step::CallEnded(Outcome::Taken));
+    assert_eq!(task.calls.last(), Some(&Call::Timer));
+    assert_eq!(task.reason(), None);
+    task.step(Step::CallEnded(Outcome::Taken));
+    task.settle();
+    let reason = CloseReason::KeepaliveTimeout;
+    assert_eq!(task.calls.last(), Some(&Call::Closed(reason)));
+}
+
+/// With a window: a gateway that stops reads nothing more and closes when all that is
+/// in flight has ended.
+#[test]
+fn with_a_window_a_drain_waits_for_all_that_is_in_flight() {
+    let mut task = Task::new(never());
+    task.step(Step::Window(3));
+    task.step(Step::CallEnded(Outcome::Taken));
+    task.step(Step::Received(1));
+    task.step(Step::Received(2));
+    task.input(Input::DrainRequested);
+    assert!(!task.machine.is_reading() && task.reason().is_none());
+    task.step(Step::CallEnded(Outcome::Taken));
+    assert_eq!(task.reason(), None);
+    task.step(Step::CallEnded(Outcome::Taken));
+    assert_eq!(task.reason(), Some(&CloseReason::Shutdown));
 }
 
 /// Only bytes that wait untaken for `send` end a connection, and they do so also

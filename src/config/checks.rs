@@ -9,7 +9,7 @@ use super::address::collide;
 use super::layers::Layers;
 use super::paths::Files;
 use super::report::{Fault, Origin};
-use super::types::{ClientTls, Config, Handler, ServerTls, Verify};
+use super::types::{ClientTls, Config, Handler, ServerTls, ServiceName, Verify};
 use super::value::ConfigValue;
 use super::values::Secret;
 
@@ -114,6 +114,18 @@ impl Checks<'_> {
     fn handler(&mut self, table: &str, handler: &Handler) {
         let tls = handler.address.iter().any(|address| address.tls);
         self.client_tls(table, &handler.ssl_options, tls, "address", "https://");
+        let service_name = format!("{table}.service_name");
+        if handler.streaming
+            && handler.service_name == ServiceName::ConnectionUnaryHandler
+            && !self.spoiled(&service_name)
+        {
+            self.fault(
+                &format!("{table}.streaming"),
+                format!(
+                    "found true with {service_name} = \"ConnectionUnaryHandler\"; allowed: with \"ConnectionHandler\", or false"
+                ),
+            );
+        }
     }
 
     fn broker(&mut self, config: &mut Config) {

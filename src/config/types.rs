@@ -161,6 +161,22 @@ section! {
         /// streaming one, the only one that EMQX 4.2 to 4.4 knew.
         service_name: ServiceName = "ConnectionUnaryHandler",
 
+        /// Sends OnReceivedBytes and OnReceivedMessages over streams that many connections share,
+        /// for throughput, instead of one by one. Only with "ConnectionHandler". Bytes and messages of
+        /// one connection then come in no order to each other, and may come twice: see handlers.md.
+        streaming: bool = "false",
+
+        /// With streaming: how long a stream is written to. Its messages are known to be taken only
+        /// when it has ended. A duration.
+        stream_max_age: Duration = Within("5ms", TICK..),
+
+        /// With streaming: the most messages on one stream, at least 1. A stream begins with fewer and
+        /// a handler that answers fast gets more.
+        stream_max_messages: usize = Within("1024", 1..),
+
+        /// With streaming: the most bytes on one stream; a larger message has one of its own. A size.
+        stream_max_bytes: Size = Within("256KiB", Size::new(1)..),
+
         /// The longest that one callback takes. A duration.
         request_timeout: Duration = Within("5s", TICK..),
 

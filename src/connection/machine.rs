@@ -17,6 +17,10 @@
 //!
 //! At most one callback is in flight. While one is, nothing is read from the
 //! device: its bytes stay in the kernel and push back on it.
+//!
+//! With a [`Machine::set_window`] larger than one several callbacks with bytes and
+//! messages may be in flight, and nothing is read while there are so many. The others,
+//! Created, Timer and Closed, still are in flight alone.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -132,7 +136,12 @@ pub struct Machine<B> {
     /// Those of all connections of the listener.
     timeouts: Arc<Timeouts>,
     phase: Phase,
-    calling: bool,
+    /// Callbacks in flight.
+    calling: usize,
+    /// Most of them.
+    window: usize,
+    /// The timer is to be told when no callback is in flight.
+    owes_timer: bool,
     /// Whether the handler may know of the connection. One that was away all the
     /// time must not hear of its end only.
     announced: bool,
@@ -160,7 +169,9 @@ impl<B> Machine<B> {
         Self {
             timeouts: timeouts.into(),
             phase: Phase::Opening,
-            calling: true,
+            calling: 1,
+            window: 1,
+            owes_timer: false,
             announced: false,
             flushed: false,
             paused: false,
@@ -193,7 +204,13 @@ impl<B> Machine<B> {
 
     /// Whether the handler may be given messages.
     pub fn wants_messages(&self) -> bool {
-        self.phase == Phase::Open && !self.calling
+        self.phase == Phase::Open && self.calling < self.window && !self.draining
+    }
+
+    /// How many callbacks with bytes or messages may be in flight from now on, at least
+    /// one. Those that are stay.
+    pub fn set_window(&mut self, window: usize) {
+        self.window = window.max(1);
     }
 
     /// Stops reading, or goes on: for a rate limit.
@@ -217,8 +234,9 @@ impl<B> Machine<B> {
     }
 
     /// When [`Input::Elapsed`] is due. Reading, the only way to see whether the
-    /// device is silent, is required for the timers that punish silence: while a
-    /// callback is in flight they wait, and what has come meanwhile is read first.
+    /// device is silent, is required for the timers that punish silence: while no more
+    /// callbacks may be in flight they wait, and what has come meanwhile is read first.
+    /// Who authenticates is the handler, so `idle` waits for every callback.
     pub fn deadline(&self) -> Option<Instant> {
         let open = self.close_reason().is_none();
         let send = self.blocked.map(|since| since + self.timeouts.send);
@@ -228,7 +246,7 @@ impl<B> Machine<B> {
             .then_some(self.timeouts.authenticate)
             .flatten()
             .map(|limit| self.opened + limit);
-        let idle = (self.is_reading() && !self.authenticated)
+        let idle = (self.is_reading() && self.calling == 0 && !self.authenticated)
             .then_some(self.timeouts.idle)
             .flatten()
             .map(|limit| self.active + limit);
@@ -276,7 +294,7 @@ impl<B> Machine<B> {
             Input::SocketFailed(detail) => self.abort(CloseReason::SocketError(detail)),
             Input::CallEnded(outcome) => self.on_call_ended(outcome),
             Input::CloseRequested(reason) => self.close(reason),
-            Input::DrainRequested if self.calling => self.draining = true,
+            Input::DrainRequested if self.calling > 0 => self.draining = true,
             Input::DrainRequested => self.close(CloseReason::Shutdown),
             Input::Authenticated => self.authenticated = true,
             Input::KeepaliveSet(interval) => {
@@ -300,12 +318,12 @@ impl<B> Machine<B> {
     }
 
     fn call(&mut self, call: Call<B>) {
-        self.calling = true;
+        self.calling += 1;
         self.actions.push_back(Action::Call(call));
     }
 
     fn on_call_ended(&mut self, outcome: Outcome) {
-        self.calling = false;
+        self.calling = self.calling.saturating_sub(1);
         self.announced |= outcome != Outcome::Unavailable;
         match (&self.phase, outcome) {
             (Phase::Closed(reason), _) => {
@@ -314,6 +332,7 @@ impl<B> Machine<B> {
                 return;
             }
             (Phase::Opening, Outcome::Taken) => self.phase = Phase::Open,
+            (Phase::Expiring, Outcome::Taken) if self.owes_timer => self.tell_timer(),
             (Phase::Expiring, Outcome::Taken) => self.close(CloseReason::KeepaliveTimeout),
             (_, Outcome::Taken) => {}
             // A gateway that stops does not wait for an absent handler.
@@ -321,7 +340,7 @@ impl<B> Machine<B> {
             (_, Outcome::Unavailable) => self.close(CloseReason::HandlerUnavailable),
             (_, Outcome::Failed) => self.close(CloseReason::HandlerError),
         }
-        if self.draining {
+        if self.draining && self.calling == 0 {
             self.close(CloseReason::Shutdown);
         }
         self.settle();
@@ -346,12 +365,23 @@ impl<B> Machine<B> {
             self.close(CloseReason::IdleTimeout);
         } else if !self.is_reading() {
             // Whether the device is silent shows when it is read again.
-        } else if (!self.authenticated && passed(self.active, self.timeouts.idle))
+        } else if (!self.authenticated
+            && self.calling == 0
+            && passed(self.active, self.timeouts.idle))
             || passed(self.heard, self.reap())
         {
             self.close(CloseReason::IdleTimeout);
         } else if passed(self.heard, self.keepalive.map(|i| i.mul_f64(1.5))) {
             self.phase = Phase::Expiring;
+            self.owes_timer = true;
+            self.tell_timer();
+        }
+    }
+
+    /// Tells the timer, alone.
+    fn tell_timer(&mut self) {
+        if self.calling == 0 {
+            self.owes_timer = false;
             self.call(Call::Timer);
         }
     }
@@ -387,7 +417,7 @@ impl<B> Machine<B> {
     fn settle(&mut self) {
         if let Phase::Closing(reason) = &self.phase
             && self.flushed
-            && !self.calling
+            && self.calling == 0
         {
             let reason = reason.clone();
             if self.announced {

@@ -6,13 +6,14 @@
 //!                inputs  v | actions          +------ broker's deliveries
 //!                      machine
 //!                        |
-//!                        v one callback at a time
+//!                        v one callback at a time, or several on streams
 //!                     handler
 //! ```
 //!
 //! A private `task`, a cloneable `handle`, an entry in the `registry`, and a
 //! [`machine`] that decides.
 
+mod calls;
 pub mod command;
 mod context;
 mod handle;

@@ -2,7 +2,7 @@
 //! and does what it says.
 //!
 //! One poll looks, in this order, at
-//! 1. the callback in flight: its end frees everything else,
+//! 1. the callbacks in flight: their end frees everything else,
 //! 2. the inbox: a request to close must not wait behind traffic,
 //! 3. the device's side of sending: makes room for handlers that wait in Send,
 //! 4. bytes from the device and messages for it, in turn, so that neither starves,
@@ -11,15 +11,17 @@
 use std::collections::VecDeque;
 use std::future::{Future, poll_fn};
 use std::io::IoSlice;
+use std::panic::AssertUnwindSafe;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Instant;
 
 use bytes::{Buf, Bytes};
-use futures_util::future::BoxFuture;
+use futures_util::FutureExt;
 use tokio::time::Sleep;
 
+use super::calls::Calls;
 use super::context::ListenerContext;
 use super::handle::{Client, Handle, weight};
 use super::linger::linger;
@@ -40,6 +42,10 @@ const MAX_READ: usize = 4 * READ_CHUNK;
 /// reason.
 const MAX_BATCH_BYTES: usize = 1024 * 1024;
 
+/// Bytes in callbacks in flight from which on a connection reads nothing, where it may
+/// have several: as many as one callback may carry.
+const MAX_AHEAD: usize = MAX_READ;
+
 /// Chunks given to the socket in one call; the kernel takes 1,024.
 const MAX_SLICES: usize = 64;
 
@@ -56,9 +62,8 @@ pub(super) struct Driver<S> {
     machine: Machine<Vec<Delivery>>,
     /// Inputs that were found together with the last one.
     inputs: VecDeque<Input<Vec<Delivery>>>,
-    call: Option<BoxFuture<'static, Result<(), CallFailure>>>,
-    /// The messages of the callback in flight: acknowledged when it ends.
-    batch: Vec<Delivery>,
+    /// The callbacks in flight.
+    calls: Calls,
     outgoing: VecDeque<Bytes>,
     /// Whether the socket is to be finished once `outgoing` is sent.
     flushing: bool,
@@ -88,8 +93,7 @@ impl<S: Socket> Driver<S> {
             conninfo: Some(Box::new(peer.to_proto())),
             machine: Machine::start(context.settings.timeouts.clone(), now),
             inputs: VecDeque::new(),
-            call: None,
-            batch: Vec::new(),
+            calls: Calls::default(),
             outgoing: VecDeque::new(),
             flushing: false,
             blocked: false,
@@ -165,20 +169,25 @@ impl<S: Socket> Driver<S> {
     }
 
     fn start_call(&mut self, call: Call<Vec<Delivery>>) {
+        // Acknowledged when the callback ends.
+        let mut deliveries = Vec::new();
         let event = match call {
             Call::Created => Event::SocketCreated(*self.conninfo.take().unwrap_or_default()),
             Call::Bytes(bytes) => Event::ReceivedBytes(bytes),
             Call::Batch(batch) => {
                 let messages = batch.iter().map(|delivery| self.message(delivery));
                 let event = Event::ReceivedMessages(messages.collect());
-                self.batch = batch;
+                deliveries = batch;
                 event
             }
             Call::Timer => Event::TimerTimeout,
             Call::Closed(reason) => Event::SocketClosed(reason.to_string()),
         };
         tracing::debug!(callback = event.method(), "calling the handler");
-        self.call = Some(self.sink.deliver(self.caller.clone(), event));
+        let of_messages = !deliveries.is_empty();
+        let size = event.size();
+        let future = self.sink.deliver(self.caller.clone(), event);
+        self.calls.begin(of_messages, size, deliveries, future);
     }
 
     fn message(&self, delivery: &Delivery) -> proto::Message {
@@ -210,12 +219,12 @@ impl<S: Socket> Driver<S> {
         if let Some(input) = self.next_input() {
             return Poll::Ready(input);
         }
-        if let Some(call) = &mut self.call
-            && let Poll::Ready(result) = call.as_mut().poll(cx)
-        {
-            self.call = None;
-            return Poll::Ready(Input::CallEnded(self.call_ended(result)));
+        if let Poll::Ready((result, deliveries)) = self.calls.poll_ended(cx) {
+            return Poll::Ready(Input::CallEnded(self.call_ended(result, deliveries)));
         }
+        let room = self.calls.size() < MAX_AHEAD;
+        self.machine
+            .set_window(if room { self.sink.window() } else { 1 });
         let wishes = self.handle.look(cx, &mut self.outgoing);
         let authenticated = wishes.authenticated.then_some(Input::Authenticated);
         let keepalive = wishes.keepalive.map(Input::KeepaliveSet);
@@ -270,11 +279,14 @@ impl<S: Socket> Driver<S> {
         Poll::Ready(Input::Batch(batch))
     }
 
-    fn call_ended(&mut self, result: Result<(), CallFailure>) -> Outcome {
-        let batch = std::mem::take(&mut self.batch);
-        let count = batch.len() as u64;
+    fn call_ended(
+        &mut self,
+        result: Result<(), CallFailure>,
+        deliveries: Vec<Delivery>,
+    ) -> Outcome {
+        let count = deliveries.len() as u64;
         // Taken, or never to be: either way they are acknowledged now.
-        drop(batch);
+        drop(deliveries);
         match result {
             Ok(()) => {
                 self.context.metrics.delivered.increment(count);
@@ -498,9 +510,11 @@ impl<S: Socket> Driver<S> {
             tracing::error!(%conn, listener, left_out, "a fault of the gateway's ended this connection");
         }
         self.end();
-        self.call = None;
-        self.batch.clear();
         self.cut_off();
+        // Callbacks that are on their way come before the last. One of them may be where
+        // the fault is.
+        let ended = AssertUnwindSafe(self.calls.all_ended());
+        let _ = ended.catch_unwind().await;
         if self.machine.owes_closed() {
             let event = Event::SocketClosed(self.reason().to_string());
             // A handler that does not take it is counted by the sink.

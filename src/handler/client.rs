@@ -8,26 +8,30 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
+use bytes::{BufMut, Bytes};
 use futures_util::future::BoxFuture;
 use http::uri::PathAndQuery;
+use tokio::sync::mpsc::UnboundedReceiver;
 use tokio::sync::{AcquireError, Semaphore, SemaphorePermit};
 use tokio::time::{Instant, timeout, timeout_at};
 use tokio_util::sync::CancellationToken;
 use tonic::client::Grpc;
+use tonic::codec::{Codec, EncodeBuf, Encoder};
 use tonic::{Code, Request, Status};
-use tonic_prost::ProstCodec;
+use tonic_prost::{ProstCodec, ProstDecoder};
 
 use super::link::{Channel, Link};
+use super::streaming::{self, Streaming};
 use super::{CallFailure, Caller, Event, EventSink, Handlers};
 use crate::metrics::{HandlerMetrics, METHODS};
 use crate::proto;
 
 /// First and longest pause before a callback that the handler answered with
 /// UNAVAILABLE is sent again.
-const PAUSES: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(1));
+pub(super) const PAUSES: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(1));
 
 /// Most time for which a handler that waits for us is not blamed, in one callback.
-const MAX_WAIT: Duration = Duration::from_secs(120);
+pub(super) const MAX_WAIT: Duration = Duration::from_secs(120);
 
 /// How events are delivered.
 #[derive(Clone, Debug)]
@@ -42,29 +46,31 @@ pub struct Options {
     pub close_timeout: Duration,
     /// Longest outage that is borne; `None` without end, zero not at all.
     pub max_outage: Option<Duration>,
+    /// Streams that carry many events, if they are wanted.
+    pub streaming: Option<streaming::Options>,
 }
 
-struct Shared {
-    options: Options,
+pub(super) struct Shared {
+    pub(super) options: Options,
     paths: [PathAndQuery; METHODS.len()],
-    metrics: HandlerMetrics,
+    pub(super) metrics: HandlerMetrics,
     /// Cancelled when the gateway drains: nobody is waited for any more.
-    draining: CancellationToken,
+    pub(super) draining: CancellationToken,
 }
 
 /// The handler as one shard sees it: a link for each address, new connections in
 /// turn over those that are up.
 pub struct Pool {
-    clients: Vec<Arc<Client>>,
+    clients: Vec<(Arc<Client>, Arc<dyn EventSink>)>,
     next: AtomicUsize,
 }
 
 /// One address of the handler.
 pub struct Client {
-    link: Arc<Link>,
+    pub(super) link: Arc<Link>,
     /// Room for callbacks, given in turn.
     room: Arc<Semaphore>,
-    shared: Arc<Shared>,
+    pub(super) shared: Arc<Shared>,
 }
 
 impl Pool {
@@ -91,11 +97,16 @@ impl Pool {
         let clients = links
             .into_iter()
             .map(|link| {
-                Arc::new(Client {
+                let client = Arc::new(Client {
                     link,
                     room: Arc::new(Semaphore::new(shared.options.max_in_flight)),
                     shared: shared.clone(),
-                })
+                });
+                let sink: Arc<dyn EventSink> = match &shared.options.streaming {
+                    Some(options) => Arc::new(Streaming::new(client.clone(), options.clone())),
+                    None => client.clone(),
+                };
+                (client, sink)
             })
             .collect();
         Ok(Self {
@@ -112,9 +123,9 @@ impl Handlers for Pool {
         let in_turn = (0..count).filter_map(|i| self.clients.get((turn + i) % count));
         let mut in_turn = in_turn.peekable();
         let first = in_turn.peek().copied();
-        let chosen = in_turn.find(|client| client.link.is_up()).or(first);
+        let chosen = in_turn.find(|(client, _)| client.link.is_up()).or(first);
         match chosen {
-            Some(client) => client.clone(),
+            Some((_, sink)) => sink.clone(),
             None => Arc::new(Nowhere),
         }
     }
@@ -160,11 +171,7 @@ impl EventSink for Client {
             match &result {
                 Ok(()) => shared.metrics.succeeded(method, started.elapsed()),
                 Err(failure) => {
-                    let outcome = match failure {
-                        CallFailure::Unavailable(_) => "unavailable",
-                        CallFailure::Failed { code, .. } => code,
-                    };
-                    shared.metrics.failed(method, outcome);
+                    shared.metrics.failed(method, failure.outcome());
                     if matches!(event, Event::SocketClosed(_)) {
                         shared.metrics.closed_lost.increment(1);
                     }
@@ -172,6 +179,67 @@ impl EventSink for Client {
             }
             result
         })
+    }
+}
+
+impl Client {
+    /// Makes one call for an event that others count.
+    pub(super) async fn call_alone(
+        &self,
+        caller: &Caller,
+        event: &Event,
+    ) -> Result<(), CallFailure> {
+        let (link, room) = (&self.link, &self.room);
+        let turn = room.acquire().await;
+        self.shared.persist(turn, link, room, caller, event).await
+    }
+
+    /// Makes one call with many requests, encoded, which ends with their channel.
+    pub(super) async fn stream(
+        self: Arc<Self>,
+        method: usize,
+        mut requests: UnboundedReceiver<Bytes>,
+    ) -> Result<(), Status> {
+        let Some(channel) = self.link.channel() else {
+            return Err(Status::unavailable(self.link.trouble()));
+        };
+        let Some(path) = self.shared.paths.get(method).cloned() else {
+            return Err(Status::internal("no such callback"));
+        };
+        let mut grpc = Grpc::with_origin(channel, self.link.origin());
+        grpc.ready().await?;
+        let requests = futures_util::stream::poll_fn(move |cx| requests.poll_recv(cx));
+        grpc.client_streaming(Request::new(requests), path, Encoded)
+            .await
+            .map(drop)
+    }
+}
+
+/// Requests that are encoded already.
+struct Encoded;
+
+impl Codec for Encoded {
+    type Encode = Bytes;
+    type Decode = proto::EmptySuccess;
+    type Encoder = Self;
+    type Decoder = ProstDecoder<proto::EmptySuccess>;
+
+    fn encoder(&mut self) -> Self {
+        Self
+    }
+
+    fn decoder(&mut self) -> Self::Decoder {
+        ProstDecoder::default()
+    }
+}
+
+impl Encoder for Encoded {
+    type Item = Bytes;
+    type Error = Status;
+
+    fn encode(&mut self, item: Bytes, buffer: &mut EncodeBuf<'_>) -> Result<(), Status> {
+        buffer.put(item);
+        Ok(())
     }
 }
 
@@ -184,7 +252,7 @@ impl Drop for InFlight<'_> {
     }
 }
 
-fn late(limit: Duration) -> CallFailure {
+pub(super) fn late(limit: Duration) -> CallFailure {
     CallFailure::Failed {
         code: "DEADLINE_EXCEEDED",
         message: format!("no answer within {limit:?}"),
@@ -339,7 +407,7 @@ impl Shared {
     }
 }
 
-fn failure(status: &Status) -> CallFailure {
+pub(super) fn failure(status: &Status) -> CallFailure {
     // A status with a cause was made on this side: the channel broke in the middle
     // of an answer.
     let broke = std::error::Error::source(status).is_some();

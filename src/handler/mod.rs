@@ -1,12 +1,14 @@
 //! The user's service, seen from a connection.
 //!
 //! What happens to a connection is an [`Event`]; how it travels to the handler is
-//! an [`EventSink`]. Today there is one way, a call for each event
-//! ([`client::Client`]) over a channel that a task keeps connected
-//! ([`link::Link`]).
+//! an [`EventSink`]. There are two ways over a channel that a task keeps connected
+//! ([`link::Link`]): a call for each event ([`client::Client`]), and streams that
+//! carry the events of many connections ([`streaming::Streaming`]).
 
 pub mod client;
+mod ledger;
 pub mod link;
+pub mod streaming;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -42,6 +44,16 @@ impl Event {
             .unwrap_or_default()
     }
 
+    /// About how many bytes it carries.
+    pub fn size(&self) -> usize {
+        let message = |m: &proto::Message| m.payload.len() + m.topic.len();
+        match self {
+            Self::ReceivedBytes(bytes) => bytes.len(),
+            Self::ReceivedMessages(messages) => messages.iter().map(message).sum(),
+            Self::SocketCreated(_) | Self::TimerTimeout | Self::SocketClosed(_) => 0,
+        }
+    }
+
     /// Its callback's place in [`crate::metrics::METHODS`].
     pub fn method_index(&self) -> usize {
         match self {
@@ -68,6 +80,16 @@ pub enum CallFailure {
         /// The status message.
         message: String,
     },
+}
+
+impl CallFailure {
+    /// A metric's label.
+    fn outcome(&self) -> &'static str {
+        match self {
+            Self::Unavailable(_) => "unavailable",
+            Self::Failed { code, .. } => code,
+        }
+    }
 }
 
 /// The connection that an event is about.
@@ -143,12 +165,21 @@ pub trait EventSink: Send + Sync {
     /// Hands over one event; resolves when the handler took it or will not.
     ///
     /// Events of one connection are handed over one at a time, which is what keeps
-    /// them in order. Dropping the future abandons the event.
+    /// them in order; where [`EventSink::window`] says so, several events with bytes and
+    /// with messages. Those of one kind keep their order and end in it; all others are
+    /// handed over when none is under way. Dropping the future abandons the event, if
+    /// it is not on its way.
     fn deliver(
         &self,
         caller: Arc<Caller>,
         event: Event,
     ) -> BoxFuture<'static, Result<(), CallFailure>>;
+
+    /// How many events with bytes or messages of one connection may be under way at this
+    /// moment. Whoever finds more of its own under way waits until one ends.
+    fn window(&self) -> usize {
+        1
+    }
 }
 
 /// Chooses the way for each new connection.

@@ -53,13 +53,21 @@ pub struct Event {
 pub struct Log {
     pub events: Vec<Event>,
     states: HashMap<String, State>,
+    /// Streams that ended well: the callback and how many messages each had.
+    pub streams: Vec<(&'static str, usize)>,
+    /// Answers a stream after its first message.
+    pub hasty: bool,
+    /// Reads no stream before this is open.
+    pub deaf: Option<Gate>,
+    /// Bytes and messages of one connection may come at the same time.
+    pub shared_streams: bool,
     /// Rules of the interface that were broken.
     faults: Vec<String>,
 }
 
 #[derive(Debug, Default)]
 struct State {
-    in_flight: usize,
+    in_flight: Vec<&'static str>,
     created: bool,
     closed: bool,
 }
@@ -68,7 +76,7 @@ type Reply = Pin<Box<dyn Future<Output = Result<(), Status>> + Send>>;
 type Behaviour = Arc<dyn Fn(Event) -> Reply + Send + Sync>;
 
 /// Holds callbacks until the test lets them go.
-#[derive(Clone)]
+#[derive(Clone, Debug)]
 pub struct Gate(Arc<watch::Sender<bool>>);
 
 impl Gate {
@@ -191,6 +199,15 @@ impl Handler {
             }
         });
         gate
+    }
+
+    /// How it treats the streams of `ConnectionHandler`, and what is known of them.
+    pub fn streams<T>(&self, change: impl FnOnce(&mut Log) -> T) -> T {
+        let mut result = None;
+        self.service
+            .log
+            .send_modify(|log| result = Some(change(log)));
+        result.unwrap()
     }
 
     /// Everything that came so far.
@@ -338,11 +355,15 @@ impl Log {
 
     fn begin(&mut self, event: &Event) {
         let state = self.states.entry(event.conn.clone()).or_default();
-        state.in_flight += 1;
         let mut wrong = Vec::new();
-        if state.in_flight > 1 {
+        let name = event.call.name();
+        let together = self.shared_streams && matches!(name, "bytes" | "messages");
+        let beside =
+            |other: &str| together && other != name && matches!(other, "bytes" | "messages");
+        if !state.in_flight.iter().all(|other| beside(other)) {
             wrong.push("a second callback at a time");
         }
+        state.in_flight.push(name);
         if state.closed {
             wrong.push("a callback after OnSocketClosed");
         }
@@ -359,7 +380,10 @@ impl Log {
     /// never happened.
     fn end(&mut self, event: &Event, failed: Option<Code>) {
         let state = self.states.entry(event.conn.clone()).or_default();
-        state.in_flight -= 1;
+        let name = event.call.name();
+        if let Some(at) = state.in_flight.iter().position(|other| *other == name) {
+            state.in_flight.swap_remove(at);
+        }
         if failed == Some(Code::Unavailable) {
             return;
         }
@@ -439,38 +463,66 @@ impl ConnectionUnaryHandler for Service {
     }
 }
 
-/// The one message of a stream that must hold just one.
-async fn only<M>(stream: Request<Streaming<M>>) -> Result<Request<M>, Status> {
-    let mut stream = stream.into_inner();
-    let first = stream.message().await?;
-    match (first, stream.message().await?) {
-        (Some(message), None) => Ok(Request::new(message)),
-        _ => Err(Status::invalid_argument("not just one message")),
+impl Service {
+    /// Takes the messages of a stream one after another, until its end.
+    async fn take_all<M: Send + 'static>(
+        &self,
+        name: &'static str,
+        stream: Request<Streaming<M>>,
+        call: impl Fn(M) -> (String, Call),
+    ) -> Taken {
+        let mut stream = stream.into_inner();
+        let mut count = 0;
+        loop {
+            let pause = self.log.borrow().deaf.clone();
+            if let Some(gate) = pause {
+                gate.pass().await;
+            }
+            let Some(message) = stream.message().await? else {
+                self.log.send_modify(|log| log.streams.push((name, count)));
+                return Ok(Response::new(EmptySuccess {}));
+            };
+            count += 1;
+            let (conn, call) = call(message);
+            self.take(conn, call).await?;
+            if self.log.borrow().hasty {
+                return Ok(Response::new(EmptySuccess {}));
+            }
+        }
     }
 }
 
 #[tonic::async_trait]
 impl ConnectionHandler for Service {
     async fn on_socket_created(&self, stream: Request<Streaming<SocketCreatedRequest>>) -> Taken {
-        ConnectionUnaryHandler::on_socket_created(self, only(stream).await?).await
+        let call =
+            |m: SocketCreatedRequest| (m.conn, Call::Created(m.conninfo.unwrap_or_default()));
+        self.take_all("created", stream, call).await
     }
 
     async fn on_socket_closed(&self, stream: Request<Streaming<SocketClosedRequest>>) -> Taken {
-        ConnectionUnaryHandler::on_socket_closed(self, only(stream).await?).await
+        let call = |m: SocketClosedRequest| (m.conn, Call::Closed(m.reason));
+        self.take_all("closed", stream, call).await
     }
 
     async fn on_received_bytes(&self, stream: Request<Streaming<ReceivedBytesRequest>>) -> Taken {
-        ConnectionUnaryHandler::on_received_bytes(self, only(stream).await?).await
+        let call = |m: ReceivedBytesRequest| (m.conn, Call::Bytes(m.bytes));
+        self.take_all("bytes", stream, call).await
     }
 
     async fn on_timer_timeout(&self, stream: Request<Streaming<TimerTimeoutRequest>>) -> Taken {
-        ConnectionUnaryHandler::on_timer_timeout(self, only(stream).await?).await
+        let call = |m: TimerTimeoutRequest| {
+            let timer = m.r#type();
+            (m.conn, Call::Timer(timer))
+        };
+        self.take_all("timer", stream, call).await
     }
 
     async fn on_received_messages(
         &self,
         stream: Request<Streaming<ReceivedMessagesRequest>>,
     ) -> Taken {
-        ConnectionUnaryHandler::on_received_messages(self, only(stream).await?).await
+        let call = |m: ReceivedMessagesRequest| (m.conn, Call::Messages(m.messages));
+        self.take_all("messages", stream, call).await
     }
 }

@@ -70,6 +70,22 @@ fn bad_values() {
             "allowed: \"ConnectionUnaryHandler\" or \"ConnectionHandler\"",
         ),
         (
+            "[handler]\nstreaming = true",
+            "handler.streaming: found true with handler.service_name = \"ConnectionUnaryHandler\"; allowed: with \"ConnectionHandler\", or false",
+        ),
+        (
+            "[handlers.a]\naddress = 'http://a'\nstreaming = true",
+            "handlers.a.streaming: found true with handlers.a.service_name",
+        ),
+        (
+            "[handler]\nstream_max_age = '0ms'",
+            "handler.stream_max_age: found \"0ms\"; allowed: a duration",
+        ),
+        (
+            "[handler]\nstream_max_messages = 0",
+            "handler.stream_max_messages: found 0; allowed: a whole number, at least 1",
+        ),
+        (
             "[handler]\non_unavailable = 'drop'",
             "handler.on_unavailable: found \"drop\"; allowed: \"hold\" or \"close\"",
         ),

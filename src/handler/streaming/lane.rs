@@ -1,0 +1,350 @@
+//! The task that runs the streams of one kind on one channel.
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use futures_util::future::{AbortHandle, BoxFuture, abortable};
+use futures_util::stream::{FuturesUnordered, StreamExt};
+use tokio::sync::mpsc;
+
+use super::{Entry, Kind, Options, WINDOW};
+use crate::handler::client::{Client, MAX_WAIT, PAUSES, failure, late};
+use crate::handler::ledger::{ConnKey, End, Ledger, Limits, Output, StreamId};
+use crate::handler::{CallFailure, Caller};
+use crate::metrics::StreamOutcome;
+
+/// Most events that are taken in before anything else is looked at.
+const BATCH: usize = 256;
+
+/// The streams of one kind: the task's own.
+pub(super) struct Lane {
+    ledger: Ledger<Entry>,
+    hands: Hands,
+    pause: Duration,
+    /// Why the last stream broke.
+    trouble: String,
+    /// Whether a handler that ends streams early was told of.
+    warned: bool,
+}
+
+type Answers = FuturesUnordered<BoxFuture<'static, (StreamId, Option<Result<(), tonic::Status>>)>>;
+type Tried = (StreamId, HashMap<ConnKey, CallFailure>);
+
+/// What does as the ledger says.
+struct Hands {
+    client: Arc<Client>,
+    kind: Kind,
+    /// The streams under way: where to write, until they are ended, and how to cancel.
+    streams: Vec<(StreamId, Option<mpsc::UnboundedSender<Bytes>>, AbortHandle)>,
+    /// Their answers; none for a stream that was cancelled.
+    answers: Answers,
+    tries: FuturesUnordered<BoxFuture<'static, Tried>>,
+}
+
+impl Lane {
+    pub(super) fn new(client: Arc<Client>, kind: Kind, options: &Options) -> Self {
+        let patience = client.shared.options.request_timeout;
+        Self {
+            ledger: Ledger::new(Limits {
+                max_messages: options.max_messages,
+                max_bytes: options.max_bytes,
+                max_age: options.max_age,
+                hurry: WINDOW as u32 / 2,
+                patience,
+                at_least_once: options.at_least_once,
+            }),
+            hands: Hands {
+                client,
+                kind,
+                streams: Vec::new(),
+                answers: Answers::new(),
+                tries: FuturesUnordered::new(),
+            },
+            pause: PAUSES.0,
+            trouble: String::new(),
+            warned: false,
+        }
+    }
+
+    /// Runs until the sink is gone and everything is settled.
+    pub(super) async fn run(mut self, mut entries: mpsc::UnboundedReceiver<Entry>) {
+        let mut arrived = Vec::new();
+        let mut again: Option<BoxFuture<'static, ()>> = None;
+        let mut timer = std::pin::pin!(tokio::time::sleep(Duration::ZERO));
+        let draining = self.hands.client.shared.draining.clone();
+        let mut gone = false;
+        while !gone || !self.ledger.is_empty() {
+            self.look_at_link();
+            if self.ledger.is_suspended() && again.is_none() {
+                again = Some(self.handler_back());
+            }
+            let due = self.due();
+            let held = self.ledger.is_suspended() && self.ledger.has_waiting();
+            if let Some(due) = due
+                && timer.deadline().into_std() != due
+            {
+                timer.as_mut().reset(due.into());
+            }
+            tokio::select! {
+                biased;
+                // First, so that what was handed over is known here when a failure of its
+                // connection is: it must not come after it.
+                count = entries.recv_many(&mut arrived, BATCH), if !gone => {
+                    gone = count == 0;
+                    self.take(&mut arrived);
+                }
+                Some((stream, answer)) = self.hands.answers.next() => {
+                    while let Ok(entry) = entries.try_recv() {
+                        arrived.push(entry);
+                    }
+                    self.take(&mut arrived);
+                    self.answered(stream, answer);
+                }
+                Some((stream, failed)) = self.hands.tries.next() => {
+                    while let Ok(entry) = entries.try_recv() {
+                        arrived.push(entry);
+                    }
+                    self.take(&mut arrived);
+                    self.ledger.tried(stream, &failed, Instant::now(), &mut self.hands);
+                }
+                // A gateway that drains waits for nobody.
+                () = draining.cancelled(), if held => {
+                    self.ledger.give_up(&self.trouble, &mut self.hands);
+                }
+                () = resolved(&mut again) => {
+                    again = None;
+                    if self.hands.client.link.is_up() {
+                        self.ledger.resume(Instant::now(), &mut self.hands);
+                    }
+                }
+                () = timer.as_mut(), if due.is_some() => self.elapsed(),
+            }
+        }
+    }
+
+    fn take(&mut self, arrived: &mut Vec<Entry>) {
+        // Those who left before their event was sent need not be told of.
+        let now = Instant::now();
+        for entry in arrived.drain(..).filter(|entry| !entry.done.is_closed()) {
+            let (conn, size) = (ConnKey::of(&entry.caller), entry.request.len());
+            self.ledger.push(conn, size, entry, now, &mut self.hands);
+        }
+    }
+
+    /// Opens nothing on a channel that is down.
+    fn look_at_link(&mut self) {
+        let link = &self.hands.client.link;
+        if !self.ledger.is_suspended() && !link.is_up() {
+            self.trouble = link.trouble();
+            self.ledger.suspend(Instant::now());
+        }
+    }
+
+    /// Resolves when the handler may be there again.
+    fn handler_back(&mut self) -> BoxFuture<'static, ()> {
+        let client = self.hands.client.clone();
+        let pause = self.pause;
+        self.pause = (pause * 2).min(PAUSES.1);
+        Box::pin(async move {
+            if client.link.is_up() {
+                tokio::time::sleep(pause).await;
+            } else {
+                client.link.up().await;
+            }
+        })
+    }
+
+    /// When the handler has been away for longer than is borne.
+    fn end_of_patience(&self) -> Option<Instant> {
+        let limit = self.hands.client.shared.options.max_outage?;
+        let since = self.ledger.outage().filter(|_| self.ledger.has_waiting());
+        since
+            .filter(|_| self.ledger.is_suspended())
+            .map(|since| since + limit)
+    }
+
+    fn due(&self) -> Option<Instant> {
+        let times = [self.ledger.deadline(), self.end_of_patience()];
+        times.into_iter().flatten().min()
+    }
+
+    fn answered(&mut self, stream: StreamId, answer: Option<Result<(), tonic::Status>>) {
+        self.hands.streams.retain(|(id, ..)| *id != stream);
+        let early = self.ledger.is_open(stream);
+        let metrics = &self.hands.client.shared.metrics;
+        let count = |outcome| metrics.stream_ended(self.hands.kind.method(), outcome);
+        let end = match answer {
+            // Cancelled: the ledger knows.
+            None => return,
+            Some(Ok(())) if early => {
+                count(StreamOutcome::Early);
+                End::Taken
+            }
+            Some(Ok(())) => {
+                count(StreamOutcome::Ok);
+                self.pause = PAUSES.0;
+                End::Taken
+            }
+            Some(Err(status)) => match failure(&status) {
+                CallFailure::Unavailable(trouble) => {
+                    count(StreamOutcome::Broken);
+                    self.trouble.clone_from(&trouble);
+                    End::Broken(trouble)
+                }
+                failed @ CallFailure::Failed { .. } => {
+                    count(StreamOutcome::Error);
+                    tracing::warn!(failure = %failed, "a handler failed a stream; each of its messages is sent again by itself");
+                    End::Refused
+                }
+            },
+        };
+        if early && end == End::Taken && !std::mem::replace(&mut self.warned, true) {
+            tracing::warn!(
+                "a handler answered a stream before its end, and nobody knows which of its messages it has read; \
+                 they are sent again, each by itself, and so is everything from now on. It must read a stream to its \
+                 end, or be used without handler.streaming"
+            );
+        }
+        self.ledger
+            .ended(stream, end, Instant::now(), &mut self.hands);
+    }
+
+    fn elapsed(&mut self) {
+        let now = Instant::now();
+        if self.end_of_patience().is_some_and(|end| end <= now) {
+            self.ledger.give_up(&self.trouble, &mut self.hands);
+        }
+        self.ledger.elapsed(now, &mut self.hands);
+        let patience = self.hands.client.shared.options.request_timeout;
+        // Time that the handler spends waiting for us is not the handler's.
+        let waited = |entry: &Entry| entry.caller.waited().saturating_sub(entry.waited);
+        while let Some((stream, since, waited)) = self.ledger.late(now, waited) {
+            let until = since + patience + waited.min(MAX_WAIT);
+            if until > now {
+                self.ledger.extend(stream, until);
+                continue;
+            }
+            self.hands.cancel(stream);
+            let metrics = &self.hands.client.shared.metrics;
+            metrics.stream_ended(self.hands.kind.method(), StreamOutcome::Late);
+            tracing::warn!(failure = %late(patience), "a handler did not answer a stream; each of its messages is sent again by itself");
+            self.ledger.ended(stream, End::Late, now, &mut self.hands);
+        }
+    }
+}
+
+/// The result of a future, if it is there.
+async fn resolved(future: &mut Option<BoxFuture<'static, ()>>) {
+    match future {
+        Some(future) => future.await,
+        None => std::future::pending().await,
+    }
+}
+
+impl Hands {
+    fn cancel(&mut self, stream: StreamId) {
+        for (_, _, abort) in self.streams.iter().filter(|(id, ..)| *id == stream) {
+            abort.abort();
+        }
+        self.streams.retain(|(id, ..)| *id != stream);
+    }
+}
+
+impl Output<Entry> for Hands {
+    fn open(&mut self, stream: StreamId) {
+        let (sender, requests) = mpsc::unbounded_channel();
+        let (answer, abort) = abortable(self.client.clone().stream(self.kind.method(), requests));
+        let answer = async move { (stream, answer.await.ok()) };
+        self.answers.push(Box::pin(answer));
+        self.streams.push((stream, Some(sender), abort));
+        self.client.shared.metrics.stream_opened(self.kind.method());
+    }
+
+    fn write(&mut self, stream: StreamId, entry: &mut Entry, again: bool) {
+        entry.waited = entry.caller.waited();
+        if again {
+            self.client.shared.metrics.resent.increment(1);
+        }
+        let mut streams = self.streams.iter();
+        if let Some((_, Some(sender), _)) = streams.find(|(id, ..)| *id == stream) {
+            // A stream that broke says so itself.
+            let _ = sender.send(entry.request.clone());
+        }
+    }
+
+    fn end(&mut self, stream: StreamId) {
+        for (_, sender, _) in self.streams.iter_mut().filter(|(id, ..)| *id == stream) {
+            *sender = None;
+        }
+    }
+
+    fn try_alone(&mut self, stream: StreamId, entries: Vec<(ConnKey, Entry)>) {
+        self.client
+            .shared
+            .metrics
+            .resent
+            .increment(entries.len() as u64);
+        let mut by_conn: HashMap<ConnKey, VecDeque<Entry>> = HashMap::new();
+        for (conn, entry) in entries {
+            by_conn.entry(conn).or_default().push_back(entry);
+        }
+        let (client, kind) = (self.client.clone(), self.kind);
+        self.tries.push(Box::pin(async move {
+            let chains = by_conn.into_iter().map(|(conn, entries)| {
+                let client = client.clone();
+                async move { Some((conn, try_each(&client, kind, entries).await?)) }
+            });
+            let mut chains: FuturesUnordered<_> = chains.collect();
+            let mut failed = HashMap::new();
+            while let Some(chain) = chains.next().await {
+                failed.extend(chain);
+            }
+            (stream, failed)
+        }));
+    }
+
+    fn settle(&mut self, entry: Entry, result: Result<(), CallFailure>) {
+        settle(&self.client, self.kind, entry, result);
+    }
+}
+
+fn settle(client: &Client, kind: Kind, entry: Entry, result: Result<(), CallFailure>) {
+    let metrics = &client.shared.metrics;
+    match &result {
+        Ok(()) => metrics.succeeded(kind.method(), entry.handed.elapsed()),
+        Err(failure) => metrics.failed(kind.method(), failure.outcome()),
+    }
+    drop(entry.held);
+    // The connection may be gone.
+    let _ = entry.done.send(result);
+}
+
+/// Calls with one entry of a connection after another. The first failure is that of
+/// all that follow.
+async fn try_each(client: &Client, kind: Kind, entries: VecDeque<Entry>) -> Option<CallFailure> {
+    let mut failed = None;
+    for entry in entries {
+        let result = match &failed {
+            Some(failure) => Err(CallFailure::clone(failure)),
+            None => match kind.event(entry.request.clone()) {
+                Ok(event) => client.call_alone(&entry.caller, &event).await,
+                Err(error) => Err(CallFailure::Failed {
+                    code: "INTERNAL",
+                    message: error.to_string(),
+                }),
+            },
+        };
+        failed = result.as_ref().err().cloned();
+        settle(client, kind, entry, result);
+    }
+    failed
+}
+
+impl ConnKey {
+    /// By address: the entries that carry it keep the caller alive.
+    fn of(caller: &Arc<Caller>) -> Self {
+        Self(Arc::as_ptr(caller) as usize)
+    }
+}
