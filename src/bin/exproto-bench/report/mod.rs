@@ -1,0 +1,158 @@
+//! What a run has found out, and its forms.
+
+pub mod text;
+
+use std::time::Duration;
+
+use hdrhistogram::Histogram;
+
+use crate::options::{Options, Scenario};
+use crate::stats::Stats;
+
+/// Percentiles that are shown.
+pub const PERCENTILES: [f64; 6] = [50.0, 90.0, 95.0, 99.0, 99.9, 99.99];
+
+/// One second of a run.
+#[derive(Debug, Clone)]
+pub struct Sample {
+    /// Since the connections began, or the messages.
+    pub at: Duration,
+    /// How long it was in fact.
+    pub length: Duration,
+    /// What it belongs to: `connecting`, `warming up`, `measuring`, `draining`, `idle`.
+    pub phase: &'static str,
+    /// Messages that arrived, or connections that opened.
+    pub done: u64,
+    /// Nanoseconds; `None` where nothing was done.
+    pub p50: Option<u64>,
+    pub p99: Option<u64>,
+    pub outstanding: u64,
+    pub lost: u64,
+    /// Of each process: processors in use, and bytes.
+    pub processes: Vec<Option<(f64, u64)>>,
+}
+
+/// What a process has used.
+#[derive(Debug, Clone)]
+pub struct ProcessReport {
+    pub name: String,
+    /// While it was measured.
+    pub cpu: Option<Duration>,
+    /// In bytes: before the devices connected, after it, and in the end.
+    pub before: Option<u64>,
+    pub connected: Option<u64>,
+    pub end: Option<u64>,
+}
+
+impl ProcessReport {
+    /// Processor time for each message.
+    pub fn cpu_each(&self, messages: u64) -> Option<Duration> {
+        let nanos = self.cpu?.as_nanos().checked_div(u128::from(messages))?;
+        Some(Duration::from_nanos(u64::try_from(nanos).ok()?))
+    }
+
+    /// Bytes for each connection: what came with them. `None` where memory was freed
+    /// meanwhile.
+    pub fn memory_each(&self, connections: u64) -> Option<u64> {
+        let grown = self.connected?.checked_sub(self.before?)?;
+        grown.checked_div(connections)
+    }
+}
+
+/// The result of a run.
+#[derive(Debug, Clone)]
+pub struct Report {
+    pub options: Options,
+    /// Why it ended before its time.
+    pub ended_early: Option<String>,
+    /// How long connecting took, and how long was measured.
+    pub connecting: Duration,
+    pub measured: Duration,
+    pub counts: Counts,
+    /// Nanoseconds.
+    pub latency: Histogram<u64>,
+    /// Fan-out: until the last device.
+    pub to_all: Histogram<u64>,
+    pub processes: Vec<ProcessReport>,
+    pub samples: Vec<Sample>,
+    /// Calls of the built-in handler that failed, and the first of them.
+    pub failures: u64,
+    pub trouble: Option<String>,
+}
+
+/// Numbers of a run.
+#[derive(Debug, Clone, Default)]
+pub struct Counts {
+    /// Messages that arrived while it was measured: the throughput.
+    pub completed: u64,
+    pub sent: u64,
+    pub arrived: u64,
+    pub lost: u64,
+    /// Neither arrived nor lost: a run that was ended early.
+    pub unsettled: u64,
+    pub duplicated: u64,
+    pub late: u64,
+    pub out_of_order: u64,
+    pub unknown: u64,
+    pub skipped: u64,
+    pub published: u64,
+    pub complete: u64,
+    pub connected: u64,
+    pub refused: u64,
+    pub closed: u64,
+}
+
+impl Counts {
+    /// As they stand; `completed` is known to who measured.
+    pub fn read(stats: &Stats, completed: u64) -> Self {
+        let (sent, arrived, lost) = (stats.sent.get(), stats.arrived.get(), stats.lost.get());
+        Self {
+            completed,
+            sent,
+            arrived,
+            lost,
+            unsettled: sent.saturating_sub(arrived).saturating_sub(lost),
+            duplicated: stats.duplicated.get(),
+            late: stats.late.get(),
+            out_of_order: stats.out_of_order.get(),
+            unknown: stats.unknown.get(),
+            skipped: stats.skipped.get(),
+            published: stats.published.get(),
+            complete: stats.complete.get(),
+            connected: stats.connected.get(),
+            refused: stats.refused.get(),
+            closed: stats.closed.get(),
+        }
+    }
+}
+
+impl Report {
+    /// Messages a second, or connections.
+    pub fn throughput(&self) -> f64 {
+        let (count, time) = match self.options.scenario {
+            Scenario::Storm => (self.counts.connected, self.connecting),
+            _ => (self.counts.completed, self.measured),
+        };
+        per_second(count, time)
+    }
+
+    /// What processor time is divided by.
+    pub fn units(&self) -> u64 {
+        match self.options.scenario {
+            Scenario::Storm => self.counts.connected,
+            Scenario::Idle => 0,
+            _ => self.counts.completed,
+        }
+    }
+}
+
+/// A rate; nothing where there was no time.
+#[allow(clippy::cast_precision_loss)]
+pub fn per_second(count: u64, time: Duration) -> f64 {
+    let seconds = time.as_secs_f64();
+    if seconds > 0.0 {
+        count as f64 / seconds
+    } else {
+        0.0
+    }
+}

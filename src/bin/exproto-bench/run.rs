@@ -1,0 +1,443 @@
+//! A run from its start to its report.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use exproto_sidecar::shutdown::Signals;
+use tokio::sync::mpsc;
+use tokio::time::{Interval, MissedTickBehavior, interval};
+
+use crate::connect::{FirstError, Opening, explain};
+use crate::device;
+use crate::failure::Failure;
+use crate::frame::{Kind, RunId};
+use crate::handler::{self, Adapter, Shared, Worker};
+use crate::lanes::{Lanes, Phase, Plan, Senders};
+use crate::options::{Options, Scenario};
+use crate::pacer::Pacer;
+use crate::peer::{Peer, Topics, Work};
+use crate::process::{Process, Usage};
+use crate::report::{Counts, ProcessReport, Report};
+use crate::sampler::Sampler;
+use crate::stats::Stats;
+use crate::threads::Threads;
+
+/// How often a run looks whether it is over.
+const LOOK: Duration = Duration::from_millis(20);
+
+/// How often it looks for messages to give up.
+const SWEEP: Duration = Duration::from_millis(500);
+
+/// A run that ended: what it found out, and why it failed if it did.
+pub struct Outcome {
+    pub report: Report,
+    pub failure: Option<Failure>,
+}
+
+/// Why waiting ended.
+enum End {
+    /// A signal.
+    Interrupted(&'static str),
+    /// The MQTT client's connection broke.
+    Broken(Failure),
+}
+
+/// Runs what the options say.
+///
+/// # Errors
+/// What kept it from measuring anything.
+pub async fn run(options: Options) -> Result<Outcome, Failure> {
+    let signals = Signals::new().map_err(|error| Failure::own("signals cannot be handled", error))?;
+    let threads = Threads::start(options.threads())
+        .map_err(|error| Failure::own("no thread", error))?;
+    let mut bench = Bench::set_up(options, &threads, signals).await?;
+    let outcome = bench.measure(&threads).await;
+    bench.lanes.enter(Phase::Over);
+    outcome
+}
+
+struct Bench {
+    options: Options,
+    topics: Topics,
+    lanes: Arc<Lanes>,
+    /// The built-in handler's.
+    handler: Option<Arc<Shared>>,
+    signals: Signals,
+    broken: mpsc::UnboundedReceiver<Failure>,
+    sampler: Sampler,
+    tick: Interval,
+    swept: Instant,
+    /// What ended it early.
+    end: Option<End>,
+}
+
+/// What is measured between two moments.
+struct Span {
+    time: Duration,
+    completed: u64,
+    /// Of each process, at both.
+    before: Vec<Option<Usage>>,
+    after: Vec<Option<Usage>>,
+}
+
+impl Bench {
+    /// Everything but the devices.
+    async fn set_up(
+        options: Options,
+        threads: &Threads,
+        signals: Signals,
+    ) -> Result<Self, Failure> {
+        let clock = Instant::now();
+        let mut random = [0; 3];
+        getrandom::fill(&mut random).map_err(|error| Failure::own("no random numbers", error))?;
+        let run = RunId::new(random);
+        let handler = match options.has_handler() {
+            true => Some(start_handler(&options, threads).await?),
+            false => None,
+        };
+        let peers = if options.scenario.needs_mqtt() { options.peers } else { 0 };
+        let topics = Topics::new(run, options.peers);
+        let connected = connect_peers(&options, peers, &topics, threads).await?;
+        let (senders, due): (Vec<_>, Vec<_>) =
+            connected.iter().map(|_| mpsc::unbounded_channel()).unzip();
+        let (kind, senders) = match (options.scenario, senders.first()) {
+            (Scenario::Downlink, Some(_)) => (Kind::Downlink, Senders::Peers(senders)),
+            (Scenario::Fanout, Some(first)) => (Kind::Downlink, Senders::Everyone(first.clone())),
+            (Scenario::Uplink, _) => (Kind::Uplink, Senders::Devices),
+            _ => (Kind::Echo, Senders::Devices),
+        };
+        let stats = Stats::new().map_err(|error| Failure::own("no histogram", error))?;
+        let lanes = Arc::new(Lanes::new(Plan {
+            devices: options.devices,
+            senders,
+            kind,
+            run,
+            closed_loop: options.rate.is_none(),
+            messages: options.messages,
+            clock,
+            stats,
+        }));
+        let (tell, broken) = mpsc::unbounded_channel();
+        for ((number, peer), due) in (0..).zip(connected).zip(due) {
+            let work = Work {
+                lanes: lanes.clone(),
+                topics: topics.clone(),
+                qos: options.qos,
+                payload: options.payload,
+                due,
+            };
+            let tell = tell.clone();
+            spawn_on(threads, number, async move {
+                // Nobody listens any more once the run is over.
+                let _ = tell.send(peer.run(work).await);
+            });
+        }
+        let mut processes: Vec<Process> = options
+            .pid
+            .iter()
+            .map(|(name, pid)| Process::new(name.clone(), *pid))
+            .collect();
+        processes.push(Process::new("bench".to_owned(), std::process::id()));
+        let mut tick = interval(LOOK);
+        tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let sampler = Sampler::new(processes, !options.quiet);
+        Ok(Self {
+            options,
+            topics,
+            lanes,
+            handler,
+            signals,
+            broken,
+            sampler,
+            tick,
+            swept: clock,
+            end: None,
+        })
+    }
+
+    /// Connects the devices, measures, and reports.
+    async fn measure(&mut self, threads: &Threads) -> Result<Outcome, Failure> {
+        let alone = self.sampler.usages();
+        let begun = Instant::now();
+        let opened = self.connect(threads).await?;
+        let connecting = begun.elapsed();
+        let connected = self.sampler.usages();
+        let span = match self.options.scenario {
+            Scenario::Storm => Span {
+                time: connecting,
+                completed: 0,
+                before: alone.clone(),
+                after: connected.clone(),
+            },
+            _ if self.end.is_some() => Span {
+                time: Duration::ZERO,
+                completed: 0,
+                before: connected.clone(),
+                after: connected.clone(),
+            },
+            Scenario::Idle => self.idle(&connected).await,
+            _ => self.drive().await?,
+        };
+        let report = self.report(&alone, &connected, &span, connecting);
+        let failure = match self.end.take() {
+            Some(End::Broken(failure)) => Some(failure),
+            Some(_) => None,
+            None => self.verdict(&report, opened),
+        };
+        Ok(Outcome { report, failure })
+    }
+
+    /// A run in which nothing came through has failed.
+    fn verdict(&self, report: &Report, refused: Option<device::Error>) -> Option<Failure> {
+        let counts = &report.counts;
+        if let (Scenario::Storm, 0, Some(error)) =
+            (self.options.scenario, counts.connected, refused)
+        {
+            return Some(explain(&error, &self.options, self.handler.as_deref()));
+        }
+        if counts.sent > 0 && counts.arrived == 0 {
+            let trouble = report.trouble.as_deref().map_or_else(
+                || "no call of the handler has failed".to_owned(),
+                |trouble| format!("the handler's first failure: {trouble}"),
+            );
+            return Some(Failure::NoAnswer(format!(
+                "none of {} messages arrived; {trouble}",
+                counts.sent
+            )));
+        }
+        None
+    }
+
+    /// Opens the connections. A storm gives back the first failure.
+    async fn connect(&mut self, threads: &Threads) -> Result<Option<device::Error>, Failure> {
+        let dialer = Arc::new(device::dialer(&self.options).await?);
+        let options = self.options.clone();
+        let opening = Opening {
+            options: &options,
+            threads,
+            dialer,
+            lanes: self.lanes.clone(),
+            topics: self.topics.clone(),
+        };
+        let failed = FirstError::default();
+        let mut running = std::pin::pin!(opening.run(&failed));
+        loop {
+            tokio::select! {
+                biased;
+                () = running.as_mut() => break,
+                () = self.look("connecting") => {}
+            }
+            if self.end.is_some() {
+                return Ok(None);
+            }
+        }
+        match failed.take() {
+            Some(error) if options.scenario != Scenario::Storm => {
+                Err(explain(&error, &options, self.handler.as_deref()))
+            }
+            first => Ok(first),
+        }
+    }
+
+    /// Lets the connections be.
+    async fn idle(&mut self, before: &[Option<Usage>]) -> Span {
+        let begun = Instant::now();
+        let end = begun + self.options.duration;
+        self.wait("idle", |_| Instant::now() >= end).await;
+        Span {
+            time: begun.elapsed(),
+            completed: 0,
+            before: before.to_vec(),
+            after: self.sampler.usages(),
+        }
+    }
+
+    /// Sends messages.
+    async fn drive(&mut self) -> Result<Span, Failure> {
+        let lanes = self.lanes.clone();
+        // Of the connections.
+        lanes.stats.forget_latencies();
+        let mut pacer = None;
+        if !self.options.warmup.is_zero() {
+            lanes.enter(Phase::WarmingUp);
+            pacer = self.start_loop()?;
+            let end = Instant::now() + self.options.warmup;
+            self.wait("warming up", |_| Instant::now() >= end).await;
+        }
+        let before = self.sampler.usages();
+        let (begun, from) = (Instant::now(), lanes.now());
+        let already = lanes.stats.all_arrived.get();
+        lanes.enter(Phase::Measuring);
+        if self.options.warmup.is_zero() {
+            pacer = self.start_loop()?;
+        }
+        let limited = self.options.messages.is_some();
+        let end = begun + self.options.duration;
+        self.wait("measuring", |lanes| match limited {
+            true => lanes.is_spent(),
+            false => Instant::now() >= end,
+        })
+        .await;
+        let (mut time, mut after) = (begun.elapsed(), self.sampler.usages());
+        let mut completed = lanes.stats.all_arrived.get().saturating_sub(already);
+        lanes.enter(Phase::Over);
+        drop(pacer);
+        self.wait("draining", |lanes| lanes.stats.outstanding() == 0)
+            .await;
+        if limited {
+            // All of them count, so it lasts until the last.
+            time = Duration::from_nanos(lanes.stats.last().saturating_sub(from));
+            completed = lanes.stats.arrived.get();
+            after = self.sampler.usages();
+        }
+        Ok(Span {
+            time,
+            completed,
+            before,
+            after,
+        })
+    }
+
+    fn start_loop(&self) -> Result<Option<Pacer>, Failure> {
+        match self.options.rate {
+            Some(rate) => Pacer::start(self.lanes.clone(), rate)
+                .map(Some)
+                .map_err(|error| Failure::own("no thread", error)),
+            None => {
+                self.lanes.fill(self.options.window());
+                Ok(None)
+            }
+        }
+    }
+
+    /// Waits until `reached`, unless the run ends before.
+    async fn wait(&mut self, phase: &'static str, reached: impl Fn(&Lanes) -> bool) {
+        while self.end.is_none() && !reached(&self.lanes) {
+            self.look(phase).await;
+        }
+    }
+
+    /// A while in which it may end early; samples and gives up what is due. Cancel safe.
+    async fn look(&mut self, phase: &'static str) {
+        tokio::select! {
+            biased;
+            Some(failure) = self.broken.recv() => self.end = Some(End::Broken(failure)),
+            signal = self.signals.next() => self.end = Some(End::Interrupted(signal)),
+            _ = self.tick.tick() => {}
+        }
+        self.sampler.look(phase, &self.lanes.stats);
+        if self.swept.elapsed() >= SWEEP {
+            self.swept = Instant::now();
+            let timeout = u64::try_from(self.options.timeout.as_nanos()).unwrap_or(u64::MAX);
+            if let Some(before) = self.lanes.now().checked_sub(timeout) {
+                self.lanes.give_up(before);
+            }
+        }
+    }
+
+    fn report(
+        &self,
+        alone: &[Option<Usage>],
+        connected: &[Option<Usage>],
+        span: &Span,
+        connecting: Duration,
+    ) -> Report {
+        let stats = &self.lanes.stats;
+        let (latency, to_all) = stats.all();
+        let usage = |usages: &[Option<Usage>], number: usize| usages.get(number).copied().flatten();
+        let memory = |usages, number| usage(usages, number).map(|usage| usage.memory);
+        let processes = self.sampler.names().enumerate().map(|(number, name)| {
+            let spent = usage(&span.after, number)
+                .zip(usage(&span.before, number))
+                .map(|(after, before)| after.cpu.saturating_sub(before.cpu));
+            ProcessReport {
+                name: name.to_owned(),
+                cpu: spent,
+                before: memory(alone, number),
+                connected: memory(connected, number),
+                end: memory(&span.after, number),
+            }
+        });
+        let ended_early = match &self.end {
+            None => None,
+            Some(End::Interrupted(signal)) => Some((*signal).to_owned()),
+            Some(End::Broken(failure)) => Some(failure.to_string()),
+        };
+        Report {
+            options: self.options.clone(),
+            ended_early,
+            connecting,
+            measured: span.time,
+            counts: Counts::read(stats, span.completed),
+            latency,
+            to_all,
+            processes: processes.collect(),
+            samples: self.sampler.samples.clone(),
+            failures: self.handler.as_ref().map_or(0, |h| h.failures.get()),
+            trouble: self.handler.as_ref().and_then(|h| h.trouble()),
+        }
+    }
+}
+
+fn spawn_on(threads: &Threads, number: u32, task: impl Future<Output = ()> + Send + 'static) {
+    if let Some(runtime) = threads.of(number) {
+        runtime.spawn(task);
+    }
+}
+
+/// On a thread of the bench; a socket belongs to the runtime in which it was made.
+async fn on<T: Send + 'static>(
+    runtime: &tokio::runtime::Handle,
+    task: impl Future<Output = Result<T, Failure>> + Send + 'static,
+) -> Result<T, Failure> {
+    match runtime.spawn(task).await {
+        Ok(result) => result,
+        Err(error) => Err(Failure::own("a task", error)),
+    }
+}
+
+async fn start_handler(options: &Options, threads: &Threads) -> Result<Arc<Shared>, Failure> {
+    let shared = Arc::new(Shared::default());
+    let mut workers = Vec::new();
+    let Some(first) = threads.of(0) else {
+        return Err(Failure::Own("no thread".to_owned()));
+    };
+    let address = options.handler.clone();
+    let listener = on(first, async move { handler::bind(&address).await }).await?;
+    for runtime in threads.runtimes() {
+        let (address, limit) = (options.adapter.clone(), options.timeout);
+        let adapter = on(runtime, async move { Adapter::connect(&address, limit).await }).await?;
+        workers.push(Worker {
+            runtime: runtime.clone(),
+            adapter,
+        });
+    }
+    first.spawn(handler::serve(listener, workers, shared.clone()));
+    Ok(shared)
+}
+
+async fn connect_peers(
+    options: &Options,
+    count: u32,
+    topics: &Topics,
+    threads: &Threads,
+) -> Result<Vec<Peer>, Failure> {
+    let mut peers = Vec::new();
+    for number in 0..count {
+        let filter = match options.scenario {
+            Scenario::Uplink => Some(topics.up_filter(number)),
+            _ => None,
+        };
+        let (broker, qos, limit) = (options.mqtt.clone(), options.qos, options.timeout);
+        let client_id = topics.peer(number);
+        let connecting = async move {
+            let filter = filter.as_deref().map(|filter| (filter, qos));
+            Peer::connect(&broker, &client_id, filter, limit).await
+        };
+        let Some(runtime) = threads.of(number) else {
+            continue;
+        };
+        peers.push(on(runtime, connecting).await?);
+    }
+    Ok(peers)
+}
