@@ -25,6 +25,7 @@ mod threads;
 mod tracker;
 
 use std::io::Write;
+use std::path::Path;
 use std::process::ExitCode;
 
 use clap::Parser;
@@ -65,5 +66,17 @@ fn bench(options: Options) -> Result<(), Failure> {
 fn write(report: &Report) -> Result<(), Failure> {
     // A reader that has gone, such as `head`, is no failure of ours.
     let _ = std::io::stdout().write_all(report::text::render(report).as_bytes());
+    if let Some(file) = &report.options.json {
+        let json = format!("{:#}\n", report::json::render(report));
+        save(file, &json)?;
+    }
+    if let Some(file) = &report.options.chart {
+        save(file, &report::chart::render(report))?;
+    }
     Ok(())
+}
+
+fn save(file: &Path, text: &str) -> Result<(), Failure> {
+    std::fs::write(file, text)
+        .map_err(|error| Failure::own(&format!("{} cannot be written", file.display()), error))
 }

@@ -1,5 +1,7 @@
 //! A device over TCP or TLS.
 
+use std::io;
+
 use bytes::BytesMut;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::time::timeout;
@@ -87,26 +89,29 @@ async fn exchange(
                     return;
                 },
             },
-            wrote = writer.write_buf(&mut out), if !out.is_empty() => {
+            wrote = write(&mut writer, &mut out), if unflushed => {
                 if wrote.is_err() {
-                    return;
-                }
-                unflushed = true;
-            }
-            flushed = writer.flush(), if out.is_empty() && unflushed => {
-                if flushed.is_err() {
                     return;
                 }
                 unflushed = false;
             }
-            () = lanes.ready(number), if out.is_empty() => {}
+            () = lanes.ready(number), if !unflushed => {}
         }
         while out.len() < CHUNK
             && let Some(due) = lanes.take(number)
         {
             frame::write_sized(lanes.head(number, due), payload, &mut out);
+            unflushed = true;
         }
     }
+}
+
+/// Writes all of `out`. Cancel safe: what is written is gone from it.
+async fn write(writer: &mut (impl AsyncWrite + Unpin), out: &mut BytesMut) -> io::Result<()> {
+    while !out.is_empty() {
+        writer.write_buf(out).await?;
+    }
+    writer.flush().await
 }
 
 /// Reports the frames that are whole; `false` where they are none.

@@ -9,7 +9,6 @@ mod calls;
 mod connection;
 
 use std::collections::HashMap;
-use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};

@@ -1,5 +1,7 @@
 //! What a run has found out, and its forms.
 
+pub mod chart;
+pub mod json;
 pub mod text;
 
 use std::time::Duration;
@@ -154,5 +156,109 @@ pub fn per_second(count: u64, time: Duration) -> f64 {
         count as f64 / seconds
     } else {
         0.0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+    use crate::stats::histogram;
+
+    /// A small run.
+    pub(super) fn report() -> Report {
+        let arguments = "exproto-bench echo --devices 3 --window 2 --payload 30";
+        let options = Options::try_parse_from(arguments.split(' ')).unwrap();
+        let mut latency = histogram().unwrap();
+        for micros in 1..=1000 {
+            latency.record(micros * 1000).unwrap();
+        }
+        let sample = |second, done| Sample {
+            at: Duration::from_secs(second),
+            length: Duration::from_secs(1),
+            phase: "measuring",
+            done,
+            p50: None,
+            p99: Some(2_000_000),
+            outstanding: 6,
+            lost: 0,
+            processes: vec![Some((0.5, 1024)), None],
+        };
+        let process = |name: &str, cpu| ProcessReport {
+            name: name.to_owned(),
+            cpu,
+            before: Some(1_000_000),
+            connected: Some(1_006_000),
+            end: Some(2_000_000),
+        };
+        Report {
+            options,
+            ended_early: None,
+            connecting: Duration::from_millis(500),
+            measured: Duration::from_secs(2),
+            counts: Counts {
+                completed: 1000,
+                sent: 1003,
+                arrived: 1000,
+                lost: 1,
+                unsettled: 2,
+                duplicated: 4,
+                connected: 3,
+                ..Counts::default()
+            },
+            latency,
+            to_all: histogram().unwrap(),
+            processes: vec![
+                process("gateway", Some(Duration::from_millis(50))),
+                process("gone", None),
+            ],
+            samples: vec![sample(1, 400), sample(2, 600)],
+            failures: 1,
+            trouble: Some("Send: <refused>".to_owned()),
+        }
+    }
+
+    #[test]
+    fn the_text_says_what_was_found() {
+        let text = text::render(&report());
+        for part in [
+            "echo over tcp, 3 devices, 30 bytes, QoS 1, closed loop, window 2\n",
+            "  connections     3 opened in 500 ms, 6/s\n",
+            "  throughput      500 messages/s over 2.00 s\n",
+            "1003 sent, 1000 arrived, 1 lost, 4 duplicated, 2 under way at the end\n",
+            "p50 500 µs",
+            "max 1.00 ms\n",
+            "  gateway         2 % of a processor, 50.0 µs a message, 1.9 MiB, 2.0 KiB a connection\n",
+            "1 calls failed, the first: Send: <refused>\n",
+        ] {
+            assert!(text.contains(part), "{part}\n{text}");
+        }
+    }
+
+    #[test]
+    fn the_json_says_the_same() {
+        let json = json::render(&report());
+        assert_eq!(json["throughput"], 500.0);
+        assert_eq!(json["messages"]["duplicated"], 4);
+        assert_eq!(json["processes"][0]["cpu_us_per_message"], 50.0);
+        assert_eq!(json["processes"][0]["memory"]["per_connection"], 2000);
+        assert!(json["processes"][1]["cpu_us_per_message"].is_null());
+        let p50 = json["latency_us"]["p50"].as_f64().unwrap();
+        assert!((p50 - 500.0).abs() < 1.0, "{p50}");
+        assert!(json["fan_out"].is_null());
+        assert_eq!(json["samples"][1]["per_second"], 600.0);
+    }
+
+    /// Memory that shrank meanwhile says nothing of connections, and no messages no
+    /// processor time.
+    #[test]
+    fn what_cannot_be_said_is_not_said() {
+        let mut report = report();
+        let process = &mut report.processes[0];
+        process.connected = Some(10);
+        assert_eq!(process.memory_each(3), None);
+        assert_eq!(process.cpu_each(0), None);
+        assert!(per_second(5, Duration::ZERO).abs() < f64::EPSILON);
     }
 }
