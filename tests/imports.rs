@@ -24,6 +24,8 @@ fn sources() -> Vec<Source> {
     let sources: Vec<Source> = files
         .into_iter()
         .filter(|file| !file.ends_with("tests.rs"))
+        // Programs of their own, which see of the library what anybody sees.
+        .filter(|file| !file.starts_with(root.join("bin")))
         .map(|file| Source {
             path: file.strip_prefix(&root).unwrap().display().to_string(),
             text: code(&fs::read_to_string(&file).unwrap()),

@@ -4,6 +4,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::{Semaphore, oneshot};
+use tokio_util::sync::CancellationToken;
 
 use crate::device::{Device, Dialer, Error};
 use crate::failure::Failure;
@@ -22,6 +23,8 @@ pub struct Opening<'a> {
     pub dialer: Arc<Dialer>,
     pub lanes: Arc<Lanes>,
     pub topics: Topics,
+    /// Ends the devices.
+    pub closing: CancellationToken,
 }
 
 /// The first connection that failed.
@@ -85,7 +88,13 @@ impl Opening<'_> {
             let Some(runtime) = self.threads.of(number) else {
                 return;
             };
-            runtime.spawn(self.dialer.clone().run(device));
+            let (dialer, closing) = (self.dialer.clone(), self.closing.clone());
+            runtime.spawn(async move {
+                tokio::select! {
+                    () = dialer.run(device) => {}
+                    () = closing.cancelled() => {}
+                }
+            });
             let (lanes, failed) = (self.lanes.clone(), failed.clone());
             waiting.spawn(async move {
                 match answer.await {

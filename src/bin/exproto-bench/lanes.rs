@@ -258,6 +258,14 @@ impl Lanes {
         }
     }
 
+    /// Takes what is due of a lane if its device is to write it.
+    pub fn take_own(&self, lane: u32) -> Option<Due> {
+        match self.senders {
+            Senders::Devices => self.take(lane),
+            Senders::Peers(_) | Senders::Everyone(_) => None,
+        }
+    }
+
     /// Takes what is due of a lane, or of the one for all.
     pub fn take(&self, lane: u32) -> Option<Due> {
         if lane == EVERY_DEVICE {
@@ -453,5 +461,7 @@ mod tests {
         });
         assert_eq!(woken.collect::<Vec<_>>(), [vec![0, 2], vec![1]]);
         assert_eq!(lanes.stats.sent.get(), 0);
+        assert!(lanes.take_own(0).is_none(), "the device does not write it");
+        assert!(lanes.take(0).is_some());
     }
 }

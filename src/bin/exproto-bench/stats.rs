@@ -55,6 +55,8 @@ pub struct Stats {
     pub sent: Counter,
     pub arrived: Counter,
     pub lost: Counter,
+    /// Lost of what was sent to warm up.
+    pub lost_before: Counter,
     /// Arrivals, warm-up included.
     pub all_arrived: Counter,
     pub duplicated: Counter,
@@ -91,6 +93,7 @@ impl Stats {
             sent: Counter::default(),
             arrived: Counter::default(),
             lost: Counter::default(),
+            lost_before: Counter::default(),
             all_arrived: Counter::default(),
             duplicated: Counter::default(),
             late: Counter::default(),
@@ -137,6 +140,8 @@ impl Stats {
         self.outstanding.fetch_sub(1, Ordering::Relaxed);
         if sent.measured {
             self.lost.add(1);
+        } else {
+            self.lost_before.add(1);
         }
     }
 

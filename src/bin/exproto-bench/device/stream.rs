@@ -98,7 +98,7 @@ async fn exchange(
             () = lanes.ready(number), if !unflushed => {}
         }
         while out.len() < CHUNK
-            && let Some(due) = lanes.take(number)
+            && let Some(due) = lanes.take_own(number)
         {
             frame::write_sized(lanes.head(number, due), payload, &mut out);
             unflushed = true;

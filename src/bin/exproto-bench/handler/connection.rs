@@ -76,7 +76,7 @@ impl Connection {
     pub(super) async fn handle(&self, event: Event, adapter: &Adapter, shared: &Shared) {
         let mut state = self.state.lock().await;
         let done = match event {
-            Event::Bytes(bytes) => self.bytes(&mut state, bytes, adapter).await,
+            Event::Bytes(bytes) => self.bytes(&mut state, bytes, adapter, shared).await,
             Event::Messages(payloads) => self.messages(payloads, adapter).await,
         };
         if let Err(reason) = done {
@@ -89,10 +89,13 @@ impl Connection {
         state: &mut State,
         bytes: Bytes,
         adapter: &Adapter,
+        shared: &Shared,
     ) -> Result<(), String> {
         state.rest.extend_from_slice(&bytes);
         loop {
             match frame::read(&mut state.rest) {
+                // Left over from an earlier run: a gateway holds what no handler took.
+                Ok(Some(frame)) if frame.head.run != shared.run => {}
                 Ok(Some(frame)) => self.frame(state, frame, adapter).await?,
                 Ok(None) => break,
                 Err(error) => {

@@ -19,6 +19,7 @@ use tokio::runtime::Handle;
 pub use adapter::Adapter;
 
 use crate::failure::Failure;
+use crate::frame::RunId;
 use crate::stats::Counter;
 use connection::Connection;
 
@@ -29,8 +30,9 @@ const CONNECTION_WINDOW: u32 = 8 * 1024 * 1024;
 const MAX_STREAMS: u32 = 65_536;
 
 /// What the handler knows, shared by its threads.
-#[derive(Default)]
 pub struct Shared {
+    /// Frames of other runs are not for us.
+    run: RunId,
     connections: Mutex<HashMap<String, Arc<Connection>>>,
     /// Callbacks and what went wrong.
     pub created: Counter,
@@ -41,6 +43,23 @@ pub struct Shared {
 }
 
 impl Shared {
+    /// Nothing has happened.
+    pub fn new(run: RunId) -> Self {
+        Self {
+            run,
+            connections: Mutex::default(),
+            created: Counter::default(),
+            callbacks: Counter::default(),
+            failures: Counter::default(),
+            trouble: Mutex::default(),
+        }
+    }
+
+    /// Connections that have not ended.
+    pub fn open(&self) -> usize {
+        self.connections().len()
+    }
+
     /// The connection of this name, new ones too: on long streams bytes may come first.
     fn connection(&self, conn: &str) -> Arc<Connection> {
         let mut connections = self.connections();

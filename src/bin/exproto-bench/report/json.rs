@@ -53,6 +53,7 @@ pub fn render(report: &Report) -> Value {
             "sent": counts.sent,
             "arrived": counts.arrived,
             "lost": counts.lost,
+            "lost_while_warming_up": counts.lost_before,
             "under_way_at_the_end": counts.unsettled,
             "duplicated": counts.duplicated,
             "late": counts.late,

@@ -90,6 +90,7 @@ pub struct Counts {
     pub sent: u64,
     pub arrived: u64,
     pub lost: u64,
+    pub lost_before: u64,
     /// Neither arrived nor lost: a run that was ended early.
     pub unsettled: u64,
     pub duplicated: u64,
@@ -113,6 +114,7 @@ impl Counts {
             sent,
             arrived,
             lost,
+            lost_before: stats.lost_before.get(),
             unsettled: sent.saturating_sub(arrived).saturating_sub(lost),
             duplicated: stats.duplicated.get(),
             late: stats.late.get(),

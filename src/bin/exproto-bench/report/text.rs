@@ -111,6 +111,7 @@ fn messages(report: &Report, out: &mut String) -> std::fmt::Result {
     );
     for (count, what) in [
         (counts.unsettled, "under way at the end"),
+        (counts.lost_before, "lost while warming up"),
         (counts.late, "late"),
         (counts.out_of_order, "out of order"),
         (counts.unknown, "unknown"),
