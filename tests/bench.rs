@@ -14,9 +14,8 @@ use std::net::SocketAddr;
 use std::process::{Output, Stdio};
 
 use bytes::{Bytes, BytesMut};
-use common::{Authority, Broker, Call, Handler, Plan, client, free_port, within};
+use common::{Adapter, Authority, Broker, Call, Handler, Plan, free_port, within};
 use exproto_sidecar::gateway::Gateway;
-use exproto_sidecar::proto::SendBytesRequest;
 use serde_json::Value;
 use tempfile::TempDir;
 use tokio::io::{AsyncBufReadExt, BufReader};
@@ -46,13 +45,25 @@ impl Scene {
         let any = "127.0.0.1:0";
         let plan = Plan::new(&broker.url(), &format!("http://{handler}"))
             .set("LISTENERS__SSL__DEFAULT__BIND", any)
-            .set("LISTENERS__SSL__DEFAULT__SSL_OPTIONS__CERTFILE", &server.cert)
+            .set(
+                "LISTENERS__SSL__DEFAULT__SSL_OPTIONS__CERTFILE",
+                &server.cert,
+            )
             .set("LISTENERS__SSL__DEFAULT__SSL_OPTIONS__KEYFILE", &server.key)
             .set("LISTENERS__UDP__DEFAULT__BIND", any)
             .set("LISTENERS__DTLS__DEFAULT__BIND", any)
-            .set("LISTENERS__DTLS__DEFAULT__DTLS_OPTIONS__CERTFILE", &server.cert)
-            .set("LISTENERS__DTLS__DEFAULT__DTLS_OPTIONS__KEYFILE", &server.key)
-            .set("LISTENERS__DTLS__DEFAULT__DTLS_OPTIONS__PSK_FILE", &psk.display().to_string())
+            .set(
+                "LISTENERS__DTLS__DEFAULT__DTLS_OPTIONS__CERTFILE",
+                &server.cert,
+            )
+            .set(
+                "LISTENERS__DTLS__DEFAULT__DTLS_OPTIONS__KEYFILE",
+                &server.key,
+            )
+            .set(
+                "LISTENERS__DTLS__DEFAULT__DTLS_OPTIONS__PSK_FILE",
+                &psk.display().to_string(),
+            )
             .set_all(keys);
         let gateway = Gateway::start(&plan.config()).await.unwrap();
         Self {
@@ -180,7 +191,9 @@ async fn echo_over_every_transport() {
         "dtls --window 4 --psk bench:00ff10".to_owned(),
     ] {
         let report = scene
-            .run(&format!("echo --devices 4 --messages 200 --warmup 0s --transport {more}"))
+            .run(&format!(
+                "echo --devices 4 --messages 200 --warmup 0s --transport {more}"
+            ))
             .await;
         assert_counts(&report, 200);
     }
@@ -200,7 +213,9 @@ async fn downlink_at_every_qos() {
     let scene = Scene::start().await;
     for qos in 0..3 {
         let report = scene
-            .run(&format!("downlink --devices 5 --window 2 --messages 300 --qos {qos}"))
+            .run(&format!(
+                "downlink --devices 5 --window 2 --messages 300 --qos {qos}"
+            ))
             .await;
         assert_counts(&report, 300);
     }
@@ -221,7 +236,9 @@ async fn fan_out_to_everybody() {
 #[tokio::test]
 async fn the_handler_serves_streams_too() {
     let scene = Scene::with(&[("HANDLER__SERVICE_NAME", "ConnectionHandler")]).await;
-    let report = scene.run("uplink --devices 5 --messages 200 --warmup 0s").await;
+    let report = scene
+        .run("uplink --devices 5 --messages 200 --warmup 0s")
+        .await;
     assert_counts(&report, 200);
 }
 
@@ -235,7 +252,9 @@ async fn idle_connections_and_a_storm() {
     assert!(report["throughput"].is_null());
 
     let report = scene
-        .run(&format!("storm --devices 60 --connecting 8 --chart {chart}"))
+        .run(&format!(
+            "storm --devices 60 --connecting 8 --chart {chart}"
+        ))
         .await;
     assert_eq!(report["connections"]["opened"], 60);
     assert_eq!(report["connections"]["failed"], 0);
@@ -289,28 +308,33 @@ async fn what_is_missing_is_said() {
     let (code, said) = scene.fail("echo --payload 5").await;
     assert!(code == 2 && said.contains("--payload"), "{code} {said}");
 
-    let scene_without_gateway = |option: &str| {
+    let without_gateway = |option: &str| {
         let mut command = Command::new(env!("CARGO_BIN_EXE_exproto-bench"));
         command.args(["echo", "--handler", &here, option, &nobody]);
         command
     };
-    let output = finish(scene_without_gateway("--adapter")).await;
+    let output = finish(without_gateway("--adapter")).await;
     let said = String::from_utf8(output.stderr).unwrap();
     assert_eq!(output.status.code(), Some(3));
     assert!(said.contains("adapter") && said.contains(&nobody), "{said}");
 
-    let taken = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let taken = taken.local_addr().unwrap();
-    let listener = std::net::TcpListener::bind(taken).unwrap();
+    let other = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let taken = other.local_addr().unwrap();
     let (code, said) = scene.fail(&format!("echo --handler {taken}")).await;
-    assert!(code == 4 && said.contains(&taken.to_string()), "{code} {said}");
-    drop(listener);
+    assert!(
+        code == 4 && said.contains(&taken.to_string()),
+        "{code} {said}"
+    );
+    drop(other);
 
     // The gateway calls another address than that at which the bench listens.
     let (code, said) = scene
         .fail(&format!("echo --handler {nobody} --timeout 500ms"))
         .await;
-    assert!(code == 6 && said.contains("has not called"), "{code} {said}");
+    assert!(
+        code == 6 && said.contains("has not called"),
+        "{code} {said}"
+    );
 }
 
 #[tokio::test]
@@ -320,7 +344,9 @@ async fn a_broker_or_gateway_that_is_not_there_is_told_apart() {
     let (code, said) = scene.fail("uplink").await;
     assert!(code == 5 && said.contains("MQTT broker"), "{code} {said}");
     // Nothing of an echo passes the broker.
-    let report = scene.run("echo --messages 50 --devices 2 --warmup 0s").await;
+    let report = scene
+        .run("echo --messages 50 --devices 2 --warmup 0s")
+        .await;
     assert_counts(&report, 50);
 
     let nobody = free_port();
@@ -342,16 +368,12 @@ async fn a_handler_of_your_own() {
     let plan = Plan::new(&broker.url(), &handler.url());
     let gateway = Gateway::start(&plan.config()).await.unwrap();
     within("the gateway to be ready", gateway.ready()).await;
-    let adapter = client(gateway.addresses().adapter).await;
+    let adapter = Adapter::connect(gateway.addresses().adapter).await;
     handler.behave(move |event| {
-        let mut adapter = adapter.clone();
+        let adapter = adapter.clone();
         async move {
             if let Call::Bytes(bytes) = event.call {
-                let request = SendBytesRequest {
-                    conn: event.conn,
-                    bytes: answers(bytes),
-                };
-                adapter.send(request).await?;
+                adapter.send(&event.conn, answers(bytes)).await.ok();
             }
             Ok(())
         }
@@ -361,7 +383,13 @@ async fn a_handler_of_your_own() {
     let device = gateway.addresses().listeners["tcp.default"];
     let mut command = Command::new(env!("CARGO_BIN_EXE_exproto-bench"));
     command
-        .args(["echo", "--handler", "none", "--gateway", &device.to_string()])
+        .args([
+            "echo",
+            "--handler",
+            "none",
+            "--gateway",
+            &device.to_string(),
+        ])
         .args(["--devices", "3", "--messages", "100", "--warmup", "0s"])
         .args(["--window", "1", "--json", &file.display().to_string()]);
     let output = finish(command).await;

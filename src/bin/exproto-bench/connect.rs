@@ -77,7 +77,11 @@ impl Opening<'_> {
             if failed.is_set() && !storm {
                 return;
             }
-            let begun = if rate.is_some() { begun } else { self.lanes.now() };
+            let begun = if rate.is_some() {
+                begun
+            } else {
+                self.lanes.now()
+            };
             let (ready, answer) = oneshot::channel();
             let device = Device {
                 number,
@@ -164,7 +168,8 @@ pub fn explain(error: &Error, options: &Options, handler: Option<&Shared>) -> Fa
         }
         _ => {
             let trouble = handler.and_then(Shared::trouble);
-            let trouble = trouble.map(|trouble| format!("; the handler's first failure: {trouble}"));
+            let trouble =
+                trouble.map(|trouble| format!("; the handler's first failure: {trouble}"));
             Failure::NoAnswer(format!("{error}{}", trouble.unwrap_or_default()))
         }
     }

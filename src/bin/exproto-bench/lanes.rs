@@ -409,7 +409,10 @@ mod tests {
         let run = RunId::new([9; 3]);
         lanes.arrived(Head { run, ..head }, Some(0));
         lanes.arrived(Head { device: 7, ..head }, None);
-        assert_eq!((lanes.stats.unknown.get(), lanes.stats.arrived.get()), (3, 0));
+        assert_eq!(
+            (lanes.stats.unknown.get(), lanes.stats.arrived.get()),
+            (3, 0)
+        );
         lanes.arrived(head, Some(0));
         lanes.arrived(head, Some(0));
         assert_eq!(
@@ -443,7 +446,10 @@ mod tests {
             assert!(lanes.take(EVERY_DEVICE).is_none());
             lanes.arrived(head, Some(device));
         }
-        assert_eq!((lanes.stats.complete.get(), lanes.stats.arrived.get()), (1, 3));
+        assert_eq!(
+            (lanes.stats.complete.get(), lanes.stats.arrived.get()),
+            (1, 3)
+        );
         assert!(lanes.take(EVERY_DEVICE).is_some(), "the next one follows");
         lanes.give_up(u64::MAX);
         assert_eq!((lanes.stats.complete.get(), lanes.stats.lost.get()), (1, 3));
@@ -456,9 +462,9 @@ mod tests {
         let lanes = lanes(3, Senders::Peers(senders), None);
         lanes.enter(Phase::WarmingUp);
         lanes.fill(1);
-        let woken = wakes.iter_mut().map(|wakes| {
-            std::iter::from_fn(|| wakes.try_recv().ok()).collect::<Vec<u32>>()
-        });
+        let woken = wakes
+            .iter_mut()
+            .map(|wakes| std::iter::from_fn(|| wakes.try_recv().ok()).collect::<Vec<u32>>());
         assert_eq!(woken.collect::<Vec<_>>(), [vec![0, 2], vec![1]]);
         assert_eq!(lanes.stats.sent.get(), 0);
         assert!(lanes.take_own(0).is_none(), "the device does not write it");

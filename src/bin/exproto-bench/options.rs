@@ -111,8 +111,13 @@ pub struct Options {
     #[arg(long, value_name = "HOST:PORT", default_value = "127.0.0.1:9100")]
     pub adapter: String,
     /// The broker, as mqtt://[USER[:PASSWORD]@]HOST[:PORT].
-    #[arg(long, value_name = "URL", default_value = "mqtt://127.0.0.1:1883", env = "EXPROTO_BENCH_MQTT",
-        hide_env_values = true)]
+    #[arg(
+        long,
+        value_name = "URL",
+        default_value = "mqtt://127.0.0.1:1883",
+        env = "EXPROTO_BENCH_MQTT",
+        hide_env_values = true
+    )]
     pub mqtt: Broker,
     /// MQTT clients that share the devices' topics.
     #[arg(long, value_name = "COUNT", default_value_t = 4,

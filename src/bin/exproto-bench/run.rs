@@ -51,9 +51,10 @@ enum End {
 /// # Errors
 /// What kept it from measuring anything.
 pub async fn run(options: Options) -> Result<Outcome, Failure> {
-    let signals = Signals::new().map_err(|error| Failure::own("signals cannot be handled", error))?;
-    let threads = Threads::start(options.threads())
-        .map_err(|error| Failure::own("no thread", error))?;
+    let signals =
+        Signals::new().map_err(|error| Failure::own("signals cannot be handled", error))?;
+    let threads =
+        Threads::start(options.threads()).map_err(|error| Failure::own("no thread", error))?;
     let mut bench = Bench::set_up(options, &threads, signals).await?;
     let outcome = bench.measure(&threads).await;
     bench.close().await;
@@ -101,7 +102,11 @@ impl Bench {
             true => Some(start_handler(&options, run, threads).await?),
             false => None,
         };
-        let peers = if options.scenario.needs_mqtt() { options.peers } else { 0 };
+        let peers = if options.scenario.needs_mqtt() {
+            options.peers
+        } else {
+            0
+        };
         let topics = Topics::new(run, options.peers);
         let connected = connect_peers(&options, peers, &topics, threads).await?;
         let (senders, due): (Vec<_>, Vec<_>) =
@@ -207,9 +212,7 @@ impl Bench {
                 || "no call of the handler has failed".to_owned(),
                 |trouble| format!("the handler's first failure: {trouble}"),
             );
-            return Some(Failure::NoAnswer(format!(
-                "no message arrived; {trouble}"
-            )));
+            return Some(Failure::NoAnswer(format!("no message arrived; {trouble}")));
         }
         None
     }
@@ -433,7 +436,11 @@ async fn start_handler(
     let listener = on(first, async move { handler::bind(&address).await }).await?;
     for runtime in threads.runtimes() {
         let (address, limit) = (options.adapter.clone(), options.timeout);
-        let adapter = on(runtime, async move { Adapter::connect(&address, limit).await }).await?;
+        let adapter = on(
+            runtime,
+            async move { Adapter::connect(&address, limit).await },
+        )
+        .await?;
         workers.push(Worker {
             runtime: runtime.clone(),
             adapter,

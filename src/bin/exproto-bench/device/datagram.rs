@@ -109,7 +109,9 @@ async fn exchange(mut link: Link, number: u32, lanes: &Lanes, payload: usize) ->
             () = lanes.ready(number) => {}
         }
         for _ in 0..BATCH {
-            let Some(due) = lanes.take_own(number) else { break };
+            let Some(due) = lanes.take_own(number) else {
+                break;
+            };
             out.clear();
             frame::write_sized(lanes.head(number, due), payload, &mut out);
             link.send(&out).await?;

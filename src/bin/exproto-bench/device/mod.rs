@@ -89,7 +89,8 @@ pub async fn dialer(options: &Options) -> Result<Dialer, Failure> {
         }
     };
     let found = tokio::net::lookup_host(&options.gateway).await;
-    let mut found = found.map_err(|error| wrong(format!("--gateway {}: {error}", options.gateway)))?;
+    let mut found =
+        found.map_err(|error| wrong(format!("--gateway {}: {error}", options.gateway)))?;
     let gateway = found
         .next()
         .ok_or_else(|| wrong(format!("--gateway {} has no address", options.gateway)))?;

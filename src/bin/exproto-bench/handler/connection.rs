@@ -122,9 +122,7 @@ impl Connection {
                 let Some((qos, topic)) = &state.publish else {
                     return Err("an uplink frame without a hello before it".to_owned());
                 };
-                adapter
-                    .publish(&self.conn, topic, *qos, frame.bytes)
-                    .await
+                adapter.publish(&self.conn, topic, *qos, frame.bytes).await
             }
             Kind::Echo => adapter.send(&self.conn, frame.bytes).await,
             Kind::Hello => {

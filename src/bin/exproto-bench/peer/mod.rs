@@ -178,11 +178,7 @@ fn invalid(error: impl std::fmt::Display) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, format!("bad MQTT: {error}"))
 }
 
-async fn open(
-    broker: &Broker,
-    client_id: &str,
-    filter: Option<(&str, u8)>,
-) -> io::Result<Peer> {
+async fn open(broker: &Broker, client_id: &str, filter: Option<(&str, u8)>) -> io::Result<Peer> {
     let stream = TcpStream::connect((broker.host.as_str(), broker.port)).await?;
     stream.set_nodelay(true)?;
     let mut peer = Peer {

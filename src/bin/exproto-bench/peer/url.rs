@@ -85,6 +85,9 @@ mod tests {
     #[test]
     fn the_login_is_not_shown() {
         let broker: Broker = "mqtt://user:secret@b".parse().unwrap();
-        assert_eq!(format!("{broker} {broker:?}"), "mqtt://b:1883 mqtt://b:1883");
+        assert_eq!(
+            format!("{broker} {broker:?}"),
+            "mqtt://b:1883 mqtt://b:1883"
+        );
     }
 }

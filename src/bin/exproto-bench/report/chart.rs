@@ -102,7 +102,13 @@ fn over_time(report: &Report, out: &mut String) -> std::fmt::Result {
     for step in 0..=STEPS {
         let share = f64::from(step) / f64::from(STEPS);
         let (x, y) = panel.at(share, 0.0);
-        label(out, (x, y + 16.0), "middle", 11, &format!("{:.0} s", end * share))?;
+        label(
+            out,
+            (x, y + 16.0),
+            "middle",
+            11,
+            &format!("{:.0} s", end * share),
+        )?;
     }
     let points = rates
         .iter()
@@ -111,11 +117,7 @@ fn over_time(report: &Report, out: &mut String) -> std::fmt::Result {
 }
 
 /// How long how many took.
-fn spread(
-    histogram: &Histogram<u64>,
-    scenario: Scenario,
-    out: &mut String,
-) -> std::fmt::Result {
+fn spread(histogram: &Histogram<u64>, scenario: Scenario, out: &mut String) -> std::fmt::Result {
     let panel = &SPREAD;
     if histogram.is_empty() {
         return Ok(());

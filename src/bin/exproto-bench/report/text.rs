@@ -85,7 +85,10 @@ fn connections(report: &Report, out: &mut String) -> std::fmt::Result {
         counts.connected,
         time(report.connecting)
     );
-    for (count, what) in [(counts.refused, "failed"), (counts.closed, "closed by the gateway")] {
+    for (count, what) in [
+        (counts.refused, "failed"),
+        (counts.closed, "closed by the gateway"),
+    ] {
         if count > 0 {
             write!(text, ", {count} {what}")?;
         }
@@ -102,7 +105,10 @@ fn messages(report: &Report, out: &mut String) -> std::fmt::Result {
     );
     line(out, "throughput", &text)?;
     if report.options.scenario == Scenario::Fanout {
-        let text = format!("{}, {} reached every device", counts.published, counts.complete);
+        let text = format!(
+            "{}, {} reached every device",
+            counts.published, counts.complete
+        );
         line(out, "published", &text)?;
     }
     let mut text = format!(
@@ -135,7 +141,10 @@ fn latencies(what: &str, histogram: &Histogram<u64>, out: &mut String) -> std::f
             format!("p{percentile} {}", time(Duration::from_nanos(value)))
         })
         .collect();
-    parts.push(format!("max {}", time(Duration::from_nanos(histogram.max()))));
+    parts.push(format!(
+        "max {}",
+        time(Duration::from_nanos(histogram.max()))
+    ));
     line(out, what, &parts.join("  "))
 }
 
@@ -179,7 +188,15 @@ mod tests {
 
     #[test]
     fn numbers_are_short() {
-        let times = [0, 950, 12_345, 999_000, 1_500_000, 75_000_000, 2_000_000_000];
+        let times = [
+            0,
+            950,
+            12_345,
+            999_000,
+            1_500_000,
+            75_000_000,
+            2_000_000_000,
+        ];
         let texts = times.map(|nanos| time(Duration::from_nanos(nanos)));
         let expected = [
             "0 µs", "0.95 µs", "12.3 µs", "999 µs", "1.50 ms", "75.0 ms", "2.00 s",
