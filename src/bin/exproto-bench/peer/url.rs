@@ -62,15 +62,17 @@ impl FromStr for Broker {
 mod tests {
     use super::*;
 
-    fn parse(text: &str) -> Option<(String, u16, Option<(String, String)>)> {
-        let broker: Broker = text.parse().ok()?;
-        Some((broker.host, broker.port, broker.login))
+    fn parse(text: &str) -> Option<Broker> {
+        text.parse().ok()
     }
 
     #[test]
     fn addresses_are_read() {
         let login = |user: &str, password: &str| Some((user.to_owned(), password.to_owned()));
-        let host = |host: &str, port, login| Some((host.to_owned(), port, login));
+        let host = |host: &str, port, login| {
+            let host = host.to_owned();
+            Some(Broker { host, port, login })
+        };
         assert_eq!(parse("mqtt://broker"), host("broker", 1883, None));
         assert_eq!(parse("mqtt://10.0.0.1:1/"), host("10.0.0.1", 1, None));
         assert_eq!(parse("mqtt://[::1]"), host("::1", 1883, None));
