@@ -259,3 +259,23 @@ fn the_state_machine_does_no_io() {
         );
     }
 }
+
+/// The load generator measures any gateway: of the library it takes what has nothing to
+/// do with ours.
+#[test]
+fn the_bench_knows_nothing_of_the_gateway() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/bin/exproto-bench");
+    let mut files = Vec::new();
+    collect(&root, &mut files);
+    let texts = files
+        .iter()
+        .map(|file| code(&fs::read_to_string(file).unwrap()));
+    let mut named: BTreeSet<String> = BTreeSet::new();
+    for text in texts {
+        for rest in text.split("exproto_sidecar::").skip(1) {
+            named.extend(name(rest));
+        }
+    }
+    let named: Vec<String> = named.into_iter().collect();
+    assert_eq!(named, ["proto", "shutdown", "tls"]);
+}
