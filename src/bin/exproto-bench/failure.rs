@@ -21,6 +21,9 @@ pub enum Failure {
     /// Everything is there, but what is sent does not come to its end.
     #[error("{0}")]
     NoAnswer(String),
+    /// A signal, before anything was measured.
+    #[error("{0}: nothing was measured")]
+    Interrupted(&'static str),
     /// This program's own trouble: threads, files of the report.
     #[error("{0}")]
     Own(String),
@@ -41,6 +44,8 @@ impl Failure {
             Self::HandlerAddress(_) => 4,
             Self::Mqtt(_) => 5,
             Self::NoAnswer(_) => 6,
+            // As shells have it for SIGINT.
+            Self::Interrupted(_) => 130,
         })
     }
 }

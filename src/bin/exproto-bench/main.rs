@@ -20,6 +20,7 @@ mod report;
 mod run;
 mod sampler;
 mod schedule;
+mod setup;
 mod stats;
 mod threads;
 mod tracker;

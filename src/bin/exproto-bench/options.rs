@@ -44,11 +44,6 @@ impl Scenario {
         }
     }
 
-    /// Whether messages pass the broker.
-    pub fn needs_mqtt(self) -> bool {
-        matches!(self, Self::Uplink | Self::Downlink | Self::Fanout)
-    }
-
     /// Whether messages are sent at all.
     pub fn has_messages(self) -> bool {
         !matches!(self, Self::Idle | Self::Storm)
@@ -237,7 +232,8 @@ DTLS a datagram is one frame. What a handler does, by kind:
 
 Exit codes: 0 measured, also when Ctrl-C ended it or messages were lost; 1 trouble of this
 program; 2 wrong options; 3 no gateway; 4 the handler's address is taken; 5 no MQTT broker;
-6 no answer: the gateway does not call the handler, or nothing comes through.";
+6 no answer: the gateway does not call the handler, or nothing comes through; 130 ended by
+a signal before anything was measured.";
 
 impl Options {
     /// What clap cannot check.

@@ -4,23 +4,20 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use exproto_sidecar::shutdown::Signals;
-use tokio::sync::mpsc;
 use tokio::time::{Interval, MissedTickBehavior, interval};
 use tokio_util::sync::CancellationToken;
 
 use crate::connect::{FirstError, Opening, explain};
 use crate::device;
 use crate::failure::Failure;
-use crate::frame::{Kind, RunId};
-use crate::handler::{self, Adapter, Shared, Worker};
-use crate::lanes::{Lanes, Phase, Plan, Senders};
+use crate::handler::Shared;
+use crate::lanes::{Lanes, Phase};
 use crate::options::{Options, Scenario};
 use crate::pacer::Pacer;
-use crate::peer::{Peer, Topics, Work};
 use crate::process::{Process, Usage};
 use crate::report::{Counts, ProcessReport, Report};
 use crate::sampler::Sampler;
-use crate::stats::Stats;
+use crate::setup::Parts;
 use crate::threads::Threads;
 
 /// How often a run looks whether it is over.
@@ -51,11 +48,16 @@ enum End {
 /// # Errors
 /// What kept it from measuring anything.
 pub async fn run(options: Options) -> Result<Outcome, Failure> {
-    let signals =
+    let mut signals =
         Signals::new().map_err(|error| Failure::own("signals cannot be handled", error))?;
     let threads =
         Threads::start(options.threads()).map_err(|error| Failure::own("no thread", error))?;
-    let mut bench = Bench::set_up(options, &threads, signals).await?;
+    let parts = tokio::select! {
+        biased;
+        signal = signals.next() => return Err(Failure::Interrupted(signal)),
+        parts = Parts::set_up(&options, &threads) => parts?,
+    };
+    let mut bench = Bench::new(options, parts, signals);
     let outcome = bench.measure(&threads).await;
     bench.close().await;
     outcome
@@ -63,12 +65,8 @@ pub async fn run(options: Options) -> Result<Outcome, Failure> {
 
 struct Bench {
     options: Options,
-    topics: Topics,
-    lanes: Arc<Lanes>,
-    /// The built-in handler's.
-    handler: Option<Arc<Shared>>,
+    parts: Parts,
     signals: Signals,
-    broken: mpsc::UnboundedReceiver<Failure>,
     sampler: Sampler,
     tick: Interval,
     swept: Instant,
@@ -88,61 +86,7 @@ struct Span {
 }
 
 impl Bench {
-    /// Everything but the devices.
-    async fn set_up(
-        options: Options,
-        threads: &Threads,
-        signals: Signals,
-    ) -> Result<Self, Failure> {
-        let clock = Instant::now();
-        let mut random = [0; 3];
-        getrandom::fill(&mut random).map_err(|error| Failure::own("no random numbers", error))?;
-        let run = RunId::new(random);
-        let handler = match options.has_handler() {
-            true => Some(start_handler(&options, run, threads).await?),
-            false => None,
-        };
-        let peers = if options.scenario.needs_mqtt() {
-            options.peers
-        } else {
-            0
-        };
-        let topics = Topics::new(run, options.peers);
-        let connected = connect_peers(&options, peers, &topics, threads).await?;
-        let (senders, due): (Vec<_>, Vec<_>) =
-            connected.iter().map(|_| mpsc::unbounded_channel()).unzip();
-        let (kind, senders) = match (options.scenario, senders.first()) {
-            (Scenario::Downlink, Some(_)) => (Kind::Downlink, Senders::Peers(senders)),
-            (Scenario::Fanout, Some(first)) => (Kind::Downlink, Senders::Everyone(first.clone())),
-            (Scenario::Uplink, _) => (Kind::Uplink, Senders::Devices),
-            _ => (Kind::Echo, Senders::Devices),
-        };
-        let stats = Stats::new().map_err(|error| Failure::own("no histogram", error))?;
-        let lanes = Arc::new(Lanes::new(Plan {
-            devices: options.devices,
-            senders,
-            kind,
-            run,
-            closed_loop: options.rate.is_none(),
-            messages: options.messages,
-            clock,
-            stats,
-        }));
-        let (tell, broken) = mpsc::unbounded_channel();
-        for ((number, peer), due) in (0..).zip(connected).zip(due) {
-            let work = Work {
-                lanes: lanes.clone(),
-                topics: topics.clone(),
-                qos: options.qos,
-                payload: options.payload,
-                due,
-            };
-            let tell = tell.clone();
-            spawn_on(threads, number, async move {
-                // Nobody listens any more once the run is over.
-                let _ = tell.send(peer.run(work).await);
-            });
-        }
+    fn new(options: Options, parts: Parts, signals: Signals) -> Self {
         let mut processes: Vec<Process> = options
             .pid
             .iter()
@@ -152,19 +96,16 @@ impl Bench {
         let mut tick = interval(LOOK);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let sampler = Sampler::new(processes, !options.quiet);
-        Ok(Self {
+        Self {
             options,
-            topics,
-            lanes,
-            handler,
+            parts,
             signals,
-            broken,
             sampler,
             tick,
-            swept: clock,
+            swept: Instant::now(),
             end: None,
             closing: CancellationToken::new(),
-        })
+        }
     }
 
     /// Connects the devices, measures, and reports.
@@ -205,7 +146,7 @@ impl Bench {
         if let (Scenario::Storm, 0, Some(error)) =
             (self.options.scenario, counts.connected, refused)
         {
-            return Some(explain(&error, &self.options, self.handler.as_deref()));
+            return Some(explain(&error, &self.options, self.parts.handler()));
         }
         if self.options.scenario.has_messages() && counts.arrived == 0 {
             let trouble = report.trouble.as_deref().map_or_else(
@@ -225,8 +166,8 @@ impl Bench {
             options: &options,
             threads,
             dialer,
-            lanes: self.lanes.clone(),
-            topics: self.topics.clone(),
+            lanes: self.parts.lanes.clone(),
+            topics: self.parts.topics.clone(),
             closing: self.closing.clone(),
         };
         let failed = FirstError::default();
@@ -243,26 +184,32 @@ impl Bench {
         }
         match failed.take() {
             Some(error) if options.scenario != Scenario::Storm => {
-                Err(explain(&error, &options, self.handler.as_deref()))
+                Err(explain(&error, &options, self.parts.handler()))
             }
             first => Ok(first),
         }
     }
 
     /// Closes the connections, and answers the callbacks about it: a gateway would hold
-    /// them for the next handler.
+    /// them for the next handler. A signal ends it at once.
     async fn close(&mut self) {
-        self.lanes.enter(Phase::Over);
+        self.parts.lanes.enter(Phase::Over);
         self.closing.cancel();
-        let Some(handler) = self.handler.clone() else {
+        let Some(handler) = &self.parts.handler else {
             return;
         };
-        let _ = tokio::time::timeout(FAREWELL, async {
-            while handler.open() > 0 && !matches!(self.end, Some(End::Interrupted(_))) {
+        let farewell = async {
+            if self.options.transport.is_datagram() {
+                handler.shared.close_all(&handler.adapter).await;
+            }
+            while handler.shared.open() > 0 {
                 self.tick.tick().await;
             }
-        })
-        .await;
+        };
+        tokio::select! {
+            _ = tokio::time::timeout(FAREWELL, farewell) => {}
+            _ = self.signals.next() => {}
+        }
     }
 
     /// Lets the connections be.
@@ -280,7 +227,7 @@ impl Bench {
 
     /// Sends messages.
     async fn drive(&mut self) -> Result<Span, Failure> {
-        let lanes = self.lanes.clone();
+        let lanes = self.parts.lanes.clone();
         // Of the connections.
         lanes.stats.forget_latencies();
         let mut pacer = None;
@@ -326,11 +273,11 @@ impl Bench {
 
     fn start_loop(&self) -> Result<Option<Pacer>, Failure> {
         match self.options.rate {
-            Some(rate) => Pacer::start(self.lanes.clone(), rate)
+            Some(rate) => Pacer::start(self.parts.lanes.clone(), rate)
                 .map(Some)
                 .map_err(|error| Failure::own("no thread", error)),
             None => {
-                self.lanes.fill(self.options.window());
+                self.parts.lanes.fill(self.options.window());
                 Ok(None)
             }
         }
@@ -338,7 +285,7 @@ impl Bench {
 
     /// Waits until `reached`, unless the run ends before.
     async fn wait(&mut self, phase: &'static str, reached: impl Fn(&Lanes) -> bool) {
-        while self.end.is_none() && !reached(&self.lanes) {
+        while self.end.is_none() && !reached(&self.parts.lanes) {
             self.look(phase).await;
         }
     }
@@ -347,16 +294,16 @@ impl Bench {
     async fn look(&mut self, phase: &'static str) {
         tokio::select! {
             biased;
-            Some(failure) = self.broken.recv() => self.end = Some(End::Broken(failure)),
+            Some(failure) = self.parts.broken.recv() => self.end = Some(End::Broken(failure)),
             signal = self.signals.next() => self.end = Some(End::Interrupted(signal)),
             _ = self.tick.tick() => {}
         }
-        self.sampler.look(phase, &self.lanes.stats);
+        self.sampler.look(phase, &self.parts.lanes.stats);
         if self.swept.elapsed() >= SWEEP {
             self.swept = Instant::now();
             let timeout = u64::try_from(self.options.timeout.as_nanos()).unwrap_or(u64::MAX);
-            if let Some(before) = self.lanes.now().checked_sub(timeout) {
-                self.lanes.give_up(before);
+            if let Some(before) = self.parts.lanes.now().checked_sub(timeout) {
+                self.parts.lanes.give_up(before);
             }
         }
     }
@@ -368,7 +315,8 @@ impl Bench {
         span: &Span,
         connecting: Duration,
     ) -> Report {
-        let stats = &self.lanes.stats;
+        let stats = &self.parts.lanes.stats;
+        let handler = self.parts.handler();
         let (latency, to_all) = stats.all();
         let usage = |usages: &[Option<Usage>], number: usize| usages.get(number).copied().flatten();
         let memory = |usages, number| usage(usages, number).map(|usage| usage.memory);
@@ -399,79 +347,8 @@ impl Bench {
             to_all,
             processes: processes.collect(),
             samples: self.sampler.samples.clone(),
-            failures: self.handler.as_ref().map_or(0, |h| h.failures.get()),
-            trouble: self.handler.as_ref().and_then(|h| h.trouble()),
+            failures: handler.map_or(0, |handler| handler.failures.get()),
+            trouble: handler.and_then(Shared::trouble),
         }
     }
-}
-
-fn spawn_on(threads: &Threads, number: u32, task: impl Future<Output = ()> + Send + 'static) {
-    if let Some(runtime) = threads.of(number) {
-        runtime.spawn(task);
-    }
-}
-
-/// On a thread of the bench; a socket belongs to the runtime in which it was made.
-async fn on<T: Send + 'static>(
-    runtime: &tokio::runtime::Handle,
-    task: impl Future<Output = Result<T, Failure>> + Send + 'static,
-) -> Result<T, Failure> {
-    match runtime.spawn(task).await {
-        Ok(result) => result,
-        Err(error) => Err(Failure::own("a task", error)),
-    }
-}
-
-async fn start_handler(
-    options: &Options,
-    run: RunId,
-    threads: &Threads,
-) -> Result<Arc<Shared>, Failure> {
-    let shared = Arc::new(Shared::new(run));
-    let mut workers = Vec::new();
-    let Some(first) = threads.of(0) else {
-        return Err(Failure::Own("no thread".to_owned()));
-    };
-    let address = options.handler.clone();
-    let listener = on(first, async move { handler::bind(&address).await }).await?;
-    for runtime in threads.runtimes() {
-        let (address, limit) = (options.adapter.clone(), options.timeout);
-        let adapter = on(
-            runtime,
-            async move { Adapter::connect(&address, limit).await },
-        )
-        .await?;
-        workers.push(Worker {
-            runtime: runtime.clone(),
-            adapter,
-        });
-    }
-    first.spawn(handler::serve(listener, workers, shared.clone()));
-    Ok(shared)
-}
-
-async fn connect_peers(
-    options: &Options,
-    count: u32,
-    topics: &Topics,
-    threads: &Threads,
-) -> Result<Vec<Peer>, Failure> {
-    let mut peers = Vec::new();
-    for number in 0..count {
-        let filter = match options.scenario {
-            Scenario::Uplink => Some(topics.up_filter(number)),
-            _ => None,
-        };
-        let (broker, qos, limit) = (options.mqtt.clone(), options.qos, options.timeout);
-        let client_id = topics.peer(number);
-        let connecting = async move {
-            let filter = filter.as_deref().map(|filter| (filter, qos));
-            Peer::connect(&broker, &client_id, filter, limit).await
-        };
-        let Some(runtime) = threads.of(number) else {
-            continue;
-        };
-        peers.push(on(runtime, connecting).await?);
-    }
-    Ok(peers)
 }

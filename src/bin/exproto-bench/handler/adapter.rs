@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use exproto_sidecar::proto::connection_adapter_client::ConnectionAdapterClient;
 use exproto_sidecar::proto::{
-    AuthenticateRequest, ClientInfo, CodeResponse, PublishRequest, ResultCode, SendBytesRequest,
-    SubscribeRequest,
+    AuthenticateRequest, ClientInfo, CloseSocketRequest, CodeResponse, PublishRequest, ResultCode,
+    SendBytesRequest, SubscribeRequest,
 };
 use futures_util::future::BoxFuture;
 use http::{Request, Response, Uri};
@@ -114,6 +114,13 @@ impl Adapter {
             payload,
         };
         read("Publish", self.client.clone().publish(request).await)
+    }
+
+    pub async fn close(&self, conn: &str) -> Result<(), Refusal> {
+        let request = CloseSocketRequest {
+            conn: conn.to_owned(),
+        };
+        read("Close", self.client.clone().close(request).await)
     }
 
     pub async fn send(&self, conn: &str, bytes: bytes::Bytes) -> Result<(), Refusal> {

@@ -10,6 +10,7 @@ mod connection;
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
@@ -28,6 +29,9 @@ use connection::Connection;
 const STREAM_WINDOW: u32 = 1024 * 1024;
 const CONNECTION_WINDOW: u32 = 8 * 1024 * 1024;
 const MAX_STREAMS: u32 = 65_536;
+
+/// Pause after a connection that could not be accepted.
+const PAUSE: Duration = Duration::from_millis(50);
 
 /// What the handler knows, shared by its threads.
 pub struct Shared {
@@ -58,6 +62,18 @@ impl Shared {
     /// Connections that have not ended.
     pub fn open(&self) -> usize {
         self.connections().len()
+    }
+
+    /// Has the gateway close what is left: over UDP it does not see that a device has
+    /// gone.
+    pub async fn close_all(&self, adapter: &Adapter) {
+        let left: Vec<String> = self.connections().keys().cloned().collect();
+        for conn in left {
+            if adapter.close(&conn).await.is_err() {
+                // Most likely it was closed meanwhile.
+                self.forget(&conn);
+            }
+        }
     }
 
     /// The connection of this name, new ones too: on long streams bytes may come first.
@@ -124,7 +140,7 @@ pub async fn serve(listener: TcpListener, workers: Vec<Worker>, shared: Arc<Shar
             match listener.accept().await {
                 Ok((stream, _)) => break stream,
                 // Of a connection that has gone already, or a limit that passes.
-                Err(_) => tokio::task::yield_now().await,
+                Err(_) => tokio::time::sleep(PAUSE).await,
             }
         };
         let handler = calls::Handler {

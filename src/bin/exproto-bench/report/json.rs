@@ -97,7 +97,7 @@ fn of_process(process: &ProcessReport, report: &Report) -> Value {
             "before": process.before,
             "connected": process.connected,
             "end": process.end,
-            "per_connection": process.memory_each(report.counts.connected),
+            "per_connection": process.memory_each(report.options.scenario, report.counts.connected),
         },
     })
 }

@@ -53,10 +53,14 @@ impl ProcessReport {
         Some(Duration::from_nanos(u64::try_from(nanos).ok()?))
     }
 
-    /// Bytes for each connection: what came with them. `None` where memory was freed
-    /// meanwhile.
-    pub fn memory_each(&self, connections: u64) -> Option<u64> {
-        let grown = self.connected?.checked_sub(self.before?)?;
+    /// Bytes for each connection: what came with them, after the idle time if that was
+    /// measured. `None` where memory was freed meanwhile.
+    pub fn memory_each(&self, scenario: Scenario, connections: u64) -> Option<u64> {
+        let with = match scenario {
+            Scenario::Idle => self.end,
+            _ => self.connected,
+        };
+        let grown = with?.checked_sub(self.before?)?;
         grown.checked_div(connections)
     }
 }
@@ -259,7 +263,9 @@ mod tests {
         let mut report = report();
         let process = &mut report.processes[0];
         process.connected = Some(10);
-        assert_eq!(process.memory_each(3), None);
+        assert_eq!(process.memory_each(Scenario::Echo, 3), None);
+        // What is there after the idle time.
+        assert_eq!(process.memory_each(Scenario::Idle, 4), Some(250_000));
         assert_eq!(process.cpu_each(0), None);
         assert!(per_second(5, Duration::ZERO).abs() < f64::EPSILON);
     }

@@ -62,7 +62,7 @@ fn write_all(report: &Report, out: &mut String) -> std::fmt::Result {
         if let Some(end) = process.end {
             parts.push(bytes(end));
         }
-        if let Some(each) = process.memory_each(report.counts.connected) {
+        if let Some(each) = process.memory_each(report.options.scenario, report.counts.connected) {
             parts.push(format!("{} a connection", bytes(each)));
         }
         if parts.is_empty() {
