@@ -36,7 +36,8 @@ impl Scene {
 
     /// With these keys, and listeners of all kinds.
     async fn with(keys: &[(&str, &str)]) -> Self {
-        let broker = Broker::start().await.quiet();
+        let mut broker = Broker::absent("allow_anonymous true\n").quiet();
+        broker.up().await;
         let handler = format!("127.0.0.1:{}", free_port());
         let dir = TempDir::new().unwrap();
         let server = Authority::new(dir.path(), "authority").server("127.0.0.1");
