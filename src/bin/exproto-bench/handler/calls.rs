@@ -16,7 +16,7 @@ use exproto_sidecar::proto::{
 };
 use futures_util::future::BoxFuture;
 use hyper::body::Incoming;
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, mpsc};
 use tonic::body::Body;
 use tonic::codegen::Service;
 use tonic::{Request, Response, Status, Streaming};
@@ -119,18 +119,32 @@ struct Streams {
 
 impl Streams {
     /// Puts an event into its connection's queue, and waits for room where there is none.
-    async fn event(&self, conn: &str, event: Event) -> Result<(), Status> {
+    /// `working` is let go of when it was worked off.
+    async fn event(
+        &self,
+        conn: &str,
+        event: Event,
+        working: mpsc::Sender<()>,
+    ) -> Result<(), Status> {
         let shared = &self.handler.shared;
         shared.callbacks.add(1);
         let permit = self.ahead.clone().acquire_owned().await;
         let permit = permit.map_err(|_| Status::unavailable("the handler has ended"))?;
         let connection = shared.connection(conn);
-        if connection.enqueue(event, permit) {
+        if connection.enqueue(event, (permit, working)) {
             let (adapter, shared) = (self.handler.adapter.clone(), shared.clone());
             tokio::spawn(async move { connection.work_off(&adapter, &shared).await });
         }
         Ok(())
     }
+}
+
+/// The answer to a stream: what it carried was taken, so it waits until it is.
+async fn answer(working: mpsc::Sender<()>, mut worked_off: mpsc::Receiver<()>) -> Answer {
+    drop(working);
+    // Nothing is ever sent: it ends when the last event has let go.
+    let _ = worked_off.recv().await;
+    done()
 }
 
 #[tonic::async_trait]
@@ -153,11 +167,12 @@ impl ConnectionHandler for Streams {
 
     async fn on_received_bytes(&self, stream: Request<Streaming<ReceivedBytesRequest>>) -> Answer {
         let mut stream = stream.into_inner();
+        let (working, worked_off) = mpsc::channel(1);
         while let Some(request) = stream.message().await? {
-            self.event(&request.conn, Event::Bytes(request.bytes))
+            self.event(&request.conn, Event::Bytes(request.bytes), working.clone())
                 .await?;
         }
-        done()
+        answer(working, worked_off).await
     }
 
     async fn on_timer_timeout(&self, stream: Request<Streaming<TimerTimeoutRequest>>) -> Answer {
@@ -171,11 +186,12 @@ impl ConnectionHandler for Streams {
         stream: Request<Streaming<ReceivedMessagesRequest>>,
     ) -> Answer {
         let mut stream = stream.into_inner();
+        let (working, worked_off) = mpsc::channel(1);
         while let Some(request) = stream.message().await? {
             let (conn, event) = messages(request);
-            self.event(&conn, event).await?;
+            self.event(&conn, event, working.clone()).await?;
         }
-        done()
+        answer(working, worked_off).await
     }
 }
 

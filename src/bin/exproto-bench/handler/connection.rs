@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::sync::{Mutex, PoisonError};
 
 use bytes::{Bytes, BytesMut};
-use tokio::sync::OwnedSemaphorePermit;
+use tokio::sync::{OwnedSemaphorePermit, mpsc};
 
 use super::{Adapter, Shared};
 use crate::frame::{self, Frame, Kind, Wishes};
@@ -14,6 +14,10 @@ pub(super) enum Event {
     Bytes(Bytes),
     Messages(Vec<Bytes>),
 }
+
+/// What an event from a stream holds until it was worked off: room, and the answer to
+/// its stream.
+pub(super) type Held = (OwnedSemaphorePermit, mpsc::Sender<()>);
 
 /// See the module.
 pub(super) struct Connection {
@@ -37,7 +41,7 @@ struct State {
 /// Events from long streams that wait for their turn. Bounded by the permits.
 #[derive(Default)]
 struct Queue {
-    events: VecDeque<(Event, OwnedSemaphorePermit)>,
+    events: VecDeque<(Event, Held)>,
     /// Whether a task works it off.
     busy: bool,
 }
@@ -52,9 +56,9 @@ impl Connection {
     }
 
     /// Puts an event behind those that wait; `true` if the caller is to work them off.
-    pub(super) fn enqueue(&self, event: Event, permit: OwnedSemaphorePermit) -> bool {
+    pub(super) fn enqueue(&self, event: Event, held: Held) -> bool {
         let mut queue = self.queue.lock().unwrap_or_else(PoisonError::into_inner);
-        queue.events.push_back((event, permit));
+        queue.events.push_back((event, held));
         !std::mem::replace(&mut queue.busy, true)
     }
 
@@ -67,7 +71,7 @@ impl Connection {
                 queue.busy = next.is_some();
                 next
             };
-            let Some((event, _permit)) = next else { return };
+            let Some((event, _held)) = next else { return };
             self.handle(event, adapter, shared).await;
         }
     }
