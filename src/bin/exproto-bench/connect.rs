@@ -55,14 +55,18 @@ impl Opening<'_> {
     /// storm the first failure ends it. The devices run on.
     pub async fn run(&self, failed: &FirstError) {
         let storm = self.options.scenario == Scenario::Storm;
-        let most = if storm && self.options.rate.is_some() {
-            // An open loop opens what is due, whatever hangs.
+        let open_loop = storm && self.options.rate.is_some();
+        let most = if open_loop {
+            // It opens what is due, whatever hangs.
             Semaphore::MAX_PERMITS
         } else {
             usize::try_from(self.options.connecting).unwrap_or(1)
         };
         let permits = Arc::new(Semaphore::new(most));
-        let rate = self.options.rate.filter(|_| storm);
+        let rate = match storm {
+            true => self.options.rate,
+            false => Some(self.options.connect_rate),
+        };
         let mut schedule = rate.map(|rate| Schedule::new(self.lanes.now(), rate));
         let mut waiting = tokio::task::JoinSet::new();
         for number in 0..self.options.devices {
@@ -77,11 +81,7 @@ impl Opening<'_> {
             if failed.is_set() && !storm {
                 return;
             }
-            let begun = if rate.is_some() {
-                begun
-            } else {
-                self.lanes.now()
-            };
+            let begun = if open_loop { begun } else { self.lanes.now() };
             let (ready, answer) = oneshot::channel();
             let device = Device {
                 number,
@@ -157,7 +157,7 @@ pub fn explain(error: &Error, options: &Options, handler: Option<&Shared>) -> Fa
     match error {
         Error::Io(_) | Error::Slow(_) => Failure::Gateway(format!(
             "no connection to the gateway at {gateway} over {transport}: {error} \
-             (--gateway, --transport)"
+             (--gateway, --transport; --connect-rate if the gateway limits new connections)"
         )),
         Error::NoWelcome(_) | Error::Closed if handler.is_some_and(|h| h.created.get() == 0) => {
             Failure::NoAnswer(format!(

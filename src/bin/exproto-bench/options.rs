@@ -155,6 +155,11 @@ pub struct Options {
     #[arg(long, value_name = "COUNT", default_value_t = 64,
         value_parser = clap::value_parser!(u32).range(1..=65_535))]
     pub connecting: u32,
+    /// New connections a second, except in a storm. Gateways refuse more than some: 1,000
+    /// is a common limit.
+    #[arg(long, value_name = "PER_SECOND", default_value_t = 900,
+        value_parser = clap::value_parser!(u64).range(1..=10_000_000))]
+    pub connect_rate: u64,
     /// Devices are no clients: the handler only answers their first frame. For idle and
     /// storm.
     #[arg(long)]

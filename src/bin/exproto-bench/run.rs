@@ -80,6 +80,8 @@ struct Bench {
 struct Span {
     time: Duration,
     completed: u64,
+    /// Callbacks of the built-in handler.
+    callbacks: u64,
     /// Of each process, at both.
     before: Vec<Option<Usage>>,
     after: Vec<Option<Usage>>,
@@ -119,12 +121,14 @@ impl Bench {
             Scenario::Storm => Span {
                 time: connecting,
                 completed: 0,
+                callbacks: 0,
                 before: alone.clone(),
                 after: connected.clone(),
             },
             _ if self.end.is_some() => Span {
                 time: Duration::ZERO,
                 completed: 0,
+                callbacks: 0,
                 before: connected.clone(),
                 after: connected.clone(),
             },
@@ -220,6 +224,7 @@ impl Bench {
         Span {
             time: begun.elapsed(),
             completed: 0,
+            callbacks: 0,
             before: before.to_vec(),
             after: self.sampler.usages(),
         }
@@ -239,7 +244,7 @@ impl Bench {
         }
         let before = self.sampler.usages();
         let (begun, from) = (Instant::now(), lanes.now());
-        let already = lanes.stats.all_arrived.get();
+        let already = (lanes.stats.all_arrived.get(), self.callbacks());
         lanes.enter(Phase::Measuring);
         if self.options.warmup.is_zero() {
             pacer = self.start_loop()?;
@@ -252,7 +257,8 @@ impl Bench {
         })
         .await;
         let (mut time, mut after) = (begun.elapsed(), self.sampler.usages());
-        let mut completed = lanes.stats.all_arrived.get().saturating_sub(already);
+        let (mut completed, mut callbacks) = (lanes.stats.all_arrived.get(), self.callbacks());
+        completed = completed.saturating_sub(already.0);
         lanes.enter(Phase::Over);
         drop(pacer);
         self.wait("draining", |lanes| lanes.stats.outstanding() == 0)
@@ -261,14 +267,23 @@ impl Bench {
             // All of them count, so it lasts until the last.
             time = Duration::from_nanos(lanes.stats.last().saturating_sub(from));
             completed = lanes.stats.arrived.get();
+            callbacks = self.callbacks();
             after = self.sampler.usages();
         }
         Ok(Span {
             time,
             completed,
+            callbacks: callbacks.saturating_sub(already.1),
             before,
             after,
         })
+    }
+
+    /// Callbacks of the built-in handler so far.
+    fn callbacks(&self) -> u64 {
+        self.parts
+            .handler()
+            .map_or(0, |handler| handler.callbacks.get())
     }
 
     fn start_loop(&self) -> Result<Option<Pacer>, Failure> {
@@ -347,6 +362,7 @@ impl Bench {
             to_all,
             processes: processes.collect(),
             samples: self.sampler.samples.clone(),
+            callbacks: span.callbacks,
             failures: handler.map_or(0, |handler| handler.failures.get()),
             trouble: handler.and_then(Shared::trouble),
         }

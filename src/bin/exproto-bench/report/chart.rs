@@ -107,7 +107,7 @@ fn over_time(report: &Report, out: &mut String) -> std::fmt::Result {
             (x, y + 16.0),
             "middle",
             11,
-            &format!("{:.0} s", end * share),
+            &format!("{:.1} s", end * share),
         )?;
     }
     let points = rates

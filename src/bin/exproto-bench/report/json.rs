@@ -76,6 +76,8 @@ pub fn render(report: &Report) -> Value {
         "latency_us": latency(&report.latency),
         "processes": processes.map(|process| of_process(process, report)).collect::<Vec<_>>(),
         "handler": {
+            "callbacks": report.callbacks,
+            "messages_per_callback": report.messages_each_callback(),
             "failed_calls": report.failures,
             "first_failure": report.trouble,
         },

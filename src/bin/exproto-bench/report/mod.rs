@@ -81,6 +81,8 @@ pub struct Report {
     pub to_all: Histogram<u64>,
     pub processes: Vec<ProcessReport>,
     pub samples: Vec<Sample>,
+    /// Callbacks to the built-in handler while it was measured.
+    pub callbacks: u64,
     /// Calls of the built-in handler that failed, and the first of them.
     pub failures: u64,
     pub trouble: Option<String>,
@@ -144,6 +146,11 @@ impl Report {
         per_second(count, time)
     }
 
+    /// Messages in a callback; `None` without a handler of ours.
+    pub fn messages_each_callback(&self) -> Option<f64> {
+        (self.callbacks > 0).then(|| ratio(self.counts.completed, self.callbacks))
+    }
+
     /// What processor time is divided by.
     pub fn units(&self) -> u64 {
         match self.options.scenario {
@@ -152,6 +159,11 @@ impl Report {
             _ => self.counts.completed,
         }
     }
+}
+
+#[allow(clippy::cast_precision_loss)]
+fn ratio(count: u64, of: u64) -> f64 {
+    count as f64 / of as f64
 }
 
 /// A rate; nothing where there was no time.
@@ -220,6 +232,7 @@ mod tests {
                 process("gone", None),
             ],
             samples: vec![sample(1, 400), sample(2, 600)],
+            callbacks: 400,
             failures: 1,
             trouble: Some("Send: <refused>".to_owned()),
         }
@@ -236,6 +249,7 @@ mod tests {
             "p50 500 µs",
             "max 1.00 ms\n",
             "  gateway         2 % of a processor, 50.0 µs a message, 1.9 MiB, 2.0 KiB a connection\n",
+            "  handler         400 callbacks, 2.5 messages each\n",
             "1 calls failed, the first: Send: <refused>\n",
         ] {
             assert!(text.contains(part), "{part}\n{text}");
@@ -246,6 +260,7 @@ mod tests {
     fn the_json_says_the_same() {
         let json = json::render(&report());
         assert_eq!(json["throughput"], 500.0);
+        assert_eq!(json["handler"]["messages_per_callback"], 2.5);
         assert_eq!(json["messages"]["duplicated"], 4);
         assert_eq!(json["processes"][0]["cpu_us_per_message"], 50.0);
         assert_eq!(json["processes"][0]["memory"]["per_connection"], 2000);

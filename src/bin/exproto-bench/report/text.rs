@@ -70,6 +70,10 @@ fn write_all(report: &Report, out: &mut String) -> std::fmt::Result {
         }
         line(out, &process.name, &parts.join(", "))?;
     }
+    if let Some(each) = report.messages_each_callback() {
+        let text = format!("{} callbacks, {each:.1} messages each", report.callbacks);
+        line(out, "handler", &text)?;
+    }
     if let Some(trouble) = &report.trouble {
         let text = format!("{} calls failed, the first: {trouble}", report.failures);
         line(out, "handler", &text)?;
