@@ -105,7 +105,7 @@ pub struct Options {
     /// The gateway's ConnectionAdapter, for the built-in handler.
     #[arg(long, value_name = "HOST:PORT", default_value = "127.0.0.1:9100")]
     pub adapter: String,
-    /// The broker, as mqtt://[USER[:PASSWORD]@]HOST[:PORT].
+    /// The broker, as `mqtt://[USER[:PASSWORD]@]HOST[:PORT]`.
     #[arg(
         long,
         value_name = "URL",
