@@ -19,6 +19,10 @@ chaos:
 brokers *names:
     scripts/brokers.sh {{names}}
 
+# Measures a running gateway: `just measure uplink --devices 1000`.
+measure *arguments:
+    cargo run --release --bin exproto-bench -- {{arguments}}
+
 # Fuzzes a target, or all of them, for so many seconds each.
 fuzz target="all" seconds="60":
     scripts/fuzz.sh {{target}} {{seconds}}

@@ -24,6 +24,8 @@ fn sources() -> Vec<Source> {
     let sources: Vec<Source> = files
         .into_iter()
         .filter(|file| !file.ends_with("tests.rs"))
+        // Programs of their own, which see of the library what anybody sees.
+        .filter(|file| !file.starts_with(root.join("bin")))
         .map(|file| Source {
             path: file.strip_prefix(&root).unwrap().display().to_string(),
             text: code(&fs::read_to_string(&file).unwrap()),
@@ -256,4 +258,24 @@ fn the_state_machine_does_no_io() {
             "{word} in connection/machine.rs"
         );
     }
+}
+
+/// The load generator measures any gateway: of the library it takes what has nothing to
+/// do with ours.
+#[test]
+fn the_bench_knows_nothing_of_the_gateway() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/bin/exproto-bench");
+    let mut files = Vec::new();
+    collect(&root, &mut files);
+    let texts = files
+        .iter()
+        .map(|file| code(&fs::read_to_string(file).unwrap()));
+    let mut named: BTreeSet<String> = BTreeSet::new();
+    for text in texts {
+        for rest in text.split("exproto_sidecar::").skip(1) {
+            named.extend(name(rest));
+        }
+    }
+    let named: Vec<String> = named.into_iter().collect();
+    assert_eq!(named, ["proto", "shutdown", "tls"]);
 }

@@ -1,0 +1,419 @@
+//! `exproto-bench` against a real gateway and broker: that it counts right and says what
+//! is wrong. How fast anything is does not matter here.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing
+)]
+
+mod common;
+
+use std::net::SocketAddr;
+use std::process::{Output, Stdio};
+
+use bytes::{Bytes, BytesMut};
+use common::{Adapter, Authority, Broker, Call, Handler, Plan, free_port, within};
+use exproto_sidecar::gateway::Gateway;
+use serde_json::Value;
+use tempfile::TempDir;
+use tokio::io::{AsyncBufReadExt, BufReader};
+use tokio::process::Command;
+
+/// A gateway whose handler is the bench's.
+struct Scene {
+    gateway: Gateway,
+    handler: String,
+    dir: TempDir,
+    broker: Broker,
+}
+
+impl Scene {
+    async fn start() -> Self {
+        Self::with(&[]).await
+    }
+
+    /// With these keys, and listeners of all kinds.
+    async fn with(keys: &[(&str, &str)]) -> Self {
+        let mut broker = Broker::absent("allow_anonymous true\n").quiet();
+        broker.up().await;
+        let handler = format!("127.0.0.1:{}", free_port());
+        let dir = TempDir::new().unwrap();
+        let server = Authority::new(dir.path(), "authority").server("127.0.0.1");
+        let psk = dir.path().join("psk");
+        std::fs::write(&psk, "bench:00ff10\n").unwrap();
+        let any = "127.0.0.1:0";
+        let plan = Plan::new(&broker.url(), &format!("http://{handler}"))
+            .set("LISTENERS__SSL__DEFAULT__BIND", any)
+            .set(
+                "LISTENERS__SSL__DEFAULT__SSL_OPTIONS__CERTFILE",
+                &server.cert,
+            )
+            .set("LISTENERS__SSL__DEFAULT__SSL_OPTIONS__KEYFILE", &server.key)
+            .set("LISTENERS__UDP__DEFAULT__BIND", any)
+            .set("LISTENERS__DTLS__DEFAULT__BIND", any)
+            .set(
+                "LISTENERS__DTLS__DEFAULT__DTLS_OPTIONS__CERTFILE",
+                &server.cert,
+            )
+            .set(
+                "LISTENERS__DTLS__DEFAULT__DTLS_OPTIONS__KEYFILE",
+                &server.key,
+            )
+            .set(
+                "LISTENERS__DTLS__DEFAULT__DTLS_OPTIONS__PSK_FILE",
+                &psk.display().to_string(),
+            )
+            .set_all(keys);
+        let gateway = Gateway::start(&plan.config()).await.unwrap();
+        Self {
+            gateway,
+            handler,
+            dir,
+            broker,
+        }
+    }
+
+    fn listener(&self, transport: &str) -> SocketAddr {
+        self.gateway.addresses().listeners[&format!("{transport}.default")]
+    }
+
+    fn file(&self, name: &str) -> String {
+        self.dir.path().join(name).display().to_string()
+    }
+
+    /// The bench with these arguments, and the addresses of this scene before them.
+    fn command(&self, arguments: &str) -> Command {
+        let words: Vec<&str> = arguments.split_ascii_whitespace().collect();
+        let transport = words.iter().position(|word| *word == "--transport");
+        let transport = transport.map_or("tcp", |at| words[at + 1]);
+        let mut command = Command::new(env!("CARGO_BIN_EXE_exproto-bench"));
+        command
+            .args(words)
+            .args(["--gateway", &self.listener(transport).to_string()])
+            .args(["--adapter", &self.gateway.addresses().adapter.to_string()])
+            .args(["--mqtt", &self.broker.url()])
+            .args(["--json", &self.file("report.json")])
+            .stdin(Stdio::null())
+            .kill_on_drop(true);
+        if !arguments.contains("--handler") {
+            command.args(["--handler", &self.handler]);
+        }
+        command
+    }
+
+    /// Runs it to its end, which is a good one, and reads the report.
+    async fn run(&self, arguments: &str) -> Value {
+        let output = finish(self.command(arguments)).await;
+        assert_eq!(output.status.code(), Some(0), "{output:#?}");
+        self.report()
+    }
+
+    fn report(&self) -> Value {
+        let text = std::fs::read_to_string(self.file("report.json")).unwrap();
+        serde_json::from_str(&text).unwrap()
+    }
+
+    /// Runs it to a bad end, and gives the exit code and what it says.
+    async fn fail(&self, arguments: &str) -> (i32, String) {
+        let output = finish(self.command(arguments)).await;
+        let said = String::from_utf8(output.stderr).unwrap();
+        (output.status.code().unwrap(), said)
+    }
+}
+
+async fn finish(mut command: Command) -> Output {
+    within("the bench to end", command.output()).await.unwrap()
+}
+
+/// So many messages were sent, and each arrived once.
+#[track_caller]
+fn assert_counts(report: &Value, messages: u64) {
+    let counts = &report["messages"];
+    assert_eq!(counts["sent"], messages, "{report:#}");
+    assert_eq!(counts["arrived"], messages, "{report:#}");
+    for nothing in [
+        "lost",
+        "duplicated",
+        "late",
+        "unknown",
+        "not_sent",
+        "out_of_order",
+        "under_way_at_the_end",
+        "lost_while_warming_up",
+    ] {
+        assert_eq!(counts[nothing], 0, "{nothing} {report:#}");
+    }
+    assert_eq!(report["handler"]["failed_calls"], 0, "{report:#}");
+    assert_eq!(report["connections"]["closed_by_gateway"], 0, "{report:#}");
+    assert!(report["latency_us"]["p99"].as_f64().unwrap() > 0.0);
+    assert!(report["throughput"].as_f64().unwrap() > 0.0);
+}
+
+#[tokio::test]
+async fn uplink_in_a_closed_loop() {
+    let scene = Scene::start().await;
+    let pid = std::process::id();
+    let arguments = format!(
+        "uplink --devices 7 --window 3 --peers 2 --messages 500 --warmup 100ms --pid gateway={pid}"
+    );
+    let report = scene.run(&arguments).await;
+    assert_counts(&report, 500);
+    assert_eq!(report["connections"]["opened"], 7);
+    let names = report["processes"].as_array().unwrap().iter();
+    let names: Vec<&Value> = names.map(|process| &process["name"]).collect();
+    assert_eq!(names, ["gateway", "bench"]);
+    assert!(report["processes"][0]["memory"]["end"].as_u64() > Some(1 << 20));
+}
+
+#[tokio::test]
+async fn uplink_in_an_open_loop() {
+    let scene = Scene::start().await;
+    let report = scene
+        .run("uplink --devices 3 --rate 400 --messages 200 --warmup 0s --qos 0")
+        .await;
+    assert_counts(&report, 200);
+    // The last was due half a second after the first, less one interval: no earlier.
+    assert!(report["measured_s"].as_f64().unwrap() > 0.49, "{report:#}");
+}
+
+#[tokio::test]
+async fn echo_over_every_transport() {
+    let scene = Scene::start().await;
+    let ca = scene.file("authority.pem");
+    for more in [
+        "tcp".to_owned(),
+        "ssl".to_owned(),
+        format!("ssl --ca {ca}"),
+        "udp --window 4".to_owned(),
+        "dtls --window 4".to_owned(),
+        format!("dtls --window 4 --ca {ca}"),
+        "dtls --window 4 --psk bench:00ff10".to_owned(),
+    ] {
+        let report = scene
+            .run(&format!(
+                "echo --devices 4 --messages 200 --warmup 0s --transport {more}"
+            ))
+            .await;
+        assert_counts(&report, 200);
+    }
+}
+
+#[tokio::test]
+async fn large_messages_pass_whole() {
+    let scene = Scene::start().await;
+    let report = scene
+        .run("echo --devices 2 --payload 200000 --window 2 --messages 20 --warmup 0s")
+        .await;
+    assert_counts(&report, 20);
+}
+
+#[tokio::test]
+async fn downlink_at_every_qos() {
+    let scene = Scene::start().await;
+    for qos in 0..3 {
+        let report = scene
+            .run(&format!(
+                "downlink --devices 5 --window 2 --messages 300 --qos {qos}"
+            ))
+            .await;
+        assert_counts(&report, 300);
+    }
+}
+
+#[tokio::test]
+async fn fan_out_to_everybody() {
+    let scene = Scene::start().await;
+    let report = scene
+        .run("fanout --devices 30 --messages 20 --warmup 0s --window 2")
+        .await;
+    assert_counts(&report, 600);
+    assert_eq!(report["fan_out"]["published"], 20);
+    assert_eq!(report["fan_out"]["reached_every_device"], 20);
+}
+
+/// The older service of the interface.
+#[tokio::test]
+async fn the_handler_serves_streams_too() {
+    let scene = Scene::with(&[("HANDLER__SERVICE_NAME", "ConnectionHandler")]).await;
+    let report = scene
+        .run("uplink --devices 5 --messages 200 --warmup 0s")
+        .await;
+    assert_counts(&report, 200);
+}
+
+#[tokio::test]
+async fn idle_connections_and_a_storm() {
+    let scene = Scene::start().await;
+    let chart = scene.file("chart.svg");
+    let report = scene.run("idle --devices 40 --duration 100ms").await;
+    assert_eq!(report["connections"]["opened"], 40);
+    assert_eq!(report["connections"]["closed_by_gateway"], 0);
+    assert!(report["throughput"].is_null());
+
+    let report = scene
+        .run(&format!(
+            "storm --devices 60 --connecting 8 --chart {chart}"
+        ))
+        .await;
+    assert_eq!(report["connections"]["opened"], 60);
+    assert_eq!(report["connections"]["failed"], 0);
+    assert!(std::fs::read_to_string(chart).unwrap().starts_with("<svg"));
+
+    let report = scene.run("storm --bare --devices 50 --rate 200").await;
+    assert_eq!(report["connections"]["opened"], 50);
+    let seconds = report["connections"]["opening_s"].as_f64().unwrap();
+    assert!(seconds > 0.24, "faster than it should: {report:#}");
+}
+
+/// What a signal ends is reported.
+#[tokio::test]
+async fn ctrl_c_ends_it_with_what_was_measured() {
+    let scene = Scene::start().await;
+    let mut bench = scene
+        .command("echo --devices 2 --warmup 0s --duration 60m")
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut progress = BufReader::new(bench.stderr.take().unwrap()).lines();
+    let shown = within("progress", async {
+        loop {
+            let line = progress.next_line().await.unwrap().unwrap();
+            if line.contains("measuring") {
+                return line;
+            }
+        }
+    });
+    assert!(shown.await.contains("p99"));
+    let id = bench.id().unwrap().to_string();
+    let sent = Command::new("kill").args(["-INT", &id]).status().await;
+    assert!(sent.unwrap().success());
+    let output = within("the bench to end", bench.wait_with_output());
+    let output = output.await.unwrap();
+    assert_eq!(output.status.code(), Some(0));
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert!(text.contains("ended early: SIGINT"), "{text}");
+    let report = scene.report();
+    assert_eq!(report["ended_early"], "SIGINT");
+    assert!(report["messages"]["arrived"].as_u64() > Some(0));
+}
+
+#[tokio::test]
+async fn what_is_missing_is_said() {
+    let scene = Scene::start().await;
+    let nobody = format!("127.0.0.1:{}", free_port());
+    let here = scene.handler.clone();
+
+    let (code, said) = scene.fail("echo --payload 5").await;
+    assert!(code == 2 && said.contains("--payload"), "{code} {said}");
+
+    let without_gateway = |option: &str| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_exproto-bench"));
+        command.args(["echo", "--handler", &here, option, &nobody]);
+        command
+    };
+    let output = finish(without_gateway("--adapter")).await;
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(3));
+    assert!(said.contains("adapter") && said.contains(&nobody), "{said}");
+
+    let other = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let taken = other.local_addr().unwrap();
+    let (code, said) = scene.fail(&format!("echo --handler {taken}")).await;
+    assert!(
+        code == 4 && said.contains(&taken.to_string()),
+        "{code} {said}"
+    );
+    drop(other);
+
+    // The gateway calls another address than that at which the bench listens.
+    let (code, said) = scene
+        .fail(&format!("echo --handler {nobody} --timeout 500ms"))
+        .await;
+    assert!(
+        code == 6 && said.contains("has not called"),
+        "{code} {said}"
+    );
+}
+
+#[tokio::test]
+async fn a_broker_or_gateway_that_is_not_there_is_told_apart() {
+    let mut scene = Scene::start().await;
+    scene.broker.kill();
+    let (code, said) = scene.fail("uplink").await;
+    assert!(code == 5 && said.contains("MQTT broker"), "{code} {said}");
+    // Nothing of an echo passes the broker.
+    let report = scene
+        .run("echo --messages 50 --devices 2 --warmup 0s")
+        .await;
+    assert_counts(&report, 50);
+
+    let nobody = free_port();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_exproto-bench"));
+    command
+        .args(["echo", "--gateway", &format!("127.0.0.1:{nobody}")])
+        .args(["--handler", "none"]);
+    let output = finish(command).await;
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(3), "{said}");
+    assert!(said.contains(&nobody.to_string()), "{said}");
+}
+
+/// A handler that was written from what `--help` says of the protocol.
+#[tokio::test]
+async fn a_handler_of_your_own() {
+    let broker = Broker::start().await;
+    let handler = Handler::start().await;
+    let plan = Plan::new(&broker.url(), &handler.url());
+    let gateway = Gateway::start(&plan.config()).await.unwrap();
+    within("the gateway to be ready", gateway.ready()).await;
+    let adapter = Adapter::connect(gateway.addresses().adapter).await;
+    handler.behave(move |event| {
+        let adapter = adapter.clone();
+        async move {
+            if let Call::Bytes(bytes) = event.call {
+                adapter.send(&event.conn, answers(bytes)).await.ok();
+            }
+            Ok(())
+        }
+    });
+    let dir = TempDir::new().unwrap();
+    let file = dir.path().join("report.json");
+    let device = gateway.addresses().listeners["tcp.default"];
+    let mut command = Command::new(env!("CARGO_BIN_EXE_exproto-bench"));
+    command
+        .args([
+            "echo",
+            "--handler",
+            "none",
+            "--gateway",
+            &device.to_string(),
+        ])
+        .args(["--devices", "3", "--messages", "100", "--warmup", "0s"])
+        .args(["--window", "1", "--json", &file.display().to_string()]);
+    let output = finish(command).await;
+    assert_eq!(output.status.code(), Some(0), "{output:#?}");
+    let report = serde_json::from_slice(&std::fs::read(file).unwrap()).unwrap();
+    assert_counts(&report, 100);
+}
+
+/// W to each H, and each E as it is. With a window of one, frames are whole.
+fn answers(mut bytes: Bytes) -> Bytes {
+    let mut all = BytesMut::new();
+    while bytes.len() >= 24 {
+        let length = u32::from_be_bytes(bytes[..4].try_into().unwrap());
+        let frame = bytes.split_to(4 + length as usize);
+        match frame[4] {
+            b'H' => {
+                all.extend_from_slice(&20_u32.to_be_bytes());
+                all.extend_from_slice(b"W");
+                all.extend_from_slice(&frame[5..24]);
+            }
+            b'E' => all.extend_from_slice(&frame),
+            other => panic!("a frame of kind {other}"),
+        }
+    }
+    all.freeze()
+}
