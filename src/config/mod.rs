@@ -25,6 +25,7 @@
 
 mod access;
 mod address;
+mod auth;
 mod checks;
 mod layers;
 mod listeners;
@@ -43,6 +44,7 @@ use figment::value::Dict;
 
 pub use access::{AccessRule, AccessRules, Action, PeerList, Peers};
 pub use address::{BrokerUrl, HandlerAddress};
+pub use auth::{Authenticator, Backend, Mechanism, UserFile, UserIdType};
 pub use layers::{Sources, process_environment};
 pub use listeners::{
     DtlsListener, DtlsOptions, HealthCheck, Kind, ListenerOptions, ListenerView, Listeners,
@@ -52,8 +54,8 @@ pub use names::{ClientIdPrefix, Mountpoint, Name, NodeName, PropertyName};
 pub use paths::Files;
 pub use report::{Fault, Origin, Report};
 pub use types::{
-    Admin, Broker, ClientTls, Config, Handler, Log, LogFormat, LogLevel, OnUnavailable, Protocol,
-    Queue, QueuePolicy, Server, ServerTls, ServiceName, Verify,
+    Admin, Broker, ClientTls, Config, Handler, Log, LogFormat, LogLevel, LoginAttempts,
+    OnUnavailable, Protocol, Queue, QueuePolicy, Server, ServerTls, ServiceName, Verify,
 };
 pub use values::{Limit, Rate, Secret, Size};
 
