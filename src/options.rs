@@ -10,10 +10,12 @@ use std::time::Duration;
 use tokio_rustls::rustls::{ClientConfig, ServerConfig};
 
 use crate::admission;
+use crate::auth::{self, chain, file, limits};
 use crate::broker;
 use crate::config::{
-    ClientTls, Config, DtlsOptions, Files, Handler, Limit, ListenerView, OnUnavailable, Protocol,
-    ProxyProtocol, QueuePolicy, Rate, ServiceName, SslOptions, TcpOptions, UdpOptions, Verify,
+    Authenticator, ClientTls, Config, DtlsOptions, Files, Handler, Limit, ListenerView,
+    OnUnavailable, Protocol, ProxyProtocol, QueuePolicy, Rate, ServiceName, SslOptions, TcpOptions,
+    UdpOptions, Verify,
 };
 use crate::connection::machine::Timeouts;
 use crate::connection::{Limits, Policy, Settings};
@@ -40,12 +42,19 @@ impl Error {
     }
 }
 
+impl From<auth::Error> for Error {
+    fn from(error: auth::Error) -> Self {
+        Self::new(&error.key, error.problem)
+    }
+}
+
 /// Everything about the configuration that only shows when it is used, such as
 /// what is in a certificate's file. Empty when all is well.
 pub fn check(config: &Config) -> Vec<Error> {
     let mut errors = Vec::new();
     errors.extend(server_tls(config).err());
     errors.extend(broker(config).err());
+    errors.extend(auth::check(&auth(config)).into_iter().map(Error::from));
     errors.extend(targets(&handler_key("default"), &config.handler).err());
     for (name, handler) in &config.handlers {
         errors.extend(targets(&handler_key(name), handler).err());
@@ -184,6 +193,31 @@ pub fn broker(config: &Config) -> Result<broker::Options, Error> {
     })
 }
 
+/// How devices are authenticated.
+pub fn auth(config: &Config) -> auth::Options {
+    let authenticators = config.authentication.iter().enumerate();
+    let authenticators = authenticators.filter(|(_, options)| options.is_enabled());
+    let attempts = &config.login_attempts;
+    auth::Options {
+        authenticators: authenticators
+            .map(|(index, options)| chain::Options {
+                key: format!("authentication.{}", index + 1),
+                provider: match options {
+                    Authenticator::File(options) => chain::ProviderOptions::File(file::Options {
+                        path: options.path.clone(),
+                        user_id_type: options.user_id_type,
+                    }),
+                },
+            })
+            .collect(),
+        limits: limits::Options {
+            per_address: attempts.max_per_address.finite(),
+            per_clientid: attempts.max_per_clientid.finite(),
+            window: attempts.window,
+        },
+    }
+}
+
 /// TLS of a listener whose table is `key`.
 pub fn ssl(key: &str, options: &SslOptions) -> Result<Arc<ServerConfig>, Error> {
     let identities = identities(&options.certfile, &options.keyfile);
@@ -264,6 +298,7 @@ pub fn connection(config: &Config, listener: &ListenerView<'_>, sending: Sending
         max_batch: handler.max_batch,
         mountpoint: mountpoint(config, listener).to_owned(),
         clientinfo_mountpoint: config.clientinfo_mountpoint,
+        enable_authn: common.enable_authn,
         node_name: config.node_name.to_string(),
     }
 }

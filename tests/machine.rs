@@ -199,7 +199,7 @@ impl Task {
             }
             // A wish that was left before the end may be found after it began.
             Step::CloseRequested(reason) => self.input(Input::CloseRequested(reason)),
-            Step::Authenticated => self.input(Input::Authenticated),
+            Step::Authenticated => self.input(Input::Authenticated(None)),
             Step::KeepaliveSet(seconds) => {
                 self.input(Input::KeepaliveSet(Duration::from_secs(seconds)));
             }

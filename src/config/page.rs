@@ -10,9 +10,9 @@ pub(crate) struct Page {
     /// The dotted path of the table; empty for the top level. Items of a list have their number in it.
     pub path: String,
     /// The path as TOML has it between brackets, which knows no numbers.
-    head: String,
+    pub head: String,
     /// Whether it is one of a list: `[[head]]`.
-    is_item: bool,
+    pub is_item: bool,
     /// What the table is for.
     pub doc: &'static str,
     /// Of something that is not configured: the default file shows it commented out.

@@ -379,10 +379,7 @@ impl<T: Item> Field<Listed> for Vec<T> {
 /// A section as it is when nothing of it is configured: an example.
 pub(crate) fn unconfigured<T: Section>() -> T {
     let layers = Layers::merge(&Sources::default(), &mut Vec::new());
-    T::read(
-        &mut Reader::new(&layers, &[]),
-        &Scope::empty(String::new()),
-    )
+    T::read(&mut Reader::new(&layers, &[]), &Scope::empty(String::new()))
 }
 
 /// `path.key`, or `key` at the top level.

@@ -4,13 +4,14 @@
 //! handler brings them to [`Commands::execute`] too.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant, SystemTime};
 
 use bytes::Bytes;
 
-use super::handle::{Client, Handle, Refused};
+use super::handle::{Authentication, Client, Handle, Refused};
 use super::reason::CloseReason;
 use super::registry::{NotFound, Registry};
+use crate::auth::{Attempt, Auth, Denial, Grant, Secret};
 use crate::broker::topic::{Mountpoint, TopicError, TopicFilter, TopicName, is_mqtt_text};
 use crate::broker::{Broker, Publication, PublishError, QoS, SubscribeError};
 use crate::proto::ResultCode;
@@ -62,7 +63,7 @@ pub struct Credentials {
     /// Template of the prefix of its topics; counts only when configured so.
     pub mountpoint: String,
     /// Password.
-    pub password: String,
+    pub password: Secret,
 }
 
 impl std::fmt::Debug for Credentials {
@@ -116,6 +117,10 @@ impl From<Refused> for Refusal {
                 ResultCode::PermissionDeny,
                 "the connection is not authenticated: call Authenticate first",
             ),
+            Refused::Authenticating => (
+                ResultCode::PermissionDeny,
+                "the connection is being authenticated already: wait for the answer",
+            ),
             Refused::AlreadyAuthenticated => (
                 ResultCode::PermissionDeny,
                 "the connection is authenticated already",
@@ -131,6 +136,17 @@ impl From<Refused> for Refusal {
             ),
         };
         Self::new(code, message)
+    }
+}
+
+impl From<Denial> for Refusal {
+    fn from(denial: Denial) -> Self {
+        let code = match denial {
+            Denial::Refused(_) | Denial::Limited(_) => ResultCode::PermissionDeny,
+            // Nobody has said no: to try again makes sense.
+            Denial::Late | Denial::Busy => ResultCode::Unknown,
+        };
+        Self::new(code, denial.to_string())
     }
 }
 
@@ -169,21 +185,48 @@ fn qos(number: u32) -> Result<QoS, Refusal> {
     })
 }
 
+/// All that there is to say about the device.
+fn attempt(handle: &Handle, credentials: &Credentials) -> Attempt {
+    Attempt {
+        clientid: credentials.clientid.clone(),
+        username: credentials.username.clone(),
+        password: credentials.password.clone(),
+        proto_name: credentials.proto_name.clone(),
+        peer: handle.peer().ip().to_canonical(),
+        certificate: handle.certificate().cloned(),
+    }
+}
+
+/// A clock that nobody sets counts the time that is left. A year is as good as for ever, and never
+/// too far away for that clock.
+fn deadline(time: SystemTime) -> Instant {
+    const LONGEST: Duration = Duration::from_secs(365 * 24 * 3600);
+    let left = time.duration_since(SystemTime::now()).unwrap_or_default();
+    Instant::now() + left.min(LONGEST)
+}
+
 /// Does what handlers ask. Cheap to clone.
 #[derive(Clone)]
 pub struct Commands {
     registry: Arc<Registry>,
     broker: Broker,
+    auth: Arc<Auth>,
     raw_publish: bool,
 }
 
 impl Commands {
-    /// Over these connections and this broker; `raw_publish` allows
-    /// [`Commands::raw_publish`].
-    pub fn new(registry: Arc<Registry>, broker: Broker, raw_publish: bool) -> Self {
+    /// Over these connections and this broker, with `auth` to say who is who;
+    /// `raw_publish` allows [`Commands::raw_publish`].
+    pub fn new(
+        registry: Arc<Registry>,
+        broker: Broker,
+        auth: Arc<Auth>,
+        raw_publish: bool,
+    ) -> Self {
         Self {
             registry,
             broker,
+            auth,
             raw_publish,
         }
     }
@@ -197,7 +240,7 @@ impl Commands {
         match command {
             Command::Send(bytes) => handle.send(bytes).await?,
             Command::Close => handle.close(CloseReason::ClosedByHandler)?,
-            Command::Authenticate(credentials) => self.authenticate(&handle, &credentials)?,
+            Command::Authenticate(credentials) => self.authenticate(&handle, credentials).await?,
             Command::StartTimer(0) => {
                 return Err(Refusal::new(
                     ResultCode::ParamsTypeError,
@@ -260,7 +303,7 @@ impl Commands {
         Ok(self.broker.publish(0, publication).await?)
     }
 
-    fn authenticate(&self, handle: &Handle, credentials: &Credentials) -> Result<(), Refusal> {
+    async fn authenticate(&self, handle: &Handle, credentials: Credentials) -> Result<(), Refusal> {
         let missing = [
             ("proto_name", &credentials.proto_name),
             ("proto_ver", &credentials.proto_ver),
@@ -284,15 +327,24 @@ impl Commands {
                 ));
             }
         }
-        handle.authenticating()?;
-        let done = self.make_client(handle, credentials);
-        if done.is_err() {
-            handle.not_authenticated();
-        }
-        done
+        let mut authentication = handle.authenticating()?;
+        let grant = if handle.context().settings.enable_authn {
+            let attempt = attempt(handle, &credentials);
+            let asked = self.auth.authenticate(&attempt);
+            authentication.run(asked).await??
+        } else {
+            Grant::default()
+        };
+        self.make_client(handle, &credentials, &grant, authentication)
     }
 
-    fn make_client(&self, handle: &Handle, credentials: &Credentials) -> Result<(), Refusal> {
+    fn make_client(
+        &self,
+        handle: &Handle,
+        credentials: &Credentials,
+        grant: &Grant,
+        authentication: Authentication<'_>,
+    ) -> Result<(), Refusal> {
         let settings = &handle.context().settings;
         let template = if settings.clientinfo_mountpoint && !credentials.mountpoint.is_empty() {
             &credentials.mountpoint
@@ -316,11 +368,14 @@ impl Commands {
             let _ = older.close(CloseReason::Discarded);
         }
         tracing::debug!(conn = %handle.id(), clientid = %client.clientid, "authenticated");
-        handle.authenticated(client.clone()).map_err(|refused| {
-            // It ended meanwhile and nobody else will take the name back.
-            self.registry.release(&client.clientid, handle.id());
-            refused.into()
-        })
+        let expires = grant.expire_at.map(deadline);
+        authentication
+            .done(client.clone(), expires)
+            .map_err(|refused| {
+                // It ended meanwhile and nobody else will take the name back.
+                self.registry.release(&client.clientid, handle.id());
+                refused.into()
+            })
     }
 
     async fn subscribe(&self, handle: &Handle, filter: String, number: u32) -> Result<(), Refusal> {

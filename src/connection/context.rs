@@ -30,6 +30,8 @@ pub struct Settings {
     pub mountpoint: String,
     /// Whether the mountpoint of an AuthenticateRequest counts.
     pub clientinfo_mountpoint: bool,
+    /// Whether devices are authenticated, where there is any authentication.
+    pub enable_authn: bool,
     /// For `Message.node`.
     pub node_name: String,
 }

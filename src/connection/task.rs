@@ -84,7 +84,7 @@ fn begin<S: Socket>(
     // name it themselves: a span takes half a kilobyte for as long as it lives.
     let span =
         tracing::debug_span!("connection", conn = %id, peer = %peer.peer, listener = %context.name);
-    let handle = Handle::new(id, peer.peer, S::STREAM, context.clone());
+    let handle = Handle::new(id, peer, S::STREAM, context.clone());
     let entry = context.registry.enter(handle.clone());
     // A gateway that began to drain before this line has not seen the entry.
     if context.draining.is_cancelled() {
@@ -191,7 +191,7 @@ impl<S: Socket> Driver<S> {
     /// Keeps what the machine does not.
     fn note(&mut self, input: &Input<Vec<Delivery>>) {
         match input {
-            Input::Authenticated => self.client = self.handle.client().ok(),
+            Input::Authenticated(_) => self.client = self.handle.client().ok(),
             Input::SendBlocked => self.blocked = true,
             Input::Sent | Input::Flushed => self.blocked = false,
             _ => {}
@@ -277,7 +277,7 @@ impl<S: Socket> Driver<S> {
             return Poll::Ready(Input::CallEnded(self.call_ended(result)));
         }
         let wishes = self.handle.look(cx, &mut self.outgoing);
-        let authenticated = wishes.authenticated.then_some(Input::Authenticated);
+        let authenticated = wishes.authenticated.map(Input::Authenticated);
         let keepalive = wishes.keepalive.map(Input::KeepaliveSet);
         let close = wishes.close.map(Input::CloseRequested);
         let drain = wishes.drain.then_some(Input::DrainRequested);
