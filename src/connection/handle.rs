@@ -59,8 +59,8 @@ pub enum Refused {
 #[derive(Debug)]
 enum Session {
     Anonymous,
-    /// Dropped when the connection ends, which ends the authentication.
-    Authenticating(oneshot::Sender<()>),
+    /// Its end is the authentication's, too.
+    Authenticating(#[expect(dead_code, reason = "for its drop")] oneshot::Sender<()>),
     Authenticated(Arc<Client>),
 }
 
