@@ -43,7 +43,7 @@ pub use device::Device;
 pub use handler::{Call, Event, Gate, Handler, Log};
 pub use http::{Admin, Page};
 pub use mqtt::Peer;
-pub use process::Process;
+pub use process::{PROGRAM, Process};
 pub use proxy::Proxy;
 pub use stage::{Plan, Stage, node_name};
 

@@ -61,17 +61,38 @@ fn off(key: &config::Key) -> (&'static str, &'static str) {
     }
 }
 
+/// The other keys of an item of a list: alone, a key does not say what the item is.
+fn companions<'k>(
+    key: &config::Key,
+    keys: &'k [config::Key],
+) -> impl Iterator<Item = (&'k str, &'k str)> {
+    let mut parts = key.path.split('.');
+    let numbered = |part: &str| part.parse::<u16>().is_ok();
+    let place = parts.clone().skip(1).position(numbered);
+    let item: Option<Vec<&str>> = place.map(|place| parts.by_ref().take(place + 2).collect());
+    let prefix = item.map(|item| item.join(".") + ".");
+    let own = key.path.clone();
+    keys.iter()
+        .filter(move |other| {
+            other.path != own && prefix.as_ref().is_some_and(|p| other.path.starts_with(p))
+        })
+        .map(|other| (other.variable.as_str(), other.default.as_str()))
+}
+
 #[test]
 fn every_key_can_be_set_by_its_variable() {
     let keys = config::keys();
     assert!(keys.len() > 60);
     for key in keys.iter().filter(|key| key.variable != off(key).0) {
         assert!(!key.doc.is_empty(), "{} is not documented", key.path);
-        let loaded = env(&[off(key), (&key.variable, &key.default)]);
+        let mut variables = vec![off(key), (&key.variable, &key.default)];
+        variables.extend(companions(key, &keys));
+        let loaded = env(&variables);
         let config =
             loaded.unwrap_or_else(|report| panic!("{}={:?}: {report}", key.variable, key.default));
         let is_listener = key.path.starts_with("listeners.");
-        if key.path != "node_name" && !is_listener {
+        let is_item = companions(key, &keys).next().is_some();
+        if key.path != "node_name" && !is_listener && !is_item {
             assert_eq!(config, Config::default(), "{}", key.path);
         }
     }
