@@ -8,8 +8,8 @@ use exproto_sidecar::config::{self, Authenticator, Sources, UserIdType};
 use crate::support::{env, file, one_fault, pairs, set, toml};
 
 fn paths(authenticators: &[Authenticator]) -> Vec<&Path> {
-    let files = authenticators.iter().filter_map(|one| match one {
-        Authenticator::File(file) => Some(file.path.as_path()),
+    let files = authenticators.iter().map(|one| match one {
+        Authenticator::File(file) => file.path.as_path(),
     });
     files.collect()
 }
