@@ -95,7 +95,7 @@ const TABLE: &[(Kind, &str, Unit, &str, &str)] = &[
     (Kind::Gauge, ADAPTER_CONNECTIONS, Unit::Count, "", "Connections of handlers to the adapter."),
     (Kind::Counter, DELIVERED, Unit::Count, "", "Messages that a handler took, counted for each connection."),
     (Kind::Counter, DROPPED, Unit::Count, "reason", "Messages that no handler got, by reason: queue_full, connection_closed."),
-    (Kind::Counter, AUTHENTICATIONS, Unit::Count, "authenticator, outcome", "Answers of authenticators, by outcome: allow, deny, ignore."),
+    (Kind::Counter, AUTHENTICATIONS, Unit::Count, "authenticator, outcome", "Answers of authenticators, by outcome: allow, deny, ignore, or error where there was none that can be used (a service that is away, a token that nobody known has signed)."),
     (Kind::Histogram, AUTHENTICATION_SECONDS, Unit::Seconds, "authenticator", "Time that an authenticator took for its answer, waiting for its turn included."),
     (Kind::Gauge, AUTHENTICATIONS_IN_FLIGHT, Unit::Count, "", "Authentications under way."),
     (Kind::Counter, AUTHENTICATION_RELOADS, Unit::Count, "outcome", "Changes of files of users, keys and rules, by outcome: ok, or failed where the old ones stay in use."),

@@ -3,6 +3,8 @@
 //! Components know their own options and not the configuration; this is the one
 //! place where both meet.
 
+mod auth;
+
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -10,12 +12,11 @@ use std::time::Duration;
 use tokio_rustls::rustls::{ClientConfig, ServerConfig};
 
 use crate::admission;
-use crate::auth::{self, chain, file, limits};
+use crate::auth as authentication;
 use crate::broker;
 use crate::config::{
-    Authenticator, ClientTls, Config, DtlsOptions, Files, Handler, Limit, ListenerView,
-    OnUnavailable, Protocol, ProxyProtocol, QueuePolicy, Rate, ServiceName, SslOptions, TcpOptions,
-    UdpOptions, Verify,
+    ClientTls, Config, DtlsOptions, Files, Handler, Limit, ListenerView, OnUnavailable, Protocol,
+    ProxyProtocol, QueuePolicy, Rate, ServiceName, SslOptions, TcpOptions, UdpOptions, Verify,
 };
 use crate::connection::machine::Timeouts;
 use crate::connection::{Limits, Policy, Settings};
@@ -23,6 +24,8 @@ use crate::handler::{client, link};
 use crate::tls::{self, Identity, PeerCheck};
 use crate::transport::dtls::{self, ClientCertificates};
 use crate::transport::{tcp, udp};
+
+pub use auth::auth;
 
 /// A part of the configuration that cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -42,8 +45,8 @@ impl Error {
     }
 }
 
-impl From<auth::Error> for Error {
-    fn from(error: auth::Error) -> Self {
+impl From<authentication::Error> for Error {
+    fn from(error: authentication::Error) -> Self {
         Self::new(&error.key, error.problem)
     }
 }
@@ -54,7 +57,10 @@ pub fn check(config: &Config) -> Vec<Error> {
     let mut errors = Vec::new();
     errors.extend(server_tls(config).err());
     errors.extend(broker(config).err());
-    errors.extend(auth::check(&auth(config)).into_iter().map(Error::from));
+    match auth(config) {
+        Ok(options) => errors.extend(authentication::check(&options).into_iter().map(Error::from)),
+        Err(error) => errors.push(error),
+    }
     errors.extend(targets(&handler_key("default"), &config.handler).err());
     for (name, handler) in &config.handlers {
         errors.extend(targets(&handler_key(name), handler).err());
@@ -191,31 +197,6 @@ pub fn broker(config: &Config) -> Result<broker::Options, Error> {
         id_property: name(&broker.id_property),
         timestamp_property: name(&broker.timestamp_property),
     })
-}
-
-/// How devices are authenticated.
-pub fn auth(config: &Config) -> auth::Options {
-    let authenticators = config.authentication.iter().enumerate();
-    let authenticators = authenticators.filter(|(_, options)| options.is_enabled());
-    let attempts = &config.login_attempts;
-    auth::Options {
-        authenticators: authenticators
-            .map(|(index, options)| chain::Options {
-                key: format!("authentication.{}", index + 1),
-                provider: match options {
-                    Authenticator::File(options) => chain::ProviderOptions::File(file::Options {
-                        path: options.path.clone(),
-                        user_id_type: options.user_id_type,
-                    }),
-                },
-            })
-            .collect(),
-        limits: limits::Options {
-            per_address: attempts.max_per_address.finite(),
-            per_clientid: attempts.max_per_clientid.finite(),
-            window: attempts.window,
-        },
-    }
 }
 
 /// TLS of a listener whose table is `key`.

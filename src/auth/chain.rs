@@ -6,7 +6,11 @@ use std::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::file::{self, UserFile};
-use super::{Attempt, Decision, Denial, Error, Grant};
+use super::http::{self, HttpAuthenticator};
+use super::jwt::{self, JwtAuthenticator};
+use super::mqtt::{self, BrokerAuthenticator};
+use super::{Attempt, Decision, Denial, Error, Grant, Trouble};
+use crate::config::OnError;
 use crate::metrics::AuthMetrics;
 
 /// One authenticator.
@@ -23,35 +27,69 @@ pub struct Options {
 pub enum ProviderOptions {
     /// A file of users.
     File(file::Options),
+    /// A service.
+    Http(Box<http::Options>, OnError),
+    /// The broker.
+    Mqtt(Box<mqtt::Options>, OnError),
+    /// Who signs tokens.
+    Jwt(Box<jwt::Options>, OnError),
 }
 
 enum Provider {
     File(UserFile),
+    Http(Box<HttpAuthenticator>),
+    Mqtt(Box<BrokerAuthenticator>),
+    Jwt(Box<JwtAuthenticator>),
 }
 
 impl Provider {
-    fn new(options: &Options) -> Result<Self, Error> {
-        match &options.provider {
+    fn new(options: &Options) -> Result<(Self, OnError), Error> {
+        let fault = |name: &str, problem: String| Error {
+            key: format!("{}.{name}", options.key),
+            problem,
+        };
+        Ok(match &options.provider {
             ProviderOptions::File(file) => {
-                let file = UserFile::new(file).map_err(|problem| Error {
-                    key: format!("{}.path", options.key),
-                    problem: problem.to_string(),
-                })?;
-                Ok(Self::File(file))
+                let file = UserFile::new(file).map_err(|error| fault("path", error.to_string()))?;
+                (Self::File(file), OnError::Ignore)
             }
-        }
+            ProviderOptions::Http(http, on_error) => (
+                Self::Http(Box::new(HttpAuthenticator::new(http))),
+                *on_error,
+            ),
+            ProviderOptions::Mqtt(mqtt, on_error) => (
+                Self::Mqtt(Box::new(BrokerAuthenticator::new(mqtt))),
+                *on_error,
+            ),
+            ProviderOptions::Jwt(jwt, on_error) => {
+                let made = JwtAuthenticator::new(jwt);
+                let jwt = made.map_err(|(name, problem)| fault(name, problem))?;
+                (Self::Jwt(Box::new(jwt)), *on_error)
+            }
+        })
     }
 
     /// As metrics and logs name it.
     fn name(&self) -> &'static str {
         match self {
             Self::File(_) => "file",
+            Self::Http(_) => "http",
+            Self::Mqtt(_) => "mqtt",
+            Self::Jwt(_) => "jwt",
         }
     }
 
-    async fn ask(&self, attempt: &Attempt) -> Decision {
+    /// Whether it is the service's fault when it has no answer, and not the device's.
+    fn is_service(&self) -> bool {
+        matches!(self, Self::Http(_) | Self::Mqtt(_))
+    }
+
+    async fn ask(&self, attempt: &Attempt) -> Result<Decision, String> {
         match self {
-            Self::File(file) => file.ask(attempt).await,
+            Self::File(file) => Ok(file.ask(attempt).await),
+            Self::Http(http) => http.ask(attempt).await,
+            Self::Mqtt(mqtt) => mqtt.ask(attempt).await,
+            Self::Jwt(jwt) => jwt.ask(attempt).await,
         }
     }
 }
@@ -60,11 +98,34 @@ struct Link {
     /// Its table in the configuration.
     key: String,
     provider: Provider,
+    on_error: OnError,
+    trouble: Trouble,
 }
 
 /// Whether an authenticator can be made.
 pub fn check(options: &Options) -> Result<(), Error> {
     Provider::new(options).map(drop)
+}
+
+impl Link {
+    /// What an answer means, or that there is none.
+    fn decision(&self, answer: Result<Decision, String>) -> Decision {
+        match answer {
+            Ok(decision) => {
+                self.trouble.is_over(&self.key);
+                decision
+            }
+            Err(error) => {
+                if self.provider.is_service() {
+                    self.trouble.is(&self.key, &error);
+                }
+                match self.on_error {
+                    OnError::Ignore => Decision::Ignore(error),
+                    OnError::Deny => Decision::Deny(error),
+                }
+            }
+        }
+    }
 }
 
 /// See the module.
@@ -77,9 +138,12 @@ impl Chain {
     /// Makes them all.
     pub fn new(options: &[Options], metrics: &AuthMetrics) -> Result<Self, Error> {
         let link = |options: &Options| {
+            let (provider, on_error) = Provider::new(options)?;
             Ok(Link {
                 key: options.key.clone(),
-                provider: Provider::new(options)?,
+                provider,
+                on_error,
+                trouble: Trouble::default(),
             })
         };
         Ok(Self {
@@ -93,6 +157,8 @@ impl Chain {
         for link in &self.links {
             match &link.provider {
                 Provider::File(file) => file.follow(&link.key, metrics, stop),
+                Provider::Jwt(jwt) => jwt.follow(&link.key, metrics, stop),
+                Provider::Http(_) | Provider::Mqtt(_) => {}
             }
         }
     }
@@ -108,9 +174,14 @@ impl Chain {
         for link in &self.links {
             let provider = link.provider.name();
             let started = Instant::now();
-            let decision = link.provider.ask(attempt).await;
+            let answer = link.provider.ask(attempt).await;
+            let is_error = answer.is_err();
+            let decision = link.decision(answer);
             let (outcome, reason) = match &decision {
                 Decision::Allow(_) => ("allow", ""),
+                Decision::Deny(reason) | Decision::Ignore(reason) if is_error => {
+                    ("error", reason.as_str())
+                }
                 Decision::Deny(reason) => ("deny", reason.as_str()),
                 Decision::Ignore(reason) => ("ignore", reason.as_str()),
             };

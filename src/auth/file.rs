@@ -138,17 +138,7 @@ impl UserFile {
     /// Reads the file again whenever it changes, until `stop` is cancelled.
     pub fn follow(&self, key: &str, metrics: &AuthMetrics, stop: &CancellationToken) {
         let path = self.options.path.clone();
-        let (key, metrics) = (key.to_owned(), metrics.clone());
-        let told = move |result: Result<(), Error>| match result {
-            Ok(()) => {
-                metrics.reloaded("ok");
-                tracing::info!(key, "the changed file is in use");
-            }
-            Err(error) => {
-                metrics.reloaded("failed");
-                tracing::error!(key, %error, "the changed file is of no use; the old one stays");
-            }
-        };
+        let told = super::told(key, metrics);
         let make = move || read(&path);
         let watch = self.watch.clone();
         tokio::spawn(watch.run(self.users.clone(), make, told, stop.clone()));

@@ -1,7 +1,7 @@
 //! Who a device is: authenticators, asked one after the other.
 //!
 //! ```text
-//! connection --Attempt--> Auth -> limits -> chain -> file --> Grant, or a Denial
+//! connection --Attempt--> Auth -> limits -> chain -> file | http | mqtt | jwt --> Grant, or a Denial
 //! ```
 //!
 //! Nothing here knows of connections: an [`Attempt`] is all that there is to say about a device,
@@ -13,11 +13,15 @@
 
 pub mod chain;
 pub mod file;
+pub mod fill;
 pub mod hash;
+pub mod http;
+pub mod jwt;
 pub mod limits;
+pub mod mqtt;
 
 use std::net::IpAddr;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
 use tokio::sync::Semaphore;
@@ -125,6 +129,48 @@ pub fn check(options: &Options) -> Vec<Error> {
         .collect()
 }
 
+/// Logs and counts how an attempt to follow a change of `key`'s files ended.
+fn told<E: std::fmt::Display>(key: &str, metrics: &AuthMetrics) -> impl Fn(Result<(), E>) + use<E> {
+    let (key, metrics) = (key.to_owned(), metrics.clone());
+    move |result| match result {
+        Ok(()) => {
+            metrics.reloaded("ok");
+            tracing::info!(key, "the changed file is in use");
+        }
+        Err(error) => {
+            metrics.reloaded("failed");
+            tracing::error!(key, %error, "the changed file is of no use; the old one stays");
+        }
+    }
+}
+
+/// A trouble that is told once, however often it comes back, until it is over.
+#[derive(Debug, Default)]
+pub struct Trouble(Mutex<Option<String>>);
+
+impl Trouble {
+    /// It is there.
+    pub fn is(&self, key: &str, error: &str) {
+        let mut known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if known.as_deref() != Some(error) {
+            tracing::warn!(
+                key,
+                error,
+                "who is asked about devices does not answer as it should"
+            );
+            *known = Some(error.to_owned());
+        }
+    }
+
+    /// It is not, or not any more.
+    pub fn is_over(&self, key: &str) {
+        let mut known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if known.take().is_some() {
+            tracing::info!(key, "who is asked about devices answers again");
+        }
+    }
+}
+
 impl Auth {
     /// Makes what authenticates. What follows changes of files ends with `stop`.
     ///
@@ -167,5 +213,22 @@ impl Auth {
             self.limits.failed(attempt, Instant::now());
         }
         decided
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Of a device on this machine.
+    pub fn attempt(clientid: &str, username: &str) -> Attempt {
+        Attempt {
+            clientid: clientid.to_owned(),
+            username: username.to_owned(),
+            password: Secret::new("x"),
+            proto_name: "test".to_owned(),
+            peer: std::net::Ipv4Addr::LOCALHOST.into(),
+            certificate: None,
+        }
     }
 }

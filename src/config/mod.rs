@@ -36,6 +36,7 @@ mod reader;
 mod report;
 mod schema;
 mod suggest;
+mod template;
 mod types;
 mod value;
 mod values;
@@ -44,7 +45,10 @@ use figment::value::Dict;
 
 pub use access::{AccessRule, AccessRules, Action, PeerList, Peers};
 pub use address::{BrokerUrl, HandlerAddress};
-pub use auth::{Authenticator, Backend, Mechanism, UserFile, UserIdType};
+pub use auth::{
+    Authenticator, Backend, BrokerLogin, ClientInfoOverride, From, HttpMethod, HttpService,
+    JwtOptions, Mechanism, OnError, UserFile, UserIdType,
+};
 pub use layers::{Sources, process_environment};
 pub use listeners::{
     DtlsListener, DtlsOptions, HealthCheck, Kind, ListenerOptions, ListenerView, Listeners,
@@ -53,6 +57,7 @@ pub use listeners::{
 pub use names::{ClientIdPrefix, Mountpoint, Name, NodeName, PropertyName};
 pub use paths::Files;
 pub use report::{Fault, Origin, Report};
+pub use template::{HttpUrl, Piece, Placeholder, Template, TemplateTable};
 pub use types::{
     Admin, Broker, ClientTls, Config, Handler, Log, LogFormat, LogLevel, LoginAttempts,
     OnUnavailable, Protocol, Queue, QueuePolicy, Server, ServerTls, ServiceName, Verify,
@@ -104,6 +109,13 @@ impl Config {
         let mut shown = self.clone();
         if shown.broker.password_file.is_some() {
             shown.broker.password = None;
+        }
+        for authenticator in &mut shown.authentication {
+            if let Authenticator::Jwt(jwt) = authenticator
+                && jwt.secret_file.is_some()
+            {
+                jwt.secret = None;
+            }
         }
         shown.page().plain()
     }

@@ -214,7 +214,8 @@ impl ConfigValue for HttpUrl {
         };
         let (authority, path) = rest.split_at(rest.find(['/', '?']).unwrap_or(rest.len()));
         let valid = authority.parse::<http::uri::Authority>();
-        let is_valid = valid.is_ok_and(|valid| !valid.host().is_empty()) && !authority.contains('@');
+        let is_valid =
+            valid.is_ok_and(|valid| !valid.host().is_empty()) && !authority.contains('@');
         let path = match path.starts_with('?') || path.is_empty() {
             true => format!("/{path}"),
             false => path.to_owned(),

@@ -9,7 +9,7 @@ use std::time::Duration;
 use figment::value::Value;
 
 use super::address::{BrokerUrl, HandlerAddress};
-use super::auth::Authenticator;
+use super::auth::{Authenticator, ClientInfoOverride};
 use super::listeners::Listeners;
 use super::names::{ClientIdPrefix, Mountpoint, NodeName, PropertyName, words};
 use super::schema::{Computed, Listed, Named, Nested, Within, section};
@@ -78,6 +78,11 @@ section! {
         /// line they have numbers from 1 on, which put them in order: EXPROTO_AUTHENTICATION__1__PATH.
         /// For example, with their defaults:
         authentication: Vec<Authenticator> = Listed,
+
+        /// What a device is, in place of what it says, before anybody is asked. Placeholders:
+        /// ${clientid} ${username} ${password} ${peerhost} ${cert_common_name} ${cert_subject}
+        /// ${proto_name}.
+        clientinfo_override: ClientInfoOverride = Nested,
 
         /// How often a device may fail to authenticate; counts where there is any authentication.
         login_attempts: LoginAttempts = Nested,

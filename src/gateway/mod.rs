@@ -217,7 +217,7 @@ impl Gateway {
         let broker_options = options::broker(config)?;
         let stops = Stops::default();
         let auth = Auth::start(
-            &options::auth(config),
+            &options::auth(config)?,
             AuthMetrics::new(&metrics),
             &stops.admin,
         )

@@ -8,8 +8,9 @@ use exproto_sidecar::config::{self, Authenticator, Sources, UserIdType};
 use crate::support::{env, file, one_fault, pairs, set, toml};
 
 fn paths(authenticators: &[Authenticator]) -> Vec<&Path> {
-    let files = authenticators.iter().map(|one| match one {
-        Authenticator::File(file) => file.path.as_path(),
+    let files = authenticators.iter().filter_map(|one| match one {
+        Authenticator::File(file) => Some(file.path.as_path()),
+        _ => None,
     });
     files.collect()
 }
@@ -34,7 +35,9 @@ fn a_list_keeps_its_order_and_the_dump_loads_again() {
         paths(&config.authentication),
         [Path::new("one"), Path::new("two")]
     );
-    let Authenticator::File(second) = &config.authentication[1];
+    let Authenticator::File(second) = &config.authentication[1] else {
+        panic!("not a file");
+    };
     assert_eq!(second.user_id_type, UserIdType::ClientId);
     let dump = config.to_toml();
     assert_eq!(dump.matches("[[authentication]]").count(), 2, "{dump}");

@@ -125,10 +125,12 @@ impl HttpClient {
         let answer = self.client.request(request).await;
         let (head, body) = answer.map_err(|error| broken(&error))?.into_parts();
         let body = Limited::new(body, self.options.max_body).collect().await;
-        let body = body.map_err(|error| match error.is::<http_body_util::LengthLimitError>() {
-            true => Error::TooLarge(self.options.max_body),
-            false => Error::Broken(chain(&*error)),
-        })?;
+        let body = body.map_err(
+            |error| match error.is::<http_body_util::LengthLimitError>() {
+                true => Error::TooLarge(self.options.max_body),
+                false => Error::Broken(chain(&*error)),
+            },
+        )?;
         Ok(Answer {
             status: head.status,
             headers: head.headers,

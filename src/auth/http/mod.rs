@@ -73,7 +73,9 @@ impl Asker {
         } else {
             let json = HeaderValue::from_static("application/json");
             let kind = headers.entry(CONTENT_TYPE).or_insert(json);
-            let is_form = kind.as_bytes().starts_with(b"application/x-www-form-urlencoded");
+            let is_form = kind
+                .as_bytes()
+                .starts_with(b"application/x-www-form-urlencoded");
             body = match is_form {
                 true => self.form(values).into(),
                 false => {
@@ -84,13 +86,16 @@ impl Asker {
                 }
             };
         }
-        self.client.ask(options.method.clone(), &uri, headers, body).await
+        self.client
+            .ask(options.method.clone(), &uri, headers, body)
+            .await
     }
 
     fn form(&self, values: &Values<'_>) -> String {
-        let members = self.options.body.iter().map(|(name, value)| {
-            format!("{}={}", percent(name), percent(&values.plain(value)))
-        });
+        let members =
+            self.options.body.iter().map(|(name, value)| {
+                format!("{}={}", percent(name), percent(&values.plain(value)))
+            });
         members.collect::<Vec<_>>().join("&")
     }
 }
@@ -98,7 +103,8 @@ impl Asker {
 /// The object in an answer of status 200.
 pub fn object(answer: &Answer) -> Result<Map<String, Value>, String> {
     let kind = answer.headers.get(CONTENT_TYPE).map(HeaderValue::as_bytes);
-    let is_json = kind.is_none_or(|kind| kind.to_ascii_lowercase().starts_with(b"application/json"));
+    let is_json =
+        kind.is_none_or(|kind| kind.to_ascii_lowercase().starts_with(b"application/json"));
     if !is_json {
         return Err("its answer is no JSON".to_owned());
     }
@@ -118,9 +124,7 @@ fn decide(answer: &Answer, now: SystemTime) -> Result<Decision, String> {
             match members.get("result").and_then(Value::as_str) {
                 Some("allow") => granted(&members, now),
                 Some("deny") => Ok(Decision::Deny("the service denies it".to_owned())),
-                Some("ignore") | None => {
-                    Ok(Decision::Ignore("the service ignores it".to_owned()))
-                }
+                Some("ignore") | None => Ok(Decision::Ignore("the service ignores it".to_owned())),
                 Some(_) => Err("its result is none of allow, deny and ignore".to_owned()),
             }
         }
@@ -138,7 +142,9 @@ fn granted(members: &Map<String, Value>, now: SystemTime) -> Result<Decision, St
     }
     let is_superuser = match members.get("is_superuser") {
         None | Some(Value::Null) => false,
-        Some(value) => value.as_bool().ok_or("its is_superuser is not true or false")?,
+        Some(value) => value
+            .as_bool()
+            .ok_or("its is_superuser is not true or false")?,
     };
     Ok(Decision::Allow(Grant {
         is_superuser,
@@ -175,7 +181,11 @@ impl HttpAuthenticator {
             attempt,
             wish: None,
         };
-        let answer = self.asker.ask(&values).await.map_err(|error| error.to_string())?;
+        let answer = self
+            .asker
+            .ask(&values)
+            .await
+            .map_err(|error| error.to_string())?;
         decide(&answer, SystemTime::now())
     }
 }
@@ -209,7 +219,10 @@ mod tests {
             decided(r#"{"result":"allow","is_superuser":true,"expire_at":1000001,"x":1}"#),
             grant(true, at(1_000_001))
         );
-        assert_eq!(decide(&answer(204, "text/html", ""), now), grant(false, None));
+        assert_eq!(
+            decide(&answer(204, "text/html", ""), now),
+            grant(false, None)
+        );
         for (body, part) in [
             (r#"{"result":"deny"}"#, "denies"),
             (r#"{"result":"allow","expire_at":999999}"#, "passed"),
