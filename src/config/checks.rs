@@ -27,8 +27,8 @@ pub(crate) fn check(config: &mut Config, layers: &Layers, faults: &mut Vec<Fault
         checks.handler(&format!("handlers.{name}"), handler);
     }
     checks.broker(config);
-    for (index, authenticator) in config.authentication.iter_mut().enumerate() {
-        checks.authenticator(&format!("authentication.{}", index + 1), authenticator);
+    for (number, authenticator) in &mut config.authentication {
+        checks.authenticator(&format!("authentication.{number}"), authenticator);
     }
 }
 

@@ -78,7 +78,13 @@ pub fn load(sources: &Sources) -> Result<Config, Report> {
     let mut faults = Vec::new();
     let layers = Layers::merge(sources, &mut faults);
 
-    let known: Vec<String> = keys().into_iter().map(|key| key.path).collect();
+    // What is meant is rarely a key of one of a list.
+    let is_item = |path: &String| path.split('.').any(|part| part.parse::<u16>().is_ok());
+    let known: Vec<String> = keys()
+        .into_iter()
+        .map(|key| key.path)
+        .filter(|path| !is_item(path))
+        .collect();
     let mut reader = Reader::new(&layers, &known);
     let mut config = Config::read(&mut reader, &Scope::root(layers.root()));
     faults.extend(reader.into_faults());
@@ -110,7 +116,7 @@ impl Config {
         if shown.broker.password_file.is_some() {
             shown.broker.password = None;
         }
-        for authenticator in &mut shown.authentication {
+        for authenticator in shown.authentication.values_mut() {
             if let Authenticator::Jwt(jwt) = authenticator
                 && jwt.secret_file.is_some()
             {

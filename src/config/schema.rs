@@ -332,10 +332,10 @@ pub(crate) trait Item: Sized {
     fn examples() -> Vec<(&'static str, Self)>;
 }
 
-impl<T: Item> Field<Listed> for Vec<T> {
+impl<T: Item> Field<Listed> for BTreeMap<u16, T> {
     fn read(reader: &mut Reader<'_>, scope: &Scope<'_>, key: &'static str, _: Listed) -> Self {
         if scope.is_empty_list(key) {
-            return Vec::new();
+            return BTreeMap::new();
         }
         let all = reader.table(scope, key, &["1", "2", "..."]);
         let mut items = BTreeMap::new();
@@ -343,18 +343,20 @@ impl<T: Item> Field<Listed> for Vec<T> {
             match number.parse::<u16>() {
                 Ok(place) if place > 0 => {
                     let table = reader.table(&all, number, &["..."]);
-                    items.insert(place, T::read(reader, &table, value));
+                    if let Some(item) = T::read(reader, &table, value) {
+                        items.insert(place, item);
+                    }
                 }
                 _ => reader.refuse_number(&all, number, value),
             }
         }
-        items.into_values().flatten().collect()
+        items
     }
 
     fn write(&self, _: &Listed, key: &'static str, doc: &'static str, page: &mut Page) {
         let mut all = page.below(key, doc);
-        for (index, item) in self.iter().enumerate() {
-            let mut one = all.item(index + 1);
+        for (number, item) in self {
+            let mut one = all.item(usize::from(*number));
             item.write(&mut one);
             all.pages.push(one);
         }

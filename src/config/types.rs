@@ -77,7 +77,7 @@ section! {
         /// let in; with some, one that all of them ignore is not. In variables and on the command
         /// line they have numbers from 1 on, which put them in order: EXPROTO_AUTHENTICATION__1__PATH.
         /// For example, with their defaults:
-        authentication: Vec<Authenticator> = Listed,
+        authentication: BTreeMap<u16, Authenticator> = Listed,
 
         /// What a device is, in place of what it says, before anybody is asked. Placeholders:
         /// ${clientid} ${username} ${password} ${peerhost} ${cert_common_name} ${cert_subject}

@@ -19,13 +19,13 @@ const MAX_JWKS: usize = 256 * 1024;
 
 /// How devices are authenticated.
 pub fn auth(config: &Config) -> Result<auth::Options, Error> {
-    let authenticators = config.authentication.iter().enumerate();
+    let authenticators = config.authentication.iter();
     let authenticators = authenticators.filter(|(_, options)| options.is_enabled());
     let attempts = &config.login_attempts;
     Ok(auth::Options {
         authenticators: authenticators
-            .map(|(index, options)| {
-                let key = format!("authentication.{}", index + 1);
+            .map(|(number, options)| {
+                let key = format!("authentication.{number}");
                 let provider = provider(&key, options, config)?;
                 Ok(chain::Options { key, provider })
             })

@@ -1,5 +1,6 @@
 //! Lists of tables: in files, in variables, in both.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
@@ -7,8 +8,8 @@ use exproto_sidecar::config::{self, Authenticator, Sources, UserIdType};
 
 use crate::support::{env, file, one_fault, pairs, set, toml};
 
-fn paths(authenticators: &[Authenticator]) -> Vec<&Path> {
-    let files = authenticators.iter().filter_map(|one| match one {
+fn paths(authenticators: &BTreeMap<u16, Authenticator>) -> Vec<&Path> {
+    let files = authenticators.values().filter_map(|one| match one {
         Authenticator::File(file) => Some(file.path.as_path()),
         _ => None,
     });
@@ -35,7 +36,7 @@ fn a_list_keeps_its_order_and_the_dump_loads_again() {
         paths(&config.authentication),
         [Path::new("one"), Path::new("two")]
     );
-    let Authenticator::File(second) = &config.authentication[1] else {
+    let Authenticator::File(second) = &config.authentication[&2] else {
         panic!("not a file");
     };
     assert_eq!(second.user_id_type, UserIdType::ClientId);
@@ -94,8 +95,8 @@ fn variables_make_a_list_and_change_one_of_a_file() {
         paths(&config.authentication),
         [Path::new("one"), Path::new("other")]
     );
-    assert!(!config.authentication[0].is_enabled());
-    assert!(config.authentication[1].is_enabled());
+    assert!(!config.authentication[&1].is_enabled());
+    assert!(config.authentication[&2].is_enabled());
 }
 
 #[test]
