@@ -52,6 +52,7 @@ const AUTHENTICATIONS: &str = "exproto_authentications_total";
 const AUTHENTICATION_SECONDS: &str = "exproto_authentication_duration_seconds";
 const AUTHENTICATIONS_IN_FLIGHT: &str = "exproto_authentications_in_flight";
 const AUTHENTICATION_RELOADS: &str = "exproto_authentication_reloads_total";
+const AUTHORIZATIONS: &str = "exproto_authorizations_total";
 const LOGIN_ATTEMPTS_LIMITED: &str = "exproto_login_attempts_limited_total";
 const LINKS_UP: &str = "exproto_broker_links_up";
 const PUBLISHED: &str = "exproto_broker_published_total";
@@ -99,6 +100,7 @@ const TABLE: &[(Kind, &str, Unit, &str, &str)] = &[
     (Kind::Histogram, AUTHENTICATION_SECONDS, Unit::Seconds, "authenticator", "Time that an authenticator took for its answer, waiting for its turn included."),
     (Kind::Gauge, AUTHENTICATIONS_IN_FLIGHT, Unit::Count, "", "Authentications under way."),
     (Kind::Counter, AUTHENTICATION_RELOADS, Unit::Count, "outcome", "Changes of files of users, keys and rules, by outcome: ok, or failed where the old ones stay in use."),
+    (Kind::Counter, AUTHORIZATIONS, Unit::Count, "outcome", "Publishes and subscriptions checked against rules, by outcome: allow, deny."),
     (Kind::Counter, LOGIN_ATTEMPTS_LIMITED, Unit::Count, "by", "Authentications refused unseen after too many failed ones, by address or clientid."),
     (Kind::Gauge, LINKS_UP, Unit::Count, "", "Pool members connected to the broker."),
     (Kind::Counter, PUBLISHED, Unit::Count, "", "Messages sent to the broker."),

@@ -15,8 +15,9 @@ use crate::admission;
 use crate::auth as authentication;
 use crate::broker;
 use crate::config::{
-    ClientTls, Config, DtlsOptions, Files, Handler, Limit, ListenerView, OnUnavailable, Protocol,
-    ProxyProtocol, QueuePolicy, Rate, ServiceName, SslOptions, TcpOptions, UdpOptions, Verify,
+    ClientTls, Config, DenyAction, DtlsOptions, Files, Handler, Limit, ListenerView, OnUnavailable,
+    Protocol, ProxyProtocol, QueuePolicy, Rate, ServiceName, SslOptions, TcpOptions, UdpOptions,
+    Verify,
 };
 use crate::connection::machine::Timeouts;
 use crate::connection::{Limits, Policy, Settings};
@@ -280,6 +281,7 @@ pub fn connection(config: &Config, listener: &ListenerView<'_>, sending: Sending
         mountpoint: mountpoint(config, listener).to_owned(),
         clientinfo_mountpoint: config.clientinfo_mountpoint,
         enable_authn: common.enable_authn,
+        disconnect_denied: config.authorization.deny_action == DenyAction::Disconnect,
         node_name: config.node_name.to_string(),
     }
 }

@@ -10,108 +10,20 @@
 mod common;
 
 use std::net::Ipv4Addr;
-use std::sync::{Arc, Mutex};
 use std::time::{Duration, SystemTime};
 
 use aws_lc_rs::rand::SystemRandom;
 use aws_lc_rs::signature::{ECDSA_P256_SHA256_FIXED_SIGNING, EcdsaKeyPair, KeyPair};
 use axum::Router;
-use axum::body::Bytes;
-use axum::http::{HeaderMap, Method, StatusCode, Uri};
-use axum::response::{IntoResponse, Response};
+use axum::http::{Method, StatusCode};
 use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use common::{
-    Adapter, Answer, Broker, Call, Device, Gate, Plan, Process, Stage, client, free_port, until,
+    Adapter, Answer, Broker, Call, Device, Plan, Process, Service, Stage, client, free_port, until,
     within,
 };
 use exproto_sidecar::proto::{ClientInfo, ResultCode};
 use serde_json::{Value, json};
-use tokio::sync::watch;
-
-/// A request as the service got it.
-#[derive(Clone, Debug)]
-struct Asked {
-    method: Method,
-    uri: Uri,
-    headers: HeaderMap,
-    body: String,
-}
-
-/// A service that a test tells what to answer.
-struct Service {
-    port: u16,
-    asked: watch::Sender<Vec<Asked>>,
-    answer: Arc<Mutex<(u16, &'static str, String)>>,
-    gate: Arc<Mutex<Gate>>,
-}
-
-impl Service {
-    async fn start() -> Self {
-        let listener = tokio::net::TcpListener::bind((Ipv4Addr::LOCALHOST, 0))
-            .await
-            .unwrap();
-        let open = Gate::closed();
-        open.open();
-        let service = Self {
-            port: listener.local_addr().unwrap().port(),
-            asked: watch::Sender::default(),
-            answer: Arc::new(Mutex::new((204, "text/plain", String::new()))),
-            gate: Arc::new(Mutex::new(open)),
-        };
-        let (asked, answer, gate) = (
-            service.asked.clone(),
-            service.answer.clone(),
-            service.gate.clone(),
-        );
-        let router = Router::new().fallback(
-            move |method: Method, uri: Uri, headers: HeaderMap, body: Bytes| async move {
-                let body = String::from_utf8(body.to_vec()).unwrap();
-                let request = Asked {
-                    method,
-                    uri,
-                    headers,
-                    body,
-                };
-                asked.send_modify(|all| all.push(request));
-                let held = gate.lock().unwrap().clone();
-                held.pass().await;
-                let (status, kind, body) = answer.lock().unwrap().clone();
-                let status = StatusCode::from_u16(status).unwrap();
-                let answer: Response = (status, [("content-type", kind)], body).into_response();
-                answer
-            },
-        );
-        tokio::spawn(async move { axum::serve(listener, router).await.unwrap() });
-        service
-    }
-
-    fn answers(&self, status: u16, kind: &'static str, body: impl ToString) {
-        *self.answer.lock().unwrap() = (status, kind, body.to_string());
-    }
-
-    fn says(&self, body: &Value) {
-        self.answers(200, "application/json", body);
-    }
-
-    /// Holds answers until the gate is opened.
-    fn hold(&self) -> Gate {
-        let gate = Gate::closed();
-        *self.gate.lock().unwrap() = gate.clone();
-        gate
-    }
-
-    /// The request with this number, from 1 on.
-    async fn asked(&self, number: usize) -> Asked {
-        let mut asked = self.asked.subscribe();
-        let found = asked.wait_for(|all| all.len() >= number);
-        within("a request", found).await.unwrap()[number - 1].clone()
-    }
-
-    fn url(&self, path: &str) -> String {
-        format!("http://127.0.0.1:{}{path}", self.port)
-    }
-}
 
 /// The keys of an authenticator of HTTP.
 fn http(number: usize, url: &str) -> Vec<(String, String)> {

@@ -166,6 +166,7 @@ impl UserFile {
             (Some(user), true) => Decision::Allow(Grant {
                 is_superuser: user.is_superuser,
                 expire_at: None,
+                rules: None,
             }),
         }
     }

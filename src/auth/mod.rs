@@ -11,6 +11,7 @@
 //! Secrets: a password is a [`Secret`] from the gateway's edge on, and no reason, log line or
 //! metric is made of one.
 
+pub mod acl;
 pub mod chain;
 pub mod file;
 pub mod fill;
@@ -28,6 +29,7 @@ use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 
 pub use crate::config::Secret;
+use crate::config::Template;
 use crate::metrics::AuthMetrics;
 use crate::tls::Subject;
 use chain::Chain;
@@ -57,6 +59,20 @@ pub struct Attempt {
     pub certificate: Option<Subject>,
 }
 
+impl Attempt {
+    /// Of no device in particular.
+    pub fn nobody() -> Self {
+        Self {
+            clientid: String::new(),
+            username: String::new(),
+            password: Secret::new(""),
+            proto_name: String::new(),
+            peer: std::net::Ipv4Addr::UNSPECIFIED.into(),
+            certificate: None,
+        }
+    }
+}
+
 /// What is known of a device that was let in.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Grant {
@@ -64,6 +80,8 @@ pub struct Grant {
     pub is_superuser: bool,
     /// When it has to go.
     pub expire_at: Option<SystemTime>,
+    /// What it may do, where who vouches for it says so.
+    pub rules: Option<acl::Rules>,
 }
 
 /// What an authenticator says.
@@ -101,6 +119,42 @@ pub struct Options {
     pub authenticators: Vec<chain::Options>,
     /// Failed attempts.
     pub limits: limits::Options,
+    /// What devices are in place of what they say.
+    pub overrides: Overrides,
+    /// What devices may do.
+    pub acl: acl::Options,
+}
+
+/// What devices are in place of what they say, where there is anything.
+#[derive(Debug, Clone, Default)]
+pub struct Overrides {
+    /// The client id.
+    pub clientid: Template,
+    /// The user name.
+    pub username: Template,
+    /// The password.
+    pub password: Template,
+}
+
+impl Overrides {
+    /// Fills in what the device said.
+    fn apply(&self, attempt: &mut Attempt) {
+        let filled = |template: &Template| {
+            let values = fill::Values {
+                attempt,
+                wish: None,
+            };
+            let is_set = !template.pieces().is_empty();
+            is_set.then(|| values.plain(template))
+        };
+        let (clientid, username) = (filled(&self.clientid), filled(&self.username));
+        let password = filled(&self.password).map(Secret::new);
+        attempt.clientid = clientid.unwrap_or(std::mem::take(&mut attempt.clientid));
+        attempt.username = username.unwrap_or(std::mem::take(&mut attempt.username));
+        if let Some(password) = password {
+            attempt.password = password;
+        }
+    }
 }
 
 /// An authenticator that cannot be made.
@@ -118,14 +172,18 @@ pub struct Auth {
     chain: Chain,
     limits: Limits,
     places: Semaphore,
+    overrides: Overrides,
+    acl: acl::Acl,
     metrics: AuthMetrics,
 }
 
 /// What only shows when the options are used, such as what is in a file. Empty when all is well.
 pub fn check(options: &Options) -> Vec<Error> {
     let links = options.authenticators.iter();
-    links
-        .filter_map(|options| chain::check(options).err())
+    let sources = options.acl.sources.iter();
+    let errors = links.filter_map(|options| chain::check(options).err());
+    errors
+        .chain(sources.filter_map(|source| acl::Acl::check(source).err()))
         .collect()
 }
 
@@ -183,10 +241,14 @@ impl Auth {
     ) -> Result<Arc<Self>, Error> {
         let chain = Chain::new(&options.authenticators, &metrics)?;
         chain.follow(&metrics, stop);
+        let acl = acl::Acl::new(&options.acl, &metrics)?;
+        acl.follow(&metrics, stop);
         Ok(Arc::new(Self {
             chain,
             limits: Limits::new(&options.limits),
             places: Semaphore::new(MAX_UNDER_WAY),
+            overrides: options.overrides.clone(),
+            acl,
             metrics,
         }))
     }
@@ -194,6 +256,16 @@ impl Auth {
     /// Nobody is asked: every device is who it says.
     pub fn is_open(&self) -> bool {
         self.chain.is_empty()
+    }
+
+    /// Puts what the device is in place of what it says.
+    pub fn set_right(&self, attempt: &mut Attempt) {
+        self.overrides.apply(attempt);
+    }
+
+    /// What devices may do.
+    pub fn acl(&self) -> &acl::Acl {
+        &self.acl
     }
 
     /// Finds out whether a device is who it says. Dropping the future cancels it.

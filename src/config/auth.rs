@@ -278,6 +278,9 @@ section! {
         /// What claims must be, with placeholders: `{ sub = "${clientid}" }`.
         verify_claims: TemplateTable = "",
 
+        /// The claim with rules of access: EMQX's list, or its object of pub, sub and all.
+        acl_claim_name: String = "acl",
+
         /// Whether a connection is closed when its token's exp has passed, reason expired: true or
         /// false.
         disconnect_after_expire: bool = "true",

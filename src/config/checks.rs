@@ -7,9 +7,11 @@ use std::path::{Path, PathBuf};
 
 use super::address::collide;
 use super::auth::Authenticator;
+use super::authz::RuleSource;
 use super::layers::Layers;
 use super::paths::Files;
 use super::report::{Fault, Origin};
+use super::template::TemplateTable;
 use super::types::{ClientTls, Config, Handler, ServerTls, Verify};
 use super::value::ConfigValue;
 use super::values::Secret;
@@ -29,6 +31,14 @@ pub(crate) fn check(config: &mut Config, layers: &Layers, faults: &mut Vec<Fault
     checks.broker(config);
     for (number, authenticator) in &mut config.authentication {
         checks.authenticator(&format!("authentication.{number}"), authenticator);
+    }
+    for (number, source) in &config.authorization.sources {
+        if let RuleSource::Http(service) = source {
+            let table = format!("authorization.sources.{number}");
+            let tls = service.url.tls;
+            checks.client_tls(&table, &service.ssl_options, tls, "url", "https://");
+            checks.headers(&table, &service.headers);
+        }
     }
 }
 
@@ -205,21 +215,22 @@ impl Checks<'_> {
         }
     }
 
+    fn headers(&mut self, table: &str, headers: &TemplateTable) {
+        for (name, _) in headers.iter() {
+            if http::HeaderName::from_bytes(name.as_bytes()).is_err() {
+                let problem = format!("found {name:?}; allowed: the name of a header");
+                self.fault(&format!("{table}.headers"), problem);
+            }
+        }
+    }
+
     fn authenticator(&mut self, table: &str, authenticator: &mut Authenticator) {
         match authenticator {
             Authenticator::File(_) | Authenticator::Mqtt(_) => {}
             Authenticator::Http(service) => {
                 let tls = service.url.tls;
                 self.client_tls(table, &service.ssl_options, tls, "url", "https://");
-                for (name, _) in service.headers.iter() {
-                    if http::HeaderName::from_bytes(name.as_bytes()).is_err() {
-                        let key = format!("{table}.headers");
-                        self.fault(
-                            &key,
-                            format!("found {name:?}; allowed: the name of a header"),
-                        );
-                    }
-                }
+                self.headers(table, &service.headers);
             }
             Authenticator::Jwt(jwt) => {
                 let tls = jwt.endpoint.as_ref().is_some_and(|endpoint| endpoint.tls);

@@ -26,6 +26,7 @@
 mod access;
 mod address;
 mod auth;
+mod authz;
 mod checks;
 mod layers;
 mod listeners;
@@ -48,6 +49,9 @@ pub use address::{BrokerUrl, HandlerAddress};
 pub use auth::{
     Authenticator, Backend, BrokerLogin, ClientInfoOverride, From, HttpMethod, HttpService,
     JwtOptions, Mechanism, OnError, UserFile, UserIdType,
+};
+pub use authz::{
+    Authorization, DenyAction, NoMatch, RuleFile, RuleService, RuleSource, SourceType,
 };
 pub use layers::{Sources, process_environment};
 pub use listeners::{

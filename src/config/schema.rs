@@ -40,7 +40,7 @@ macro_rules! section {
                 let mut keys = Vec::new();
                 $(keys.extend(<$type as $crate::config::schema::Field<_>>::keys(
                     &$default,
-                    stringify!($field),
+                    $crate::config::schema::name(stringify!($field)),
                 ));)*
                 keys
             }
@@ -50,7 +50,7 @@ macro_rules! section {
                 scope: &$crate::config::reader::Scope<'_>,
             ) -> Self {
                 $name {
-                    $($field: $crate::config::schema::Field::read(reader, scope, stringify!($field), $default),)*
+                    $($field: $crate::config::schema::Field::read(reader, scope, $crate::config::schema::name(stringify!($field)), $default),)*
                 }
             }
 
@@ -58,7 +58,7 @@ macro_rules! section {
                 $($crate::config::schema::Field::write(
                     &self.$field,
                     &$default,
-                    stringify!($field),
+                    $crate::config::schema::name(stringify!($field)),
                     concat!($($doc, "\n"),*),
                     page,
                 );)*
@@ -67,6 +67,11 @@ macro_rules! section {
     };
 }
 pub(crate) use section;
+
+/// A field's name without what Rust needs in front of its own words.
+pub(crate) fn name(field: &'static str) -> &'static str {
+    field.strip_prefix("r#").unwrap_or(field)
+}
 
 /// A table of the configuration. Implemented by `section!` only.
 pub(crate) trait Section: Sized {

@@ -10,6 +10,7 @@ use figment::value::Value;
 
 use super::address::{BrokerUrl, HandlerAddress};
 use super::auth::{Authenticator, ClientInfoOverride};
+use super::authz::Authorization;
 use super::listeners::Listeners;
 use super::names::{ClientIdPrefix, Mountpoint, NodeName, PropertyName, words};
 use super::schema::{Computed, Listed, Named, Nested, Within, section};
@@ -83,6 +84,9 @@ section! {
         /// ${clientid} ${username} ${password} ${peerhost} ${cert_common_name} ${cert_subject}
         /// ${proto_name}.
         clientinfo_override: ClientInfoOverride = Nested,
+
+        /// What devices may publish and subscribe to.
+        authorization: Authorization = Nested,
 
         /// How often a device may fail to authenticate; counts where there is any authentication.
         login_attempts: LoginAttempts = Nested,

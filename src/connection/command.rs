@@ -11,6 +11,7 @@ use bytes::Bytes;
 use super::handle::{Authentication, Client, Handle, Refused};
 use super::reason::CloseReason;
 use super::registry::{NotFound, Registry};
+use crate::auth::acl::{Permission, Wish};
 use crate::auth::{Attempt, Auth, Denial, Grant, Secret};
 use crate::broker::topic::{Mountpoint, TopicError, TopicFilter, TopicName, is_mqtt_text};
 use crate::broker::{Broker, Publication, PublishError, QoS, SubscribeError};
@@ -186,12 +187,12 @@ fn qos(number: u32) -> Result<QoS, Refusal> {
 }
 
 /// All that there is to say about the device.
-fn attempt(handle: &Handle, credentials: &Credentials) -> Attempt {
+fn attempt(handle: &Handle, credentials: Credentials) -> Attempt {
     Attempt {
-        clientid: credentials.clientid.clone(),
-        username: credentials.username.clone(),
-        password: credentials.password.clone(),
-        proto_name: credentials.proto_name.clone(),
+        clientid: credentials.clientid,
+        username: credentials.username,
+        password: credentials.password,
+        proto_name: credentials.proto_name,
         peer: handle.peer().ip().to_canonical(),
         certificate: handle.certificate().cloned(),
     }
@@ -211,7 +212,24 @@ pub struct Commands {
     registry: Arc<Registry>,
     broker: Broker,
     auth: Arc<Auth>,
-    raw_publish: bool,
+    raw_publish: RawPublish,
+}
+
+/// Whether handlers may publish without a connection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RawPublish {
+    /// Not at all.
+    Off,
+    /// Whatever they like.
+    On,
+    /// What the rules allow to nobody in particular.
+    Checked,
+}
+
+/// No rule allows it.
+fn denied(wish: Wish<'_>) -> Refusal {
+    let text = format!("the rules of access do not allow to {} here", wish.action);
+    Refusal::new(ResultCode::PermissionDeny, text)
 }
 
 impl Commands {
@@ -221,7 +239,7 @@ impl Commands {
         registry: Arc<Registry>,
         broker: Broker,
         auth: Arc<Auth>,
-        raw_publish: bool,
+        raw_publish: RawPublish,
     ) -> Self {
         Self {
             registry,
@@ -258,6 +276,12 @@ impl Commands {
                 let client = handle.client()?;
                 let qos = qos(number)?;
                 let topic = client.mountpoint.mount(&TopicName::parse(topic)?)?;
+                let wish = Wish {
+                    action: "publish",
+                    topic: topic.as_str(),
+                    qos: number,
+                };
+                self.authorize(&handle, &client, wish).await?;
                 let publication = Publication {
                     topic,
                     qos,
@@ -287,7 +311,7 @@ impl Commands {
         qos_number: u32,
         payload: Bytes,
     ) -> Result<(), Refusal> {
-        if !self.raw_publish {
+        if self.raw_publish == RawPublish::Off {
             return Err(Refusal::new(
                 ResultCode::PermissionDeny,
                 "RawPublish is turned off in the gateway's configuration (raw_publish)",
@@ -299,6 +323,20 @@ impl Commands {
             payload,
             from: None,
         };
+        if self.raw_publish == RawPublish::Checked {
+            let nobody = Attempt::nobody();
+            let person = self.auth.acl().person(&nobody, Grant::default());
+            let wish = Wish {
+                action: "publish",
+                topic: publication.topic.as_str(),
+                qos: qos_number,
+            };
+            if let Some(person) = person
+                && self.auth.acl().decide(&person, wish).await == Permission::Deny
+            {
+                return Err(denied(wish));
+            }
+        }
         // One route for all, so that they keep their order.
         Ok(self.broker.publish(0, publication).await?)
     }
@@ -315,10 +353,19 @@ impl Commands {
                 format!("clientinfo.{name} is empty"),
             ));
         }
+        let template = credentials.mountpoint.clone();
+        let mut attempt = attempt(handle, credentials);
+        self.auth.set_right(&mut attempt);
+        if attempt.clientid.is_empty() {
+            return Err(Refusal::new(
+                ResultCode::PermissionDeny,
+                "clientinfo_override leaves no client id: is there a client certificate?",
+            ));
+        }
         // They become part of topics and MQTT properties.
         for (name, value) in [
-            ("clientid", &credentials.clientid),
-            ("username", &credentials.username),
+            ("clientid", &attempt.clientid),
+            ("username", &attempt.username),
         ] {
             if !is_mqtt_text(value) {
                 return Err(Refusal::new(
@@ -329,37 +376,38 @@ impl Commands {
         }
         let mut authentication = handle.authenticating()?;
         let grant = if handle.context().settings.enable_authn {
-            let attempt = attempt(handle, &credentials);
             let asked = self.auth.authenticate(&attempt);
             authentication.run(asked).await??
         } else {
             Grant::default()
         };
-        self.make_client(handle, &credentials, &grant, authentication)
+        self.make_client(handle, &attempt, &template, grant, authentication)
     }
 
     fn make_client(
         &self,
         handle: &Handle,
-        credentials: &Credentials,
-        grant: &Grant,
+        attempt: &Attempt,
+        asked_mountpoint: &str,
+        grant: Grant,
         authentication: Authentication<'_>,
     ) -> Result<(), Refusal> {
         let settings = &handle.context().settings;
-        let template = if settings.clientinfo_mountpoint && !credentials.mountpoint.is_empty() {
-            &credentials.mountpoint
+        let template = if settings.clientinfo_mountpoint && !asked_mountpoint.is_empty() {
+            asked_mountpoint
         } else {
-            if !credentials.mountpoint.is_empty() {
+            if !asked_mountpoint.is_empty() {
                 tracing::debug!(conn = %handle.id(), "clientinfo.mountpoint is ignored");
             }
             &settings.mountpoint
         };
-        let mountpoint =
-            Mountpoint::resolve(template, &credentials.clientid, &credentials.username)?;
+        let mountpoint = Mountpoint::resolve(template, &attempt.clientid, &attempt.username)?;
+        let expires = grant.expire_at.map(deadline);
         let client = Arc::new(Client {
-            clientid: credentials.clientid.as_str().into(),
-            username: credentials.username.clone(),
+            clientid: attempt.clientid.as_str().into(),
+            username: attempt.username.clone(),
             mountpoint,
+            person: self.auth.acl().person(attempt, grant),
         });
         if let Some(older) = self.registry.claim(&client.clientid, handle.clone()) {
             tracing::debug!(conn = %older.id(), clientid = %client.clientid, "client id taken over");
@@ -368,7 +416,6 @@ impl Commands {
             let _ = older.close(CloseReason::Discarded);
         }
         tracing::debug!(conn = %handle.id(), clientid = %client.clientid, "authenticated");
-        let expires = grant.expire_at.map(deadline);
         authentication
             .done(client.clone(), expires)
             .map_err(|refused| {
@@ -378,12 +425,39 @@ impl Commands {
             })
     }
 
+    /// Whether the device may.
+    async fn authorize(
+        &self,
+        handle: &Handle,
+        client: &Client,
+        wish: Wish<'_>,
+    ) -> Result<(), Refusal> {
+        let Some(person) = &client.person else {
+            return Ok(());
+        };
+        if self.auth.acl().decide(person, wish).await == Permission::Allow {
+            return Ok(());
+        }
+        if handle.context().settings.disconnect_denied {
+            // It may have ended by itself.
+            let _ = handle.close(CloseReason::Kicked);
+        }
+        Err(denied(wish))
+    }
+
     async fn subscribe(&self, handle: &Handle, filter: String, number: u32) -> Result<(), Refusal> {
         let client = handle.client()?;
         let qos = qos(number)?;
         let mounted = client
             .mountpoint
             .mount_filter(&TopicFilter::parse(&filter)?)?;
+        let wish = Wish {
+            action: "subscribe",
+            // What a group shares is what its members may see.
+            topic: mounted.filter(),
+            qos: number,
+        };
+        self.authorize(handle, &client, wish).await?;
         let replaced = handle.may_subscribe(&filter)?;
         let subscription = self
             .broker

@@ -32,6 +32,8 @@ pub struct Settings {
     pub clientinfo_mountpoint: bool,
     /// Whether devices are authenticated, where there is any authentication.
     pub enable_authn: bool,
+    /// Whether a device that does what it may not is closed.
+    pub disconnect_denied: bool,
     /// For `Message.node`.
     pub node_name: String,
 }

@@ -17,6 +17,7 @@ use tokio::sync::oneshot;
 use super::context::ListenerContext;
 use super::queue::{MessageQueue, Pushed};
 use super::reason::CloseReason;
+use crate::auth::acl::Person;
 use crate::broker::topic::Mountpoint;
 use crate::broker::{Delivery, Subscriber, Subscription, SubscriptionKey};
 use crate::handler::Caller;
@@ -37,6 +38,8 @@ pub struct Client {
     pub username: String,
     /// In front of its topics on the broker.
     pub mountpoint: Mountpoint,
+    /// Whose wishes are checked, unless it may do everything.
+    pub person: Option<Box<Person>>,
 }
 
 /// Why a request to a connection is refused.

@@ -15,6 +15,8 @@ pub enum CloseReason {
     IdleTimeout,
     /// Another connection took its client id.
     Discarded,
+    /// It did what it may not.
+    Kicked,
     /// What it showed when it authenticated is not valid any more.
     Expired,
     /// Its queue of messages was full and the policy is to close.
@@ -40,6 +42,7 @@ impl CloseReason {
             Self::KeepaliveTimeout => "keepalive_timeout",
             Self::IdleTimeout => "idle_timeout",
             Self::Discarded => "discarded",
+            Self::Kicked => "kicked",
             Self::Expired => "expired",
             Self::RateLimited => "rate_limited",
             Self::SendTimeout => "send_timeout",

@@ -95,6 +95,7 @@ fn context(metrics: &Metrics, recorder: &Recorder) -> Arc<ListenerContext> {
             mountpoint: String::new(),
             clientinfo_mountpoint: false,
             enable_authn: true,
+            disconnect_denied: false,
             node_name: "node".to_owned(),
         },
         handlers: Arc::new(recorder.clone()),

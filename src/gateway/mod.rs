@@ -28,7 +28,7 @@ use crate::auth::Auth;
 use crate::broker::{Broker, BrokerTasks, LinkState};
 use crate::config::{Config, Handler};
 use crate::connection::Registry;
-use crate::connection::command::Commands;
+use crate::connection::command::{Commands, RawPublish};
 use crate::handler::client::Pool;
 use crate::handler::link::Link;
 use crate::id::{NodeTag, ShardId};
@@ -249,7 +249,16 @@ impl Gateway {
         let runtimes: Vec<_> = shards.iter().map(|shard| shard.runtime().clone()).collect();
         let broker_metrics = BrokerMetrics::new(&metrics);
         let (broker, broker_tasks) = Broker::start(broker_options, &runtimes, &broker_metrics)?;
-        let commands = Commands::new(registry.clone(), broker.clone(), auth, config.raw_publish);
+        let commands = Commands::new(
+            registry.clone(),
+            broker.clone(),
+            auth,
+            match (config.raw_publish, config.authorization.check_raw_publish) {
+                (false, _) => RawPublish::Off,
+                (true, false) => RawPublish::On,
+                (true, true) => RawPublish::Checked,
+            },
+        );
         let adapter = Adapter::new(
             commands,
             config.server.max_message_size.bytes(),

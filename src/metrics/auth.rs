@@ -6,7 +6,7 @@ use metrics::{Counter, Gauge};
 
 use super::{
     AUTHENTICATION_RELOADS, AUTHENTICATION_SECONDS, AUTHENTICATIONS, AUTHENTICATIONS_IN_FLIGHT,
-    LOGIN_ATTEMPTS_LIMITED, Metrics, label,
+    AUTHORIZATIONS, LOGIN_ATTEMPTS_LIMITED, Metrics, label,
 };
 
 /// See the module.
@@ -15,6 +15,7 @@ pub struct AuthMetrics {
     metrics: Metrics,
     in_flight: Gauge,
     limited: [Counter; 2],
+    authorized: [Counter; 2],
 }
 
 /// An authentication that is under way, until it is dropped.
@@ -33,6 +34,8 @@ impl AuthMetrics {
             in_flight: metrics.gauge(AUTHENTICATIONS_IN_FLIGHT, Vec::new()),
             limited: ["address", "clientid"]
                 .map(|by| metrics.counter(LOGIN_ATTEMPTS_LIMITED, vec![label("by", by)])),
+            authorized: ["allow", "deny"]
+                .map(|outcome| metrics.counter(AUTHORIZATIONS, vec![label("outcome", outcome)])),
             metrics: metrics.clone(),
         }
     }
@@ -58,6 +61,12 @@ impl AuthMetrics {
     pub fn limited(&self, by_address: bool) {
         let [address, clientid] = &self.limited;
         if by_address { address } else { clientid }.increment(1);
+    }
+
+    /// Counts a wish that was checked.
+    pub fn authorized(&self, is_allowed: bool) {
+        let [allowed, denied] = &self.authorized;
+        if is_allowed { allowed } else { denied }.increment(1);
     }
 
     /// Counts that a file has changed and what became of it.

@@ -8,10 +8,10 @@ use tokio_rustls::rustls::ClientConfig;
 
 use super::{Error, broker, client_tls};
 use crate::auth::http::client;
-use crate::auth::{self, chain, file, http as service, jwt, limits, mqtt};
+use crate::auth::{self, acl, chain, file, http as service, jwt, limits, mqtt};
 use crate::config::{
-    Authenticator, ClientTls, Config, From, HttpMethod, HttpService, HttpUrl, JwtOptions, Template,
-    TemplateTable,
+    Authenticator, ClientTls, Config, From, HttpMethod, HttpService, HttpUrl, JwtOptions, NoMatch,
+    RuleService, RuleSource, Template, TemplateTable,
 };
 
 /// The largest set of keys in bytes: certificates of some hundred keys.
@@ -35,6 +35,38 @@ pub fn auth(config: &Config) -> Result<auth::Options, Error> {
             per_clientid: attempts.max_per_clientid.finite(),
             window: attempts.window,
         },
+        overrides: auth::Overrides {
+            clientid: config.clientinfo_override.clientid.clone(),
+            username: config.clientinfo_override.username.clone(),
+            password: config.clientinfo_override.password.clone(),
+        },
+        acl: acl(config)?,
+    })
+}
+
+fn acl(config: &Config) -> Result<acl::Options, Error> {
+    let authorization = &config.authorization;
+    let sources = authorization.sources.iter();
+    let sources = sources.filter(|(_, source)| source.is_enabled());
+    let source = |(number, source): (&u16, &RuleSource)| {
+        let key = format!("authorization.sources.{number}");
+        let kind = match source {
+            RuleSource::File(file) => acl::SourceKind::File(file.path.clone()),
+            RuleSource::Http(service) => {
+                let request = request(&key, &Request::from(&**service))?;
+                acl::SourceKind::Http(Box::new(request), service.on_error)
+            }
+        };
+        Ok(acl::Source { key, kind })
+    };
+    Ok(acl::Options {
+        sources: sources.map(source).collect::<Result<_, Error>>()?,
+        no_match: match authorization.no_match {
+            NoMatch::Allow => acl::Permission::Allow,
+            NoMatch::Deny => acl::Permission::Deny,
+        },
+        cache_size: authorization.cache_max_size,
+        cache_ttl: authorization.cache_ttl,
     })
 }
 
@@ -48,9 +80,10 @@ fn provider(
             path: options.path.clone(),
             user_id_type: options.user_id_type,
         }),
-        Authenticator::Http(options) => {
-            chain::ProviderOptions::Http(Box::new(http(key, options)?), options.on_error)
-        }
+        Authenticator::Http(options) => chain::ProviderOptions::Http(
+            Box::new(request(key, &Request::from(&**options))?),
+            options.on_error,
+        ),
         Authenticator::Mqtt(options) => {
             let mqtt = mqtt::Options {
                 broker: broker(config)?,
@@ -79,7 +112,38 @@ fn entries(table: &TemplateTable) -> Vec<(String, Template)> {
         .collect()
 }
 
-fn http(key: &str, options: &HttpService) -> Result<service::Options, Error> {
+/// What both sorts of services have.
+struct Request<'a> {
+    method: HttpMethod,
+    url: &'a HttpUrl,
+    headers: &'a TemplateTable,
+    body: &'a TemplateTable,
+    timeouts: (Duration, Duration),
+    pool_size: usize,
+    ssl_options: &'a ClientTls,
+}
+
+macro_rules! request_from {
+    ($($section:ident)*) => {$(
+        impl<'a> std::convert::From<&'a $section> for Request<'a> {
+            fn from(service: &'a $section) -> Self {
+                Self {
+                    method: service.method,
+                    url: &service.url,
+                    headers: &service.headers,
+                    body: &service.body,
+                    timeouts: (service.connect_timeout, service.request_timeout),
+                    pool_size: service.pool_size,
+                    ssl_options: &service.ssl_options,
+                }
+            }
+        }
+    )*};
+}
+
+request_from!(HttpService RuleService);
+
+fn request(key: &str, options: &Request<'_>) -> Result<service::Options, Error> {
     let header = |(name, value): (&str, &Template)| {
         let name = HeaderName::from_bytes(name.as_bytes())
             .map_err(|error| Error::new(&format!("{key}.headers"), error))?;
@@ -96,11 +160,11 @@ fn http(key: &str, options: &HttpService) -> Result<service::Options, Error> {
             .iter()
             .map(header)
             .collect::<Result<_, Error>>()?,
-        body: entries(&options.body),
+        body: entries(options.body),
         client: client::Options {
-            tls: tls(key, &options.url, &options.ssl_options)?,
-            connect_timeout: options.connect_timeout,
-            request_timeout: options.request_timeout,
+            tls: tls(key, options.url, options.ssl_options)?,
+            connect_timeout: options.timeouts.0,
+            request_timeout: options.timeouts.1,
             pool_size: options.pool_size,
             max_body: service::MAX_BODY,
         },
@@ -139,6 +203,7 @@ fn tokens(key: &str, options: &JwtOptions) -> Result<jwt::Options, Error> {
         from_username: options.from == From::Username,
         verify_claims: entries(&options.verify_claims),
         disconnect_after_expire: options.disconnect_after_expire,
+        acl_claim_name: options.acl_claim_name.clone(),
         leeway: options.leeway,
     })
 }

@@ -27,6 +27,7 @@ mod http;
 mod mqtt;
 mod process;
 mod proxy;
+mod service;
 mod stage;
 
 use std::future::Future;
@@ -45,6 +46,7 @@ pub use http::{Admin, Page};
 pub use mqtt::Peer;
 pub use process::{PROGRAM, Process};
 pub use proxy::Proxy;
+pub use service::{Asked, Service};
 pub use stage::{Plan, Stage, node_name};
 
 /// Guards every wait. Far more than anything takes, also on a busy machine.

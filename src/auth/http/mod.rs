@@ -1,7 +1,7 @@
 //! A service that decides, asked over HTTP: what EMQX's HTTP authenticator asks and understands.
 //!
 //! 200 with JSON: `result` is `allow`, `deny` or `ignore`; `is_superuser`, `expire_at` (seconds since
-//! the epoch). 204 allows. Everything else is no decision, and neither is no answer.
+//! the epoch), `acl`. 204 allows. Everything else is no decision, and neither is no answer.
 
 pub mod client;
 
@@ -12,6 +12,7 @@ use http::header::{CONTENT_TYPE, HeaderName, HeaderValue};
 use http::{HeaderMap, Method, StatusCode};
 use serde_json::{Map, Value};
 
+use super::acl::Rules;
 use super::fill::{Values, percent};
 use super::{Attempt, Decision, Grant};
 use crate::config::{HttpUrl, Template};
@@ -146,9 +147,11 @@ fn granted(members: &Map<String, Value>, now: SystemTime) -> Result<Decision, St
             .as_bool()
             .ok_or("its is_superuser is not true or false")?,
     };
+    let rules = members.get("acl").map(Rules::parse).transpose();
     Ok(Decision::Allow(Grant {
         is_superuser,
         expire_at,
+        rules: rules.map_err(|problem| format!("its acl: {problem}"))?,
     }))
 }
 
@@ -212,6 +215,7 @@ mod tests {
             Ok(Decision::Allow(Grant {
                 is_superuser,
                 expire_at,
+                rules: None,
             }))
         };
         assert_eq!(decided(r#"{"result":"allow"}"#), grant(false, None));
@@ -242,6 +246,7 @@ mod tests {
             r#"{"result":"yes"}"#,
             r#"{"result":"allow","expire_at":"soon"}"#,
             r#"{"result":"allow","is_superuser":"true"}"#,
+            r#"{"result":"allow","acl":[{"permission":"maybe"}]}"#,
         ] {
             assert!(decided(body).is_err(), "{body}");
         }

@@ -13,7 +13,7 @@ use super::Keys;
 use super::key;
 use crate::auth::fill::Values;
 use crate::auth::http::{Asker, Options};
-use crate::auth::{Attempt, Secret, Trouble};
+use crate::auth::{Attempt, Trouble};
 use crate::metrics::AuthMetrics;
 
 /// Between two requests passes at least so long, however many tokens name keys that are not there,
@@ -101,14 +101,7 @@ impl Endpoint {
 
 impl Shared {
     async fn fetch(&self) -> Result<(), String> {
-        let nobody = Attempt {
-            clientid: String::new(),
-            username: String::new(),
-            password: Secret::new(""),
-            proto_name: String::new(),
-            peer: std::net::Ipv4Addr::UNSPECIFIED.into(),
-            certificate: None,
-        };
+        let nobody = Attempt::nobody();
         let values = Values {
             attempt: &nobody,
             wish: None,

@@ -12,6 +12,7 @@ use base64::engine::general_purpose::{STANDARD, URL_SAFE_NO_PAD};
 use serde_json::{Map, Value};
 use tokio_util::sync::CancellationToken;
 
+use super::acl::Rules;
 use super::fill::Values;
 use super::http::{self, epoch};
 use super::{Attempt, Decision, Grant};
@@ -49,6 +50,8 @@ pub struct Options {
     pub verify_claims: Vec<(String, Template)>,
     /// Whether the end of the token is the connection's.
     pub disconnect_after_expire: bool,
+    /// The claim with rules of access.
+    pub acl_claim_name: String,
     /// How much the clocks may differ.
     pub leeway: Duration,
 }
@@ -182,7 +185,12 @@ impl JwtAuthenticator {
                 return Decision::Deny(format!("the token's claim {name} is not the device's"));
             }
         }
+        let rules = claims.get(&self.options.acl_claim_name).map(Rules::parse);
+        let Ok(rules) = rules.transpose() else {
+            return deny("the token's rules of access are none");
+        };
         Decision::Allow(Grant {
+            rules,
             is_superuser: claims.get("is_superuser").and_then(Value::as_bool) == Some(true),
             expire_at: expires
                 .filter(|_| self.options.disconnect_after_expire)

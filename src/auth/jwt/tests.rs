@@ -38,6 +38,7 @@ fn options(source: Source) -> Options {
         from_username: false,
         verify_claims: vec![("sub".to_owned(), Template::parse("${clientid}").unwrap())],
         disconnect_after_expire: true,
+        acl_claim_name: "acl".to_owned(),
         leeway: Duration::from_secs(5),
     }
 }
@@ -84,6 +85,10 @@ fn claims_are_judged_once_the_signature_fits() {
         (serde_json::json!({"sub": "c2"}), "claim sub"),
         (serde_json::json!({}), "claim sub"),
         (serde_json::json!({"sub": "c1", "exp": "soon"}), "no time"),
+        (
+            serde_json::json!({"sub": "c1", "acl": {"pub": "x"}}),
+            "rules of access",
+        ),
     ] {
         let said = says(&jwt, &hs256(&claims));
         let Ok(Decision::Deny(why)) = said else {
