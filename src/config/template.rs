@@ -176,7 +176,12 @@ impl ConfigValue for TemplateTable {
                 true => value.to_text(),
                 false => Secret::MASK.to_owned(),
             };
-            format!("{} = {}", quote(name), quote(&value))
+            let is_bare = |b: u8| b.is_ascii_alphanumeric() || b == b'_' || b == b'-';
+            let name = match !name.is_empty() && name.bytes().all(is_bare) {
+                true => name.to_owned(),
+                false => quote(name),
+            };
+            format!("{name} = {}", quote(&value))
         });
         let entries: Vec<String> = entries.collect();
         match entries.is_empty() {
@@ -254,10 +259,7 @@ mod tests {
         let table = TemplateTable::from_text(r#"{ u = "${username}", "x-key" = "hunter2" }"#);
         let table = table.unwrap();
         assert_eq!(table.iter().count(), 2);
-        assert_eq!(
-            table.to_toml(),
-            r#"{ "u" = "${username}", "x-key" = "***" }"#
-        );
+        assert_eq!(table.to_toml(), r#"{ u = "${username}", x-key = "***" }"#);
         assert!(TemplateTable::from_text("{ a = 1 }").is_err());
         assert!(TemplateTable::from_text("{ a = \"${b}\" }").is_err());
     }
