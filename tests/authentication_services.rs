@@ -19,11 +19,12 @@ use axum::http::{Method, StatusCode};
 use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use common::{
-    Adapter, Answer, Broker, Call, Device, Plan, Process, Service, Stage, client, free_port, until,
-    within,
+    Adapter, Answer, Authority, Broker, Call, Device, Plan, Process, Service, Stage, client,
+    free_port, until, within,
 };
 use exproto_sidecar::proto::{ClientInfo, ResultCode};
 use serde_json::{Value, json};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 /// The keys of an authenticator of HTTP.
 fn http(number: usize, url: &str) -> Vec<(String, String)> {
@@ -584,4 +585,51 @@ async fn no_secret_is_in_the_log_the_metrics_or_an_answer() {
         let bytes = format!("{:?}", &password.as_bytes()[..6]);
         assert!(!line.contains(bytes.trim_matches(['[', ']'])), "{line}");
     }
+}
+
+#[tokio::test]
+async fn a_service_over_tls_is_asked_if_its_authority_is_known() {
+    let folder = tempfile::tempdir().unwrap();
+    let authority = Authority::new(folder.path(), "authority");
+    let stranger = Authority::new(folder.path(), "stranger");
+    let files = authority.server("localhost");
+    let identity = exproto_sidecar::tls::Identity {
+        certfile: files.cert.into(),
+        keyfile: files.key.into(),
+    };
+    let tls = exproto_sidecar::tls::server(&identity, None, &[]).unwrap();
+    let acceptor = tokio_rustls::TlsAcceptor::from(tls);
+    let listener = tokio::net::TcpListener::bind((Ipv4Addr::LOCALHOST, 0))
+        .await
+        .unwrap();
+    let port = listener.local_addr().unwrap().port();
+    tokio::spawn(async move {
+        loop {
+            let (stream, _) = listener.accept().await.unwrap();
+            // A stranger hangs up in the handshake.
+            let Ok(mut stream) = acceptor.accept(stream).await else {
+                continue;
+            };
+            let mut asked = [0; 4096];
+            if stream.read(&mut asked).await.is_ok_and(|count| count > 0) {
+                let answer = b"HTTP/1.1 204 No Content\r\nConnection: close\r\n\r\n";
+                stream.write_all(answer).await.unwrap();
+                stream.shutdown().await.unwrap();
+            }
+        }
+    });
+    let url = format!("https://localhost:{port}/auth");
+    let keys = |number, file: &str| {
+        let mut keys = http(number, &url);
+        keys.extend(item(number, &[("SSL_OPTIONS__CACERTFILE", file)]));
+        keys
+    };
+    let known = stage(&keys(1, &authority.file())).await;
+    login(&known, "c", "u", "p").await.1.ok();
+    known.finish().await;
+    let unknown = stage(&keys(1, &stranger.file())).await;
+    let (_, answer) = login(&unknown, "c", "u", "p").await;
+    let why = answer.refused(ResultCode::PermissionDeny);
+    assert!(why.to_lowercase().contains("certificate"), "{why}");
+    unknown.finish().await;
 }
