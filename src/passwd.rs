@@ -1,9 +1,11 @@
 //! `exproto-sidecar passwd`: users of a file, with the hashes of their passwords.
 
 use std::fs;
-use std::io::{self, BufRead, IsTerminal, Write};
+use std::io::{self, BufRead, IsTerminal, Read, Write};
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+
+use rustix::termios::{LocalModes, OptionalActions, Termios, tcgetattr, tcsetattr};
 
 use crate::auth::Secret;
 use crate::auth::file::{User, parse_line};
@@ -149,26 +151,65 @@ fn write(path: &Path, text: &str) -> io::Result<()> {
 /// From the terminal, twice and without being shown; else the first line of what comes in.
 fn password() -> Result<Secret, Error> {
     let password = if io::stdin().is_terminal() {
-        let ask = |prompt| rpassword::prompt_password(prompt).map_err(Error::Read);
-        let password = Secret::new(ask("Password: ")?);
-        let again = Secret::new(ask("Again: ")?);
+        let password = typed("Password: ").map_err(Error::Read)?;
+        let again = typed("Again: ").map_err(Error::Read)?;
         if password != again {
             return Err(Error::Differ);
         }
         password
     } else {
-        let mut line = String::new();
-        let input = io::Read::take(io::stdin().lock(), MAX_PASSWORD_BYTES);
-        io::BufReader::new(input)
-            .read_line(&mut line)
-            .map_err(Error::Read)?;
-        let line = line.strip_suffix('\n').unwrap_or(&line);
-        Secret::new(line.strip_suffix('\r').unwrap_or(line))
+        line(io::stdin().lock()).map_err(Error::Read)?
     };
     match password.expose() {
         "" => Err(Error::Empty),
         _ => Ok(password),
     }
+}
+
+/// The first line.
+fn line(input: impl Read) -> io::Result<Secret> {
+    let mut line = String::new();
+    io::BufReader::new(input.take(MAX_PASSWORD_BYTES)).read_line(&mut line)?;
+    let line = line.strip_suffix('\n').unwrap_or(&line);
+    Ok(Secret::new(line.strip_suffix('\r').unwrap_or(line)))
+}
+
+/// A terminal that shows nothing of what is typed, until it is dropped.
+struct Unseen<'a> {
+    terminal: &'a fs::File,
+    before: Termios,
+}
+
+impl<'a> Unseen<'a> {
+    fn new(terminal: &'a fs::File) -> io::Result<Self> {
+        let before = tcgetattr(terminal)?;
+        let mut unseen = before.clone();
+        unseen.local_modes.remove(LocalModes::ECHO);
+        // But the end of the line is.
+        unseen.local_modes.insert(LocalModes::ECHONL);
+        tcsetattr(terminal, OptionalActions::Now, &unseen)?;
+        Ok(Self { terminal, before })
+    }
+}
+
+impl Drop for Unseen<'_> {
+    fn drop(&mut self) {
+        // A terminal that has gone shows nothing anyway.
+        let _ = tcsetattr(self.terminal, OptionalActions::Now, &self.before);
+    }
+}
+
+/// What is typed at the terminal. Nothing is shown from before the prompt on, so that who is quick
+/// is not seen either.
+fn typed(prompt: &str) -> io::Result<Secret> {
+    let mut terminal = fs::OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open("/dev/tty")?;
+    let reader = terminal.try_clone()?;
+    let _unseen = Unseen::new(&reader)?;
+    terminal.write_all(prompt.as_bytes())?;
+    line(&reader)
 }
 
 #[cfg(test)]

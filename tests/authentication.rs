@@ -285,3 +285,52 @@ fn passwd_prints_a_line_or_changes_a_file() {
     }
     assert_eq!(fs::read_to_string(&file).unwrap(), text);
 }
+
+/// A terminal of its own, in which the program asks.
+const TERMINAL: &str = r#"
+import os, pty, sys
+child, terminal = pty.fork()
+if child == 0:
+    os.execv(sys.argv[1], sys.argv[1:])
+shown = b""
+def until(part):
+    global shown
+    while part not in shown:
+        try:
+            more = os.read(terminal, 1024)
+        except OSError:
+            break
+        if not more:
+            break
+        shown += more
+for prompt, answer in zip((b"Password: ", b"Again: "), os.environ["ANSWERS"].encode().split()):
+    until(prompt)
+    os.write(terminal, answer + b"\n")
+until(b"never printed")
+sys.stdout.buffer.write(shown)
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"#;
+
+#[test]
+fn passwd_asks_twice_and_shows_nothing_of_what_is_typed() {
+    let ask = |answers: &str| {
+        Command::new("python3")
+            .args(["-c", TERMINAL, PROGRAM, "passwd", "ann"])
+            .env("ANSWERS", answers)
+            .output()
+            .unwrap()
+    };
+    let output = ask("hunter2 hunter2");
+    let shown = String::from_utf8(output.stdout).unwrap();
+    assert!(output.status.success(), "{shown}");
+    assert!(shown.contains("ann:$argon2id$"), "{shown}");
+    assert!(!shown.contains("hunter2"), "{shown}");
+    let output = ask("hunter2 hunter3");
+    let shown = String::from_utf8(output.stdout).unwrap();
+    assert_eq!(output.status.code(), Some(1), "{shown}");
+    assert!(shown.contains("the passwords differ"), "{shown}");
+    assert!(
+        !shown.contains("hunter") && !shown.contains("argon2id"),
+        "{shown}"
+    );
+}
