@@ -99,7 +99,7 @@ const TABLE: &[(Kind, &str, Unit, &str, &str)] = &[
     (Kind::Counter, AUTHENTICATIONS, Unit::Count, "authenticator, outcome", "Answers of authenticators, by outcome: allow, deny, ignore, or error where there was none that can be used (a service that is away, a token that nobody known has signed)."),
     (Kind::Histogram, AUTHENTICATION_SECONDS, Unit::Seconds, "authenticator", "Time that an authenticator took for its answer, waiting for its turn included."),
     (Kind::Gauge, AUTHENTICATIONS_IN_FLIGHT, Unit::Count, "", "Authentications under way."),
-    (Kind::Counter, AUTHENTICATION_RELOADS, Unit::Count, "outcome", "Changes of files of users, keys and rules, by outcome: ok, or failed where the old ones stay in use."),
+    (Kind::Counter, AUTHENTICATION_RELOADS, Unit::Count, "outcome", "Changes of files of users, keys and rules, and requests for keys to a JWKS endpoint, by outcome: ok, or failed where the old ones stay in use."),
     (Kind::Counter, AUTHORIZATIONS, Unit::Count, "outcome", "Publishes and subscriptions checked against rules, by outcome: allow, deny."),
     (Kind::Counter, LOGIN_ATTEMPTS_LIMITED, Unit::Count, "by", "Authentications refused unseen after too many failed ones, by address or clientid."),
     (Kind::Gauge, LINKS_UP, Unit::Count, "", "Pool members connected to the broker."),
