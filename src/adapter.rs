@@ -14,6 +14,7 @@ use tokio_rustls::rustls::ServerConfig;
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status};
 
+use crate::auth::Secret;
 use crate::connection::command::{Command, Commands, Credentials, Refusal};
 use crate::metrics::{ADAPTER_METHODS, AdapterMetrics};
 use crate::proto::connection_adapter_server::{ConnectionAdapter, ConnectionAdapterServer};
@@ -214,7 +215,7 @@ impl ConnectionAdapter for Calls {
             clientid: info.clientid,
             username: info.username,
             mountpoint: info.mountpoint,
-            password,
+            password: Secret::new(password),
         };
         self.execute("Authenticate", &conn, Command::Authenticate(credentials))
             .await

@@ -8,13 +8,14 @@
 //! ```
 //!
 //! Imports point one way: `gateway` builds `listener`, `adapter` and `admin`; those
-//! use `connection`; that uses `transport`, `handler` and `broker`, which know
-//! nothing of it or of each other; at the bottom are `config`, `id`, `metrics`,
+//! use `connection`; that uses `auth`, `transport`, `handler` and `broker`, which know
+//! nothing of it; `auth` may ask the broker, the others know nothing of each other; at the bottom are `config`, `id`, `metrics`,
 //! `rate`, `proto`. `fuzzing` is on top of them all and in no part of the program.
 
 pub mod adapter;
 pub mod admin;
 pub mod admission;
+pub mod auth;
 pub mod broker;
 pub mod config;
 pub mod connection;
@@ -27,6 +28,7 @@ pub mod listener;
 mod memory;
 pub mod metrics;
 pub mod options;
+pub mod passwd;
 pub mod proto;
 #[cfg(feature = "quickstart")]
 pub mod quickstart;

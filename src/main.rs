@@ -6,10 +6,11 @@ use std::process::ExitCode;
 
 use anyhow::Context;
 use clap::{Args, Parser, Subcommand};
+use exproto_sidecar::auth::hash::Scheme;
 use exproto_sidecar::config::{self, Config, LogFormat, Sources};
 use exproto_sidecar::gateway::{self, Addresses, Gateway};
 use exproto_sidecar::shutdown::Signals;
-use exproto_sidecar::{options, telemetry, tls};
+use exproto_sidecar::{options, passwd, telemetry, tls};
 
 /// Exit code of a configuration that cannot be used.
 const BAD_CONFIGURATION: u8 = 2;
@@ -33,9 +34,45 @@ enum Command {
     Check,
     /// Prints the default configuration file, with every key explained.
     DefaultConfig,
+    /// Makes the line of a user for a file of users, with the hash of a password that it asks
+    /// for, or reads from standard input where that is no terminal.
+    Passwd(PasswdArguments),
     /// Shows the whole thing at work, with a broker, a handler and a device of its own.
     #[cfg(feature = "quickstart")]
     Quickstart,
+}
+
+#[derive(Args)]
+struct PasswdArguments {
+    /// The user name, or the client id.
+    name: String,
+    /// The file in which the user is put, or replaced, instead of being printed.
+    #[arg(long, value_name = "FILE")]
+    file: Option<PathBuf>,
+    /// Hashes with bcrypt instead of argon2id.
+    #[arg(long)]
+    bcrypt: bool,
+    /// No rule of authorization counts for this user.
+    #[arg(long)]
+    superuser: bool,
+    /// Takes the user out of the file.
+    #[arg(long, requires = "file", conflicts_with_all = ["bcrypt", "superuser"])]
+    delete: bool,
+}
+
+impl From<PasswdArguments> for passwd::Request {
+    fn from(arguments: PasswdArguments) -> Self {
+        Self {
+            name: arguments.name,
+            file: arguments.file,
+            scheme: match arguments.bcrypt {
+                true => Scheme::Bcrypt,
+                false => Scheme::Argon2id,
+            },
+            is_superuser: arguments.superuser,
+            delete: arguments.delete,
+        }
+    }
 }
 
 #[derive(Args)]
@@ -59,9 +96,11 @@ fn main() -> ExitCode {
     tls::install_provider();
     let CommandLine { command, layers } = CommandLine::parse();
     let command = command.unwrap_or(Command::Run);
-    if matches!(command, Command::DefaultConfig) {
-        return print(&config::default_file());
-    }
+    let command = match command {
+        Command::DefaultConfig => return print(&config::default_file()),
+        Command::Passwd(arguments) => return make_user(&arguments.into()),
+        command => command,
+    };
     let sources = Sources {
         file: layers.config,
         env: config::process_environment(),
@@ -76,7 +115,7 @@ fn main() -> ExitCode {
     };
     let result = match command {
         Command::Check => return print(&config.to_toml()),
-        Command::DefaultConfig => return ExitCode::SUCCESS,
+        Command::DefaultConfig | Command::Passwd(_) => return ExitCode::SUCCESS,
         Command::Run => run(&config),
         #[cfg(feature = "quickstart")]
         Command::Quickstart => exproto_sidecar::quickstart::run(&config),
@@ -105,6 +144,16 @@ fn load(sources: &Sources) -> Result<Config, String> {
         "the configuration cannot be used:\n{}",
         lines.join("\n")
     ))
+}
+
+fn make_user(request: &passwd::Request) -> ExitCode {
+    match passwd::run(request) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("exproto-sidecar: {error}");
+            ExitCode::FAILURE
+        }
+    }
 }
 
 fn print(text: &str) -> ExitCode {

@@ -3,6 +3,8 @@
 //! Handles are looked up once and kept; labels never hold a connection id, a
 //! client id or a topic.
 
+mod auth;
+
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -12,6 +14,8 @@ use metrics::{
 use metrics_exporter_prometheus::{
     Matcher, PrometheusBuilder, PrometheusHandle, PrometheusRecorder,
 };
+
+pub use auth::{AuthMetrics, InFlight};
 
 #[derive(Clone, Copy)]
 enum Kind {
@@ -48,6 +52,12 @@ const ADAPTER_CALLS: &str = "exproto_adapter_calls_total";
 const ADAPTER_CONNECTIONS: &str = "exproto_adapter_connections";
 const DELIVERED: &str = "exproto_messages_delivered_total";
 const DROPPED: &str = "exproto_messages_dropped_total";
+const AUTHENTICATIONS: &str = "exproto_authentications_total";
+const AUTHENTICATION_SECONDS: &str = "exproto_authentication_duration_seconds";
+const AUTHENTICATIONS_IN_FLIGHT: &str = "exproto_authentications_in_flight";
+const AUTHENTICATION_RELOADS: &str = "exproto_authentication_reloads_total";
+const AUTHORIZATIONS: &str = "exproto_authorizations_total";
+const LOGIN_ATTEMPTS_LIMITED: &str = "exproto_login_attempts_limited_total";
 const LINKS_UP: &str = "exproto_broker_links_up";
 const LINK_UP: &str = "exproto_broker_link_up";
 const PUBLISHED: &str = "exproto_broker_published_total";
@@ -96,6 +106,12 @@ const TABLE: &[(Kind, &str, Unit, &str, &str)] = &[
     (Kind::Counter, DELIVERED, Unit::Count, "", "Messages that a handler took, counted for each connection."),
     (Kind::Counter, DROPPED, Unit::Count, "reason", "Messages that no handler got, by reason: queue_full; connection_closed, before it was taken or handed over; bad_topic, of which the topic was not UTF-8."),
     (Kind::Gauge, LINK_UP, Unit::Count, "member", "1 where this connection to the broker is up, 0 where it is not: the pool's by number, and with MQTT 3.1.1 the one for what is retained, by that word."),
+    (Kind::Counter, AUTHENTICATIONS, Unit::Count, "authenticator, outcome", "Answers of authenticators, by outcome: allow, deny, ignore, or error where there was none that can be used (a service that is away, a token that nobody known has signed)."),
+    (Kind::Histogram, AUTHENTICATION_SECONDS, Unit::Seconds, "authenticator", "Time that an authenticator took for its answer, waiting for its turn included."),
+    (Kind::Gauge, AUTHENTICATIONS_IN_FLIGHT, Unit::Count, "", "Authentications under way."),
+    (Kind::Counter, AUTHENTICATION_RELOADS, Unit::Count, "outcome", "Changes of files of users, keys and rules, and requests for keys to a JWKS endpoint, by outcome: ok, or failed where the old ones stay in use."),
+    (Kind::Counter, AUTHORIZATIONS, Unit::Count, "outcome", "Publishes and subscriptions checked against rules, by outcome: allow, deny."),
+    (Kind::Counter, LOGIN_ATTEMPTS_LIMITED, Unit::Count, "by", "Authentications refused unseen after too many failed ones, by address or clientid."),
     (Kind::Gauge, LINKS_UP, Unit::Count, "", "Pool members connected to the broker."),
     (Kind::Counter, PUBLISHED, Unit::Count, "", "Messages sent to the broker."),
     (Kind::Counter, RECEIVED, Unit::Count, "", "Messages received from the broker."),

@@ -3,6 +3,8 @@
 //! Components know their own options and not the configuration; this is the one
 //! place where both meet.
 
+mod auth;
+
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -10,10 +12,12 @@ use std::time::Duration;
 use tokio_rustls::rustls::{ClientConfig, ServerConfig};
 
 use crate::admission;
+use crate::auth as authentication;
 use crate::broker;
 use crate::config::{
-    ClientTls, Config, DtlsOptions, Files, Handler, Limit, ListenerView, OnUnavailable, Protocol,
-    ProxyProtocol, QueuePolicy, Rate, ServiceName, SslOptions, TcpOptions, UdpOptions, Verify,
+    ClientTls, Config, DenyAction, DtlsOptions, Files, Handler, Limit, ListenerView, OnUnavailable,
+    Protocol, ProxyProtocol, QueuePolicy, Rate, ServiceName, SslOptions, TcpOptions, UdpOptions,
+    Verify,
 };
 use crate::connection::machine::Timeouts;
 use crate::connection::{Limits, Policy, Settings};
@@ -21,6 +25,8 @@ use crate::handler::{client, link, streaming};
 use crate::tls::{self, Identity, PeerCheck};
 use crate::transport::dtls::{self, ClientCertificates};
 use crate::transport::{tcp, udp};
+
+pub use auth::auth;
 
 /// A part of the configuration that cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -40,12 +46,22 @@ impl Error {
     }
 }
 
+impl From<authentication::Error> for Error {
+    fn from(error: authentication::Error) -> Self {
+        Self::new(&error.key, error.problem)
+    }
+}
+
 /// Everything about the configuration that only shows when it is used, such as
 /// what is in a certificate's file. Empty when all is well.
 pub fn check(config: &Config) -> Vec<Error> {
     let mut errors = Vec::new();
     errors.extend(server_tls(config).err());
     errors.extend(broker(config).err());
+    match auth(config) {
+        Ok(options) => errors.extend(authentication::check(&options).into_iter().map(Error::from)),
+        Err(error) => errors.push(error),
+    }
     errors.extend(targets(&handler_key("default"), &config.handler).err());
     for (name, handler) in &config.handlers {
         errors.extend(targets(&handler_key(name), handler).err());
@@ -270,6 +286,8 @@ pub fn connection(config: &Config, listener: &ListenerView<'_>, sending: Sending
         max_batch: handler.max_batch,
         mountpoint: mountpoint(config, listener).to_owned(),
         clientinfo_mountpoint: config.clientinfo_mountpoint,
+        enable_authn: common.enable_authn,
+        disconnect_denied: config.authorization.deny_action == DenyAction::Disconnect,
         node_name: config.node_name.to_string(),
     }
 }

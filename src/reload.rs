@@ -62,6 +62,7 @@ fn stamps(files: &[PathBuf]) -> Vec<Option<Stamp>> {
 }
 
 /// Files, and the state in which they were last used.
+#[derive(Clone)]
 pub struct Watch {
     files: Vec<PathBuf>,
     used: Vec<Option<Stamp>>,

@@ -26,7 +26,8 @@ enum Step {
     SocketFailed,
     CallEnded(Outcome),
     CloseRequested(CloseReason),
-    Authenticated,
+    /// With the milliseconds until it expires.
+    Authenticated(Option<u64>),
     KeepaliveSet(u64),
     Sent,
     SendBlocked,
@@ -60,7 +61,7 @@ fn steps() -> impl Strategy<Value = Step> {
             Just(CloseReason::RateLimited),
         ]
         .prop_map(Step::CloseRequested),
-        1 => Just(Step::Authenticated),
+        1 => proptest::option::of(0..5000_u64).prop_map(Step::Authenticated),
         1 => (1..5_u64).prop_map(Step::KeepaliveSet),
         3 => Just(Step::Sent),
         2 => Just(Step::SendBlocked),
@@ -223,7 +224,10 @@ impl Task {
             }
             // A wish that was left before the end may be found after it began.
             Step::CloseRequested(reason) => self.input(Input::CloseRequested(reason)),
-            Step::Authenticated => self.input(Input::Authenticated),
+            Step::Authenticated(left) => {
+                let expires = left.map(|left| self.now + Duration::from_millis(left));
+                self.input(Input::Authenticated(expires));
+            }
             Step::KeepaliveSet(seconds) => {
                 self.input(Input::KeepaliveSet(Duration::from_secs(seconds)));
             }
@@ -488,4 +492,22 @@ fn a_device_that_takes_nothing_is_given_up() {
         "the first stays"
     );
     assert_eq!(task.finishes, 1);
+}
+
+/// A client that expires goes in time, whatever it and its handler are busy with.
+#[test]
+fn a_client_that_expires_is_closed() {
+    let mut task = Task::new(never());
+    task.step(Step::CallEnded(Outcome::Taken));
+    task.step(Step::Authenticated(Some(2000)));
+    task.step(Step::Received(1));
+    let expires = task.now + Duration::from_secs(2);
+    assert_eq!(task.machine.deadline(), Some(expires));
+    task.step(Step::Wait(1999));
+    task.input(Input::Elapsed);
+    assert_eq!(task.reason(), None);
+    task.step(Step::Elapsed);
+    assert_eq!(task.reason(), Some(&CloseReason::Expired));
+    task.settle();
+    assert_eq!(task.calls.last(), Some(&Call::Closed(CloseReason::Expired)));
 }

@@ -19,6 +19,7 @@ mod fetch;
 mod filters;
 mod group;
 mod link;
+mod login;
 mod member;
 pub mod plan;
 mod pool;
@@ -36,6 +37,7 @@ use bytes::Bytes;
 
 use crate::id::MessageId;
 pub use group::SubscriptionKey;
+pub use login::{LoginError, try_login};
 pub use member::{AckOnDrop, LinkState};
 pub use pool::{Broker, BrokerTasks, Subscription};
 use topic::TopicName;

@@ -6,9 +6,12 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
 use super::address::collide;
+use super::auth::Authenticator;
+use super::authz::RuleSource;
 use super::layers::Layers;
 use super::paths::Files;
 use super::report::{Fault, Origin};
+use super::template::TemplateTable;
 use super::types::{ClientTls, Config, Handler, ServerTls, ServiceName, Verify};
 use super::value::ConfigValue;
 use super::values::Secret;
@@ -26,6 +29,17 @@ pub(crate) fn check(config: &mut Config, layers: &Layers, faults: &mut Vec<Fault
         checks.handler(&format!("handlers.{name}"), handler);
     }
     checks.broker(config);
+    for (number, authenticator) in &mut config.authentication {
+        checks.authenticator(&format!("authentication.{number}"), authenticator);
+    }
+    for (number, source) in &config.authorization.sources {
+        if let RuleSource::Http(service) = source {
+            let table = format!("authorization.sources.{number}");
+            let tls = service.url.tls;
+            checks.client_tls(&table, &service.ssl_options, tls, "url", "https://");
+            checks.headers(&table, &service.headers);
+        }
+    }
 }
 
 struct Checks<'a> {
@@ -169,38 +183,87 @@ impl Checks<'_> {
                 );
             }
         }
-        let Some(path) = broker.password_file.clone() else {
+        let file = broker.password_file.clone();
+        self.secret_file("broker", "password", file, &mut broker.password);
+    }
+
+    /// A secret that is in a file of its own.
+    fn secret_file(
+        &mut self,
+        table: &str,
+        name: &str,
+        file: Option<PathBuf>,
+        secret: &mut Option<Secret>,
+    ) {
+        let Some(path) = file else {
             return;
         };
-        if broker.password.is_some() {
-            let other = self.layers.origin_of("broker.password");
-            self.fault(
-                "broker.password_file",
-                format!("broker.password is set too ({other}); allowed: one of them"),
-            );
+        let (key, other) = (format!("{table}.{name}_file"), format!("{table}.{name}"));
+        if secret.is_some() {
+            let origin = self.layers.origin_of(&other);
+            let problem = format!("{other} is set too ({origin}); allowed: one of them");
+            self.fault(&key, problem);
         }
         match std::fs::read_to_string(&path) {
             Ok(text) => {
                 let text = text.strip_suffix('\n').unwrap_or(&text);
                 let text = text.strip_suffix('\r').unwrap_or(text);
                 match Secret::from_text(text) {
-                    Ok(secret) if !text.is_empty() => broker.password = Some(secret),
+                    Ok(found) if !text.is_empty() => *secret = Some(found),
                     Ok(_) => self.fault(
-                        "broker.password_file",
-                        format!(
-                            "found {path:?}, which is empty; allowed: a file with the password"
-                        ),
+                        &key,
+                        format!("found {path:?}, which is empty; allowed: a file with the {name}"),
                     ),
                     Err(rejected) => self.fault(
-                        "broker.password_file",
+                        &key,
                         format!(
-                            "found {path:?}, whose content is no password; allowed: {}",
+                            "found {path:?}, whose content is no {name}; allowed: {}",
                             rejected.allowed
                         ),
                     ),
                 }
             }
-            Err(error) => self.unreadable("broker.password_file", &path, &error),
+            Err(error) => self.unreadable(&key, &path, &error),
+        }
+    }
+
+    fn headers(&mut self, table: &str, headers: &TemplateTable) {
+        for (name, _) in headers.iter() {
+            if http::HeaderName::from_bytes(name.as_bytes()).is_err() {
+                let problem = format!("found {name:?}; allowed: the name of a header");
+                self.fault(&format!("{table}.headers"), problem);
+            }
+        }
+    }
+
+    fn authenticator(&mut self, table: &str, authenticator: &mut Authenticator) {
+        match authenticator {
+            Authenticator::File(_) | Authenticator::Mqtt(_) => {}
+            Authenticator::Http(service) => {
+                let tls = service.url.tls;
+                self.client_tls(table, &service.ssl_options, tls, "url", "https://");
+                self.headers(table, &service.headers);
+            }
+            Authenticator::Jwt(jwt) => {
+                let tls = jwt.endpoint.as_ref().is_some_and(|endpoint| endpoint.tls);
+                self.client_tls(table, &jwt.ssl_options, tls, "endpoint", "https://");
+                let file = jwt.secret_file.clone();
+                let sources = [
+                    jwt.secret.is_some() || file.is_some(),
+                    jwt.public_key.is_some(),
+                    jwt.jwks_file.is_some(),
+                    jwt.endpoint.is_some(),
+                ];
+                let count = sources.iter().filter(|is_set| **is_set).count();
+                // What is off need not be there.
+                if jwt.enable && count != 1 {
+                    let problem = format!(
+                        "found {count} of secret, public_key, jwks_file and endpoint; allowed: one of them"
+                    );
+                    self.fault(&format!("{table}.mechanism"), problem);
+                }
+                self.secret_file(table, "secret", file, &mut jwt.secret);
+            }
         }
     }
 

@@ -81,7 +81,7 @@ impl Layers {
             match read_file(&path, &named_by) {
                 Ok(table) => layers.push(Layer {
                     origin: Origin::File(path.display().to_string()),
-                    table,
+                    table: numbered(table),
                 }),
                 Err(fault) => faults.push(fault),
             }
@@ -172,6 +172,29 @@ fn file_of(sources: &Sources) -> Option<(PathBuf, String)> {
         // Compose files pass on a variable that is not set as an empty one.
         .find(|(name, value)| is_file_name(name) && !value.is_empty())
         .map(|(name, value)| (PathBuf::from(value), name.clone()))
+}
+
+/// `table` with the lists of tables in it as tables whose keys are their numbers, from 1 on: a variable
+/// can then add to one of them.
+fn numbered(table: Dict) -> Dict {
+    let items = table.into_iter();
+    items
+        .map(|(key, value)| (key, with_numbers(value)))
+        .collect()
+}
+
+fn with_numbers(value: Value) -> Value {
+    match value {
+        Value::Dict(tag, table) => Value::Dict(tag, numbered(table)),
+        Value::Array(tag, items)
+            if !items.is_empty() && items.iter().all(|item| item.as_dict().is_some()) =>
+        {
+            let items = items.into_iter().enumerate();
+            let table = items.map(|(index, item)| ((index + 1).to_string(), with_numbers(item)));
+            Value::Dict(tag, table.collect())
+        }
+        value => value,
+    }
 }
 
 fn is_file_name(variable: &str) -> bool {

@@ -85,6 +85,10 @@ section! {
         /// Prefix of every topic, in place of the gateway's. "" for the gateway's.
         mountpoint: Mountpoint = "",
 
+        /// Whether its devices are authenticated, where there is any authentication: true or false;
+        /// false lets in every device for which the handler calls Authenticate.
+        enable_authn: bool = "true",
+
         /// The most connections at a time, at least 1, or "infinity".
         max_connections: Limit<usize> = Within("1024000", Limit::Finite(1)..),
 

@@ -25,6 +25,8 @@
 
 mod access;
 mod address;
+mod auth;
+mod authz;
 mod checks;
 mod layers;
 mod listeners;
@@ -35,6 +37,7 @@ mod reader;
 mod report;
 mod schema;
 mod suggest;
+mod template;
 mod types;
 mod value;
 mod values;
@@ -43,6 +46,13 @@ use figment::value::Dict;
 
 pub use access::{AccessRule, AccessRules, Action, PeerList, Peers};
 pub use address::{BrokerUrl, HandlerAddress};
+pub use auth::{
+    Authenticator, Backend, BrokerLogin, ClientInfoOverride, From, HttpMethod, HttpService,
+    JwtOptions, Mechanism, OnError, UserFile, UserIdType,
+};
+pub use authz::{
+    Authorization, DenyAction, NoMatch, RuleFile, RuleService, RuleSource, SourceType,
+};
 pub use layers::{Sources, process_environment};
 pub use listeners::{
     DtlsListener, DtlsOptions, HealthCheck, Kind, ListenerOptions, ListenerView, Listeners,
@@ -51,9 +61,10 @@ pub use listeners::{
 pub use names::{ClientIdPrefix, Mountpoint, Name, NodeName, PropertyName};
 pub use paths::Files;
 pub use report::{Fault, Origin, Report};
+pub use template::{HttpUrl, Piece, Placeholder, Template, TemplateTable};
 pub use types::{
-    Admin, Broker, ClientTls, Config, Handler, Log, LogFormat, LogLevel, OnUnavailable, Protocol,
-    Queue, QueuePolicy, Server, ServerTls, ServiceName, Verify,
+    Admin, Broker, ClientTls, Config, Handler, Log, LogFormat, LogLevel, LoginAttempts,
+    OnUnavailable, Protocol, Queue, QueuePolicy, Server, ServerTls, ServiceName, Verify,
 };
 pub use values::{Limit, Rate, Secret, Size};
 
@@ -71,7 +82,13 @@ pub fn load(sources: &Sources) -> Result<Config, Report> {
     let mut faults = Vec::new();
     let layers = Layers::merge(sources, &mut faults);
 
-    let known: Vec<String> = keys().into_iter().map(|key| key.path).collect();
+    // What is meant is rarely a key of one of a list.
+    let is_item = |path: &String| path.split('.').any(|part| part.parse::<u16>().is_ok());
+    let known: Vec<String> = keys()
+        .into_iter()
+        .map(|key| key.path)
+        .filter(|path| !is_item(path))
+        .collect();
     let mut reader = Reader::new(&layers, &known);
     let mut config = Config::read(&mut reader, &Scope::root(layers.root()));
     faults.extend(reader.into_faults());
@@ -102,6 +119,13 @@ impl Config {
         let mut shown = self.clone();
         if shown.broker.password_file.is_some() {
             shown.broker.password = None;
+        }
+        for authenticator in shown.authentication.values_mut() {
+            if let Authenticator::Jwt(jwt) = authenticator
+                && jwt.secret_file.is_some()
+            {
+                jwt.secret = None;
+            }
         }
         shown.page().plain()
     }

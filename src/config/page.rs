@@ -2,11 +2,17 @@
 
 use std::fmt::Write;
 
+use super::schema::join;
+
 /// One table of the output.
 #[derive(Debug, Default)]
 pub(crate) struct Page {
-    /// The dotted path of the table; empty for the top level.
+    /// The dotted path of the table; empty for the top level. Items of a list have their number in it.
     pub path: String,
+    /// The path as TOML has it between brackets, which knows no numbers.
+    pub head: String,
+    /// Whether it is one of a list: `[[head]]`.
+    pub is_item: bool,
     /// What the table is for.
     pub doc: &'static str,
     /// Of something that is not configured: the default file shows it commented out.
@@ -30,6 +36,33 @@ pub(crate) struct Line {
 }
 
 impl Page {
+    /// The table `key` below this one.
+    pub fn below(&self, key: &str, doc: &'static str) -> Page {
+        Page {
+            path: join(&self.path, key),
+            head: join(&self.head, key),
+            doc,
+            ..Page::default()
+        }
+    }
+
+    /// An item of the list that this is; `number` counts from 1.
+    pub fn item(&self, number: usize) -> Page {
+        Page {
+            path: join(&self.path, &number.to_string()),
+            head: self.head.clone(),
+            is_item: true,
+            ..Page::default()
+        }
+    }
+
+    fn brackets(&self) -> String {
+        match self.is_item {
+            true => format!("[[{}]]", self.head),
+            false => format!("[{}]", self.head),
+        }
+    }
+
     /// The default file: every key with its documentation.
     pub fn documented(&self) -> String {
         let mut out = String::new();
@@ -61,7 +94,7 @@ impl Page {
         write_comment(out, self.doc);
         let has_head = !self.lines.is_empty() && !self.path.is_empty();
         if has_head {
-            let _ = writeln!(out, "{off}[{}]", self.path);
+            let _ = writeln!(out, "{off}{}", self.brackets());
         }
         if has_head || !self.doc.is_empty() {
             out.push('\n');
@@ -88,7 +121,7 @@ impl Page {
             return;
         }
         if !self.lines.is_empty() && !self.path.is_empty() {
-            let _ = writeln!(out, "\n[{}]", self.path);
+            let _ = writeln!(out, "\n{}", self.brackets());
         }
         for line in &self.lines {
             if let Some(toml) = &line.toml {

@@ -42,6 +42,11 @@ impl<'a> Scope<'a> {
         self.table.into_iter().flatten()
     }
 
+    /// Whether `key` is a list with nothing in it.
+    pub fn is_empty_list(&self, key: &str) -> bool {
+        matches!(self.get(key), Some(Value::Array(_, items)) if items.is_empty())
+    }
+
     fn get(&self, key: &str) -> Option<&'a Value> {
         self.table.and_then(|table| table.get(key))
     }
@@ -155,6 +160,17 @@ impl<'a> Reader<'a> {
             let problem = format!("found the name {name:?}; allowed: {}", Name::allowed());
             self.faults
                 .push(Fault::new(origin, scope.path_of(name), problem));
+        }
+    }
+
+    /// Notes an item of a list whose number is none.
+    pub fn refuse_number(&mut self, scope: &Scope<'_>, number: &str, value: &Value) {
+        for origin in self.origins(value) {
+            let problem = format!(
+                "found the number {number:?}; allowed: the numbers of a list's tables, from 1 on"
+            );
+            self.faults
+                .push(Fault::new(origin, scope.path_of(number), problem));
         }
     }
 

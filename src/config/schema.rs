@@ -7,7 +7,7 @@
 //! The expression behind a key's `=` says what kind of key it is ([`Field`] has one implementation
 //! for each): `"30s"` a default as text, [`Within`] a default and bounds, [`Unset`] no default,
 //! [`Computed`] a default made at start-up, [`Nested`] a table, [`Flat`] keys that
-//! several tables have, [`Named`] a table of named tables.
+//! several tables have, [`Named`] a table of named tables, [`Listed`] a list of tables.
 
 use std::collections::BTreeMap;
 use std::convert::identity;
@@ -40,7 +40,7 @@ macro_rules! section {
                 let mut keys = Vec::new();
                 $(keys.extend(<$type as $crate::config::schema::Field<_>>::keys(
                     &$default,
-                    stringify!($field),
+                    $crate::config::schema::name(stringify!($field)),
                 ));)*
                 keys
             }
@@ -50,7 +50,7 @@ macro_rules! section {
                 scope: &$crate::config::reader::Scope<'_>,
             ) -> Self {
                 $name {
-                    $($field: $crate::config::schema::Field::read(reader, scope, stringify!($field), $default),)*
+                    $($field: $crate::config::schema::Field::read(reader, scope, $crate::config::schema::name(stringify!($field)), $default),)*
                 }
             }
 
@@ -58,7 +58,7 @@ macro_rules! section {
                 $($crate::config::schema::Field::write(
                     &self.$field,
                     &$default,
-                    stringify!($field),
+                    $crate::config::schema::name(stringify!($field)),
                     concat!($($doc, "\n"),*),
                     page,
                 );)*
@@ -67,6 +67,11 @@ macro_rules! section {
     };
 }
 pub(crate) use section;
+
+/// A field's name without what Rust needs in front of its own words.
+pub(crate) fn name(field: &'static str) -> &'static str {
+    field.strip_prefix("r#").unwrap_or(field)
+}
 
 /// A table of the configuration. Implemented by `section!` only.
 pub(crate) trait Section: Sized {
@@ -228,11 +233,7 @@ impl<T: Section> Field<Nested> for T {
     }
 
     fn write(&self, _: &Nested, key: &'static str, doc: &'static str, page: &mut Page) {
-        let mut nested = Page {
-            path: join(&page.path, key),
-            doc,
-            ..Page::default()
-        };
+        let mut nested = page.below(key, doc);
         Section::write(self, &mut nested);
         page.pages.push(nested);
     }
@@ -300,16 +301,11 @@ impl<T: Section> Field<Named> for BTreeMap<String, T> {
     }
 
     fn write(&self, rules: &Named, key: &'static str, doc: &'static str, page: &mut Page) {
-        let mut all = Page {
-            path: join(&page.path, key),
-            doc,
-            ..Page::default()
-        };
+        let mut all = page.below(key, doc);
         let mut add = |name: &str, section: &T, is_example: bool| {
             let mut one = Page {
-                path: join(&all.path, name),
                 is_example,
-                ..Page::default()
+                ..all.below(name, "")
             };
             section.write(&mut one);
             all.pages.push(one);
@@ -318,12 +314,79 @@ impl<T: Section> Field<Named> for BTreeMap<String, T> {
             add(name, section, false);
         }
         if let Some(name) = rules.optional_for.filter(|_| self.is_empty()) {
-            let layers = Layers::merge(&Sources::default(), &mut Vec::new());
-            let scope = Scope::empty(String::new());
-            add(name, &T::read(&mut Reader::new(&layers, &[]), &scope), true);
+            add(name, &unconfigured(), true);
         }
         page.pages.push(all);
     }
+}
+
+/// A list of tables, whose order counts: `[[key]]` in TOML. The layers number them from 1, so that a
+/// variable can name one (`EXPROTO_AUTHENTICATION__1__URL`, as EMQX counts); here their numbers order them.
+pub(crate) struct Listed;
+
+/// An item of a list, whose keys depend on what it is.
+pub(crate) trait Item: Sized {
+    /// Reads the table. None where it cannot be told what it is; that is noted as a fault. `value` is
+    /// the table itself, for faults about what is missing from it.
+    fn read(reader: &mut Reader<'_>, scope: &Scope<'_>, value: &Value) -> Option<Self>;
+
+    /// Adds the keys to `page`, and the tables below it.
+    fn write(&self, page: &mut Page);
+
+    /// What the default file shows, commented out: one of each sort.
+    fn examples() -> Vec<(&'static str, Self)>;
+}
+
+impl<T: Item> Field<Listed> for BTreeMap<u16, T> {
+    fn read(reader: &mut Reader<'_>, scope: &Scope<'_>, key: &'static str, _: Listed) -> Self {
+        if scope.is_empty_list(key) {
+            return BTreeMap::new();
+        }
+        let all = reader.table(scope, key, &["1", "2", "..."]);
+        let mut items = BTreeMap::new();
+        for (number, value) in all.entries() {
+            match number.parse::<u16>() {
+                Ok(place) if place > 0 => {
+                    let table = reader.table(&all, number, &["..."]);
+                    if let Some(item) = T::read(reader, &table, value) {
+                        items.insert(place, item);
+                    }
+                }
+                _ => reader.refuse_number(&all, number, value),
+            }
+        }
+        items
+    }
+
+    fn write(&self, _: &Listed, key: &'static str, doc: &'static str, page: &mut Page) {
+        let mut all = page.below(key, doc);
+        for (number, item) in self {
+            let mut one = all.item(usize::from(*number));
+            item.write(&mut one);
+            all.pages.push(one);
+        }
+        let examples = if self.is_empty() {
+            T::examples()
+        } else {
+            Vec::new()
+        };
+        for (index, (doc, item)) in examples.iter().enumerate() {
+            let mut one = Page {
+                doc,
+                is_example: true,
+                ..all.item(index + 1)
+            };
+            item.write(&mut one);
+            all.pages.push(one);
+        }
+        page.pages.push(all);
+    }
+}
+
+/// A section as it is when nothing of it is configured: an example.
+pub(crate) fn unconfigured<T: Section>() -> T {
+    let layers = Layers::merge(&Sources::default(), &mut Vec::new());
+    T::read(&mut Reader::new(&layers, &[]), &Scope::empty(String::new()))
 }
 
 /// `path.key`, or `key` at the top level.

@@ -9,9 +9,11 @@ use std::time::Duration;
 use figment::value::Value;
 
 use super::address::{BrokerUrl, HandlerAddress};
+use super::auth::{Authenticator, ClientInfoOverride};
+use super::authz::Authorization;
 use super::listeners::Listeners;
 use super::names::{ClientIdPrefix, Mountpoint, NodeName, PropertyName, words};
-use super::schema::{Computed, Named, Nested, Within, section};
+use super::schema::{Computed, Listed, Named, Nested, Within, section};
 use super::value::{ConfigValue, Rejected};
 use super::values::{Limit, Secret, Size};
 
@@ -70,6 +72,24 @@ section! {
 
         /// The MQTT broker that messages go to and come from.
         broker: Broker = Nested,
+
+        /// Who is asked whether a device is who it says it is, when a handler calls Authenticate: one
+        /// after the other until one of them allows or denies it. With none of them every device is
+        /// let in; with some, one that all of them ignore is not. In variables and on the command
+        /// line they have numbers from 1 on, which put them in order: EXPROTO_AUTHENTICATION__1__PATH.
+        /// For example, with their defaults:
+        authentication: BTreeMap<u16, Authenticator> = Listed,
+
+        /// What a device is, in place of what it says, before anybody is asked. Placeholders:
+        /// ${clientid} ${username} ${password} ${peerhost} ${cert_common_name} ${cert_subject}
+        /// ${proto_name}.
+        clientinfo_override: ClientInfoOverride = Nested,
+
+        /// What devices may publish and subscribe to.
+        authorization: Authorization = Nested,
+
+        /// How often a device may fail to authenticate; counts where there is any authentication.
+        login_attempts: LoginAttempts = Nested,
 
         /// HTTP for operators: /metrics /healthz /readyz.
         admin: Admin = Nested,
@@ -280,6 +300,23 @@ section! {
 
         /// TLS towards an mqtts:// broker.
         ssl_options: ClientTls = Nested,
+    }
+}
+
+section! {
+    /// `[login_attempts]`: failed attempts to authenticate.
+    pub struct LoginAttempts {
+        /// The most failed attempts in each window from one IPv4 address or IPv6 /64, at least 1, or
+        /// "infinity". Beyond, attempts are refused unseen until the window has passed.
+        max_per_address: Limit<u32> = Within("100", Limit::Finite(1)..),
+
+        /// The most failed attempts in each window with one client id, whatever address they come
+        /// from, at least 1, or "infinity". Who keeps guessing with a device's client id keeps that
+        /// device out, too.
+        max_per_clientid: Limit<u32> = Within("20", Limit::Finite(1)..),
+
+        /// How long failed attempts count. A duration.
+        window: Duration = Within("1m", TICK..),
     }
 }
 

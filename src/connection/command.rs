@@ -4,13 +4,15 @@
 //! handler brings them to [`Commands::execute`] too.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant, SystemTime};
 
 use bytes::Bytes;
 
-use super::handle::{Client, Handle, Refused};
+use super::handle::{Authentication, Client, Handle, Refused};
 use super::reason::CloseReason;
 use super::registry::{NotFound, Registry};
+use crate::auth::acl::{Permission, Wish};
+use crate::auth::{Attempt, Auth, Denial, Grant, Secret};
 use crate::broker::topic::{Mountpoint, TopicError, TopicFilter, TopicName, is_mqtt_text};
 use crate::broker::{Broker, Publication, PublishError, QoS, SubscribeError};
 use crate::proto::ResultCode;
@@ -62,7 +64,7 @@ pub struct Credentials {
     /// Template of the prefix of its topics; counts only when configured so.
     pub mountpoint: String,
     /// Password.
-    pub password: String,
+    pub password: Secret,
 }
 
 impl std::fmt::Debug for Credentials {
@@ -116,6 +118,10 @@ impl From<Refused> for Refusal {
                 ResultCode::PermissionDeny,
                 "the connection is not authenticated: call Authenticate first",
             ),
+            Refused::Authenticating => (
+                ResultCode::PermissionDeny,
+                "the connection is being authenticated already: wait for the answer",
+            ),
             Refused::AlreadyAuthenticated => (
                 ResultCode::PermissionDeny,
                 "the connection is authenticated already",
@@ -131,6 +137,17 @@ impl From<Refused> for Refusal {
             ),
         };
         Self::new(code, message)
+    }
+}
+
+impl From<Denial> for Refusal {
+    fn from(denial: Denial) -> Self {
+        let code = match denial {
+            Denial::Refused(_) | Denial::Limited(_) => ResultCode::PermissionDeny,
+            // Nobody has said no: to try again makes sense.
+            Denial::Late | Denial::Busy => ResultCode::Unknown,
+        };
+        Self::new(code, denial.to_string())
     }
 }
 
@@ -169,21 +186,65 @@ fn qos(number: u32) -> Result<QoS, Refusal> {
     })
 }
 
+/// All that there is to say about the device.
+fn attempt(handle: &Handle, credentials: Credentials) -> Attempt {
+    Attempt {
+        clientid: credentials.clientid,
+        username: credentials.username,
+        password: credentials.password,
+        proto_name: credentials.proto_name,
+        peer: handle.peer().ip().to_canonical(),
+        certificate: handle.certificate().cloned(),
+    }
+}
+
+/// A clock that nobody sets counts the time that is left. A year is as good as for ever, and never
+/// too far away for that clock.
+fn deadline(time: SystemTime) -> Instant {
+    const LONGEST: Duration = Duration::from_secs(365 * 24 * 3600);
+    let left = time.duration_since(SystemTime::now()).unwrap_or_default();
+    Instant::now() + left.min(LONGEST)
+}
+
 /// Does what handlers ask. Cheap to clone.
 #[derive(Clone)]
 pub struct Commands {
     registry: Arc<Registry>,
     broker: Broker,
-    raw_publish: bool,
+    auth: Arc<Auth>,
+    raw_publish: RawPublish,
+}
+
+/// Whether handlers may publish without a connection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RawPublish {
+    /// Not at all.
+    Off,
+    /// Whatever they like.
+    On,
+    /// What the rules allow to nobody in particular.
+    Checked,
+}
+
+/// No rule allows it.
+fn denied(wish: Wish<'_>) -> Refusal {
+    let text = format!("the rules of access do not allow to {} here", wish.action);
+    Refusal::new(ResultCode::PermissionDeny, text)
 }
 
 impl Commands {
-    /// Over these connections and this broker; `raw_publish` allows
-    /// [`Commands::raw_publish`].
-    pub fn new(registry: Arc<Registry>, broker: Broker, raw_publish: bool) -> Self {
+    /// Over these connections and this broker, with `auth` to say who is who;
+    /// `raw_publish` allows [`Commands::raw_publish`].
+    pub fn new(
+        registry: Arc<Registry>,
+        broker: Broker,
+        auth: Arc<Auth>,
+        raw_publish: RawPublish,
+    ) -> Self {
         Self {
             registry,
             broker,
+            auth,
             raw_publish,
         }
     }
@@ -197,7 +258,7 @@ impl Commands {
         match command {
             Command::Send(bytes) => handle.send(bytes).await?,
             Command::Close => handle.close(CloseReason::ClosedByHandler)?,
-            Command::Authenticate(credentials) => self.authenticate(&handle, &credentials)?,
+            Command::Authenticate(credentials) => self.authenticate(&handle, credentials).await?,
             Command::StartTimer(0) => {
                 return Err(Refusal::new(
                     ResultCode::ParamsTypeError,
@@ -215,6 +276,12 @@ impl Commands {
                 let client = handle.client()?;
                 let qos = qos(number)?;
                 let topic = client.mountpoint.mount(&TopicName::parse(topic)?)?;
+                let wish = Wish {
+                    action: "publish",
+                    topic: topic.as_str(),
+                    qos: number,
+                };
+                self.authorize(&handle, &client, wish).await?;
                 let publication = Publication {
                     topic,
                     qos,
@@ -244,7 +311,7 @@ impl Commands {
         qos_number: u32,
         payload: Bytes,
     ) -> Result<(), Refusal> {
-        if !self.raw_publish {
+        if self.raw_publish == RawPublish::Off {
             return Err(Refusal::new(
                 ResultCode::PermissionDeny,
                 "RawPublish is turned off in the gateway's configuration (raw_publish)",
@@ -256,11 +323,25 @@ impl Commands {
             payload,
             from: None,
         };
+        if self.raw_publish == RawPublish::Checked {
+            let nobody = Attempt::nobody();
+            let person = self.auth.acl().person(&nobody, Grant::default());
+            let wish = Wish {
+                action: "publish",
+                topic: publication.topic.as_str(),
+                qos: qos_number,
+            };
+            if let Some(person) = person
+                && self.auth.acl().decide(&person, wish).await == Permission::Deny
+            {
+                return Err(denied(wish));
+            }
+        }
         // One route for all, so that they keep their order.
         Ok(self.broker.publish(0, publication).await?)
     }
 
-    fn authenticate(&self, handle: &Handle, credentials: &Credentials) -> Result<(), Refusal> {
+    async fn authenticate(&self, handle: &Handle, credentials: Credentials) -> Result<(), Refusal> {
         let missing = [
             ("proto_name", &credentials.proto_name),
             ("proto_ver", &credentials.proto_ver),
@@ -272,10 +353,19 @@ impl Commands {
                 format!("clientinfo.{name} is empty"),
             ));
         }
+        let template = credentials.mountpoint.clone();
+        let mut attempt = attempt(handle, credentials);
+        self.auth.set_right(&mut attempt);
+        if attempt.clientid.is_empty() {
+            return Err(Refusal::new(
+                ResultCode::PermissionDeny,
+                "clientinfo_override leaves no client id: is there a client certificate?",
+            ));
+        }
         // They become part of topics and MQTT properties.
         for (name, value) in [
-            ("clientid", &credentials.clientid),
-            ("username", &credentials.username),
+            ("clientid", &attempt.clientid),
+            ("username", &attempt.username),
         ] {
             if !is_mqtt_text(value) {
                 return Err(Refusal::new(
@@ -284,30 +374,40 @@ impl Commands {
                 ));
             }
         }
-        handle.authenticating()?;
-        let done = self.make_client(handle, credentials);
-        if done.is_err() {
-            handle.not_authenticated();
-        }
-        done
+        let mut authentication = handle.authenticating()?;
+        let grant = if handle.context().settings.enable_authn {
+            let asked = self.auth.authenticate(&attempt);
+            authentication.run(asked).await??
+        } else {
+            Grant::default()
+        };
+        self.make_client(handle, &attempt, &template, grant, authentication)
     }
 
-    fn make_client(&self, handle: &Handle, credentials: &Credentials) -> Result<(), Refusal> {
+    fn make_client(
+        &self,
+        handle: &Handle,
+        attempt: &Attempt,
+        asked_mountpoint: &str,
+        grant: Grant,
+        authentication: Authentication<'_>,
+    ) -> Result<(), Refusal> {
         let settings = &handle.context().settings;
-        let template = if settings.clientinfo_mountpoint && !credentials.mountpoint.is_empty() {
-            &credentials.mountpoint
+        let template = if settings.clientinfo_mountpoint && !asked_mountpoint.is_empty() {
+            asked_mountpoint
         } else {
-            if !credentials.mountpoint.is_empty() {
+            if !asked_mountpoint.is_empty() {
                 tracing::debug!(conn = %handle.id(), "clientinfo.mountpoint is ignored");
             }
             &settings.mountpoint
         };
-        let mountpoint =
-            Mountpoint::resolve(template, &credentials.clientid, &credentials.username)?;
+        let mountpoint = Mountpoint::resolve(template, &attempt.clientid, &attempt.username)?;
+        let expires = grant.expire_at.map(deadline);
         let client = Arc::new(Client {
-            clientid: credentials.clientid.as_str().into(),
-            username: credentials.username.clone(),
+            clientid: attempt.clientid.as_str().into(),
+            username: attempt.username.clone(),
             mountpoint,
+            person: self.auth.acl().person(attempt, grant),
         });
         if let Some(older) = self.registry.claim(&client.clientid, handle.clone()) {
             tracing::debug!(conn = %older.id(), clientid = %client.clientid, "client id taken over");
@@ -316,11 +416,33 @@ impl Commands {
             let _ = older.close(CloseReason::Discarded);
         }
         tracing::debug!(conn = %handle.id(), clientid = %client.clientid, "authenticated");
-        handle.authenticated(client.clone()).map_err(|refused| {
-            // It ended meanwhile and nobody else will take the name back.
-            self.registry.release(&client.clientid, handle.id());
-            refused.into()
-        })
+        authentication
+            .done(client.clone(), expires)
+            .map_err(|refused| {
+                // It ended meanwhile and nobody else will take the name back.
+                self.registry.release(&client.clientid, handle.id());
+                refused.into()
+            })
+    }
+
+    /// Whether the device may.
+    async fn authorize(
+        &self,
+        handle: &Handle,
+        client: &Client,
+        wish: Wish<'_>,
+    ) -> Result<(), Refusal> {
+        let Some(person) = &client.person else {
+            return Ok(());
+        };
+        if self.auth.acl().decide(person, wish).await == Permission::Allow {
+            return Ok(());
+        }
+        if handle.context().settings.disconnect_denied {
+            // It may have ended by itself.
+            let _ = handle.close(CloseReason::Kicked);
+        }
+        Err(denied(wish))
     }
 
     async fn subscribe(&self, handle: &Handle, filter: String, number: u32) -> Result<(), Refusal> {
@@ -329,6 +451,13 @@ impl Commands {
         let mounted = client
             .mountpoint
             .mount_filter(&TopicFilter::parse(&filter)?)?;
+        let wish = Wish {
+            action: "subscribe",
+            // What a group shares is what its members may see.
+            topic: mounted.filter(),
+            qos: number,
+        };
+        self.authorize(handle, &client, wish).await?;
         let replaced = handle.may_subscribe(&filter)?;
         let subscription = self
             .broker

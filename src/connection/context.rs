@@ -31,6 +31,10 @@ pub struct Settings {
     pub mountpoint: String,
     /// Whether the mountpoint of an AuthenticateRequest counts.
     pub clientinfo_mountpoint: bool,
+    /// Whether devices are authenticated, where there is any authentication.
+    pub enable_authn: bool,
+    /// Whether a device that does what it may not is closed.
+    pub disconnect_denied: bool,
     /// For `Message.node`.
     pub node_name: String,
 }

@@ -5,10 +5,11 @@
 //! to send by [`Handle::send`], messages by [`super::queue`], the rest by its shape.
 
 use std::collections::{BTreeMap, VecDeque};
+use std::future::Future;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Waker};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use tokio::sync::oneshot;
@@ -16,10 +17,13 @@ use tokio::sync::oneshot;
 use super::context::ListenerContext;
 use super::queue::{MessageQueue, Pushed};
 use super::reason::CloseReason;
+use crate::auth::acl::Person;
 use crate::broker::topic::Mountpoint;
 use crate::broker::{Delivery, Subscriber, Subscription, SubscriptionKey};
 use crate::handler::Caller;
 use crate::id::ConnId;
+use crate::tls::Subject;
+use crate::transport::PeerInfo;
 
 /// Most subscriptions of one connection. A concentrator that stands for thousands
 /// of meters fits; a handler that subscribes in a loop does not.
@@ -34,6 +38,8 @@ pub struct Client {
     pub username: String,
     /// In front of its topics on the broker.
     pub mountpoint: Mountpoint,
+    /// Whose wishes are checked, unless it may do everything.
+    pub person: Option<Box<Person>>,
 }
 
 /// Why a request to a connection is refused.
@@ -43,7 +49,9 @@ pub enum Refused {
     NotAlive,
     /// It is not authenticated.
     NotAuthenticated,
-    /// It is, or is just being, authenticated.
+    /// It is just being authenticated.
+    Authenticating,
+    /// It is authenticated.
     AlreadyAuthenticated,
     /// It has as many subscriptions as it may have.
     TooManySubscriptions,
@@ -54,8 +62,48 @@ pub enum Refused {
 #[derive(Debug)]
 enum Session {
     Anonymous,
-    Authenticating,
+    /// Its end is the authentication's, too.
+    Authenticating(#[expect(dead_code, reason = "for its drop")] oneshot::Sender<()>),
     Authenticated(Arc<Client>),
+}
+
+/// An authentication that is under way: while it lives there can be no other. Dropped without
+/// [`Authentication::done`] it leaves the connection as it was.
+pub struct Authentication<'a> {
+    handle: &'a Handle,
+    ended: oneshot::Receiver<()>,
+    done: bool,
+}
+
+impl Authentication<'_> {
+    /// Does `work`, but no longer than the connection lives.
+    pub async fn run<T>(&mut self, work: impl Future<Output = T>) -> Result<T, Refused> {
+        tokio::select! {
+            biased;
+            _ = &mut self.ended => Err(Refused::NotAlive),
+            result = work => Ok(result),
+        }
+    }
+
+    /// The device is a client now, until it expires.
+    pub fn done(mut self, client: Arc<Client>, expires: Option<Instant>) -> Result<(), Refused> {
+        self.done = true;
+        self.handle.change(|inbox| {
+            inbox.session = Session::Authenticated(client);
+            inbox.authenticated = Some(expires);
+        })
+    }
+}
+
+impl Drop for Authentication<'_> {
+    fn drop(&mut self) {
+        if !self.done {
+            // A connection that has ended has nothing to go back to.
+            let _ = self
+                .handle
+                .change(|inbox| inbox.session = Session::Anonymous);
+        }
+    }
 }
 
 /// How many times `high_watermark` may wait for a device. A handler that waits for
@@ -87,7 +135,8 @@ struct Inbox {
     close: Option<CloseReason>,
     drain: bool,
     keepalive: Option<Duration>,
-    authenticated: bool,
+    /// When what was just found out about the device expires.
+    authenticated: Option<Option<Instant>>,
     session: Session,
     subscriptions: BTreeMap<String, Subscription>,
     waker: Option<Waker>,
@@ -99,12 +148,13 @@ pub(super) struct Wishes {
     pub close: Option<CloseReason>,
     pub drain: bool,
     pub keepalive: Option<Duration>,
-    pub authenticated: bool,
+    pub authenticated: Option<Option<Instant>>,
     pub messages_wait: bool,
 }
 
 struct Shared {
     peer: SocketAddr,
+    certificate: Option<Box<Subject>>,
     /// Whether what is sent is a stream, or each piece a datagram of its own.
     stream: bool,
     caller: Arc<Caller>,
@@ -119,12 +169,13 @@ pub struct Handle(Arc<Shared>);
 impl Handle {
     pub(super) fn new(
         id: ConnId,
-        peer: SocketAddr,
+        peer: &PeerInfo,
         stream: bool,
         context: Arc<ListenerContext>,
     ) -> Self {
         Self(Arc::new(Shared {
-            peer,
+            peer: peer.peer,
+            certificate: peer.certificate.clone().map(Box::new),
             stream,
             caller: Arc::new(Caller::new(id)),
             context,
@@ -135,7 +186,7 @@ impl Handle {
                 close: None,
                 drain: false,
                 keepalive: None,
-                authenticated: false,
+                authenticated: None,
                 session: Session::Anonymous,
                 subscriptions: BTreeMap::new(),
                 waker: None,
@@ -151,6 +202,11 @@ impl Handle {
     /// The device's address.
     pub fn peer(&self) -> SocketAddr {
         self.0.peer
+    }
+
+    /// Whose certificate the device showed.
+    pub fn certificate(&self) -> Option<&Subject> {
+        self.0.certificate.as_deref()
     }
 
     /// The connection as its handler knows it.
@@ -243,31 +299,21 @@ impl Handle {
         self.change(|inbox| inbox.keepalive = Some(interval))
     }
 
-    /// Begins an authentication; ends with [`Handle::authenticated`] or
-    /// [`Handle::not_authenticated`].
-    pub fn authenticating(&self) -> Result<(), Refused> {
+    /// Begins an authentication, of which there is one at a time and no second one.
+    pub fn authenticating(&self) -> Result<Authentication<'_>, Refused> {
+        let (ends, ended) = oneshot::channel();
         self.change(|inbox| match inbox.session {
             Session::Anonymous => {
-                inbox.session = Session::Authenticating;
+                inbox.session = Session::Authenticating(ends);
                 Ok(())
             }
-            Session::Authenticating | Session::Authenticated(_) => {
-                Err(Refused::AlreadyAuthenticated)
-            }
-        })?
-    }
-
-    /// The authentication failed; another may be tried.
-    pub fn not_authenticated(&self) {
-        // A connection that has ended has nothing to go back to.
-        let _ = self.change(|inbox| inbox.session = Session::Anonymous);
-    }
-
-    /// The device is a client now.
-    pub fn authenticated(&self, client: Arc<Client>) -> Result<(), Refused> {
-        self.change(|inbox| {
-            inbox.session = Session::Authenticated(client);
-            inbox.authenticated = true;
+            Session::Authenticating(_) => Err(Refused::Authenticating),
+            Session::Authenticated(_) => Err(Refused::AlreadyAuthenticated),
+        })??;
+        Ok(Authentication {
+            handle: self,
+            ended,
+            done: false,
         })
     }
 
@@ -279,7 +325,7 @@ impl Handle {
         }
         match &inbox.session {
             Session::Authenticated(client) => Ok(client.clone()),
-            Session::Anonymous | Session::Authenticating => Err(Refused::NotAuthenticated),
+            Session::Anonymous | Session::Authenticating(_) => Err(Refused::NotAuthenticated),
         }
     }
 
@@ -334,7 +380,7 @@ impl Handle {
             close: inbox.close.take(),
             drain: std::mem::take(&mut inbox.drain),
             keepalive: inbox.keepalive.take(),
-            authenticated: std::mem::take(&mut inbox.authenticated),
+            authenticated: inbox.authenticated.take(),
             messages_wait: !inbox.messages.is_empty(),
         }
     }
@@ -389,7 +435,7 @@ impl Handle {
         }
         match session {
             Session::Authenticated(client) => Some(client),
-            Session::Anonymous | Session::Authenticating => None,
+            Session::Anonymous | Session::Authenticating(_) => None,
         }
     }
 

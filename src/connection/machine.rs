@@ -77,8 +77,8 @@ pub enum Input<B> {
     /// The gateway stops: closes after the callback in flight, which may still use
     /// the connection.
     DrainRequested,
-    /// The device is a client now.
-    Authenticated,
+    /// The device is a client now, until it expires.
+    Authenticated(Option<Instant>),
     /// A keepalive interval was set.
     KeepaliveSet(Duration),
     /// The device took bytes.
@@ -151,6 +151,8 @@ pub struct Machine<B> {
     /// Closes when the callback in flight has ended.
     draining: bool,
     authenticated: bool,
+    /// When it stops being a client.
+    expires: Option<Instant>,
     opened: Instant,
     /// When something last went either way.
     active: Instant,
@@ -177,6 +179,7 @@ impl<B> Machine<B> {
             paused: false,
             draining: false,
             authenticated: false,
+            expires: None,
             opened: now,
             active: now,
             heard: now,
@@ -258,7 +261,8 @@ impl<B> Machine<B> {
             .reap()
             .filter(|_| self.is_reading())
             .map(|limit| self.heard + limit);
-        [send, flush, authenticate, idle, keepalive, reap]
+        let expires = self.expires.filter(|_| open);
+        [send, flush, authenticate, expires, idle, keepalive, reap]
             .into_iter()
             .flatten()
             .min()
@@ -296,7 +300,10 @@ impl<B> Machine<B> {
             Input::CloseRequested(reason) => self.close(reason),
             Input::DrainRequested if self.calling > 0 => self.draining = true,
             Input::DrainRequested => self.close(CloseReason::Shutdown),
-            Input::Authenticated => self.authenticated = true,
+            Input::Authenticated(expires) => {
+                self.authenticated = true;
+                self.expires = expires;
+            }
             Input::KeepaliveSet(interval) => {
                 self.keepalive = Some(interval);
                 self.heard = now;
@@ -363,6 +370,8 @@ impl<B> Machine<B> {
         }
         if !self.authenticated && passed(self.opened, self.timeouts.authenticate) {
             self.close(CloseReason::IdleTimeout);
+        } else if self.expires.is_some_and(|expires| now >= expires) {
+            self.close(CloseReason::Expired);
         } else if !self.is_reading() {
             // Whether the device is silent shows when it is read again.
         } else if (!self.authenticated

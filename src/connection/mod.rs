@@ -27,7 +27,7 @@ mod serve;
 mod task;
 
 pub use context::{ListenerContext, Settings};
-pub use handle::{Client, Handle, Refused};
+pub use handle::{Authentication, Client, Handle, Refused};
 pub use queue::{Limits, Policy};
 pub use reason::CloseReason;
 pub use registry::{NotFound, Registry};

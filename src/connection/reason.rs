@@ -15,6 +15,10 @@ pub enum CloseReason {
     IdleTimeout,
     /// Another connection took its client id.
     Discarded,
+    /// It did what it may not.
+    Kicked,
+    /// What it showed when it authenticated is not valid any more.
+    Expired,
     /// Its queue of messages was full and the policy is to close.
     RateLimited,
     /// The device took none of the bytes sent to it for too long.
@@ -38,6 +42,8 @@ impl CloseReason {
             Self::KeepaliveTimeout => "keepalive_timeout",
             Self::IdleTimeout => "idle_timeout",
             Self::Discarded => "discarded",
+            Self::Kicked => "kicked",
+            Self::Expired => "expired",
             Self::RateLimited => "rate_limited",
             Self::SendTimeout => "send_timeout",
             Self::HandlerUnavailable => "handler_unavailable",

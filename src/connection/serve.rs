@@ -60,7 +60,7 @@ fn begin<S: Socket>(
     id: ConnId,
     context: Arc<ListenerContext>,
 ) -> (Box<Driver<S>>, Entry) {
-    let handle = Handle::new(id, peer.peer, S::STREAM, context.clone());
+    let handle = Handle::new(id, peer, S::STREAM, context.clone());
     let entry = context.registry.enter(handle.clone());
     // A gateway that began to drain before this line has not seen the entry.
     if context.draining.is_cancelled() {

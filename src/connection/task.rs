@@ -135,7 +135,7 @@ impl<S: Socket> Driver<S> {
     /// Keeps what the machine does not.
     fn note(&mut self, input: &Input<Vec<Delivery>>) {
         match input {
-            Input::Authenticated => self.client = self.handle.client().ok(),
+            Input::Authenticated(_) => self.client = self.handle.client().ok(),
             Input::SendBlocked => self.blocked = true,
             Input::Sent | Input::Flushed => self.blocked = false,
             _ => {}
@@ -226,7 +226,7 @@ impl<S: Socket> Driver<S> {
         self.machine
             .set_window(if room { self.sink.window() } else { 1 });
         let wishes = self.handle.look(cx, &mut self.outgoing);
-        let authenticated = wishes.authenticated.then_some(Input::Authenticated);
+        let authenticated = wishes.authenticated.map(Input::Authenticated);
         let keepalive = wishes.keepalive.map(Input::KeepaliveSet);
         let close = wishes.close.map(Input::CloseRequested);
         let drain = wishes.drain.then_some(Input::DrainRequested);

@@ -94,6 +94,8 @@ fn context(metrics: &Metrics, recorder: &Recorder) -> Arc<ListenerContext> {
             max_batch: 1,
             mountpoint: String::new(),
             clientinfo_mountpoint: false,
+            enable_authn: true,
+            disconnect_denied: false,
             node_name: "node".to_owned(),
         },
         handlers: Arc::new(recorder.clone()),

@@ -24,15 +24,16 @@ use tokio_util::task::TaskTracker;
 
 use crate::adapter::Adapter;
 use crate::admin::{self, Readiness, Status};
+use crate::auth::Auth;
 use crate::broker::{Broker, BrokerTasks, LinkState};
 use crate::config::{Config, Handler};
 use crate::connection::Registry;
-use crate::connection::command::Commands;
+use crate::connection::command::{Commands, RawPublish};
 use crate::handler::client::Pool;
 use crate::handler::link::Link;
 use crate::id::{NodeTag, ShardId};
 use crate::memory;
-use crate::metrics::{AdapterMetrics, BrokerMetrics, HandlerMetrics, Metrics};
+use crate::metrics::{AdapterMetrics, AuthMetrics, BrokerMetrics, HandlerMetrics, Metrics};
 use crate::options;
 use crate::shard::{Shard, ShardThread};
 use crate::telemetry::Seldom;
@@ -215,6 +216,13 @@ impl Gateway {
         let metrics = Metrics::new().map_err(|error| Error::Metrics(error.to_string()))?;
         let server_tls = options::server_tls(config)?;
         let broker_options = options::broker(config)?;
+        let stops = Stops::default();
+        let auth = Auth::start(
+            &options::auth(config)?,
+            AuthMetrics::new(&metrics),
+            &stops.admin,
+        )
+        .map_err(options::Error::from)?;
         // Every address is bound before anything else: a gateway that cannot start must
         // not have answered a device or taken over another one's sessions.
         let Sockets {
@@ -234,7 +242,6 @@ impl Gateway {
                 .transpose()?,
         };
 
-        let stops = Stops::default();
         let connections = TaskTracker::new();
         let (shards, shard_threads) = start_shards(config, &connections)?;
         let node = NodeTag::of(&config.node_name);
@@ -243,7 +250,16 @@ impl Gateway {
         let runtimes: Vec<_> = shards.iter().map(|shard| shard.runtime().clone()).collect();
         let broker_metrics = BrokerMetrics::new(&metrics);
         let (broker, broker_tasks) = Broker::start(broker_options, &runtimes, &broker_metrics)?;
-        let commands = Commands::new(registry.clone(), broker.clone(), config.raw_publish);
+        let commands = Commands::new(
+            registry.clone(),
+            broker.clone(),
+            auth,
+            match (config.raw_publish, config.authorization.check_raw_publish) {
+                (false, _) => RawPublish::Off,
+                (true, false) => RawPublish::On,
+                (true, true) => RawPublish::Checked,
+            },
+        );
         let adapter = Adapter::new(
             commands,
             config.server.max_message_size.bytes(),

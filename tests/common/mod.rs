@@ -28,6 +28,7 @@ mod http;
 mod mqtt;
 mod process;
 mod proxy;
+mod service;
 mod stage;
 
 use std::future::Future;
@@ -45,8 +46,9 @@ pub use dtls::DtlsDevice;
 pub use handler::{Call, Event, Gate, Handler, Log};
 pub use http::{Admin, Page};
 pub use mqtt::Peer;
-pub use process::Process;
+pub use process::{PROGRAM, Process};
 pub use proxy::Proxy;
+pub use service::{Asked, Service};
 pub use stage::{Plan, Stage, node_name};
 
 /// Guards every wait. Far more than anything takes, also on a busy machine.

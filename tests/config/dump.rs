@@ -13,7 +13,8 @@ fn the_default_file_loads_to_the_default() {
     assert_eq!(toml(&text).unwrap(), Config::default());
     assert!(text.contains("# node_name = \"<host name>\""));
     assert!(text.contains("\n[listeners.tcp.default.tcp_options]\n"));
-    for line in text.lines() {
+    // An inline table has no second line.
+    for line in text.lines().filter(|line| !line.contains(" = { ")) {
         assert!(line.len() <= 100, "too long: {line}");
     }
 }

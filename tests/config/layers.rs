@@ -52,13 +52,33 @@ fn later_layers_win() {
     assert_eq!(config.broker.pool_size, 2);
 }
 
-/// Turns off the listeners that cannot be without a certificate.
+/// Turns off what cannot be without a certificate, or without a key.
 fn off(key: &config::Key) -> (&'static str, &'static str) {
     match key.path.split('.').nth(1) {
         Some("ssl") => ("EXPROTO_LISTENERS__SSL__DEFAULT__ENABLE", "false"),
         Some("dtls") => ("EXPROTO_LISTENERS__DTLS__DEFAULT__ENABLE", "false"),
+        // Tokens need one of several keys.
+        Some("4") => ("EXPROTO_AUTHENTICATION__4__ENABLE", "false"),
         _ => ("EXPROTO_RAW_PUBLISH", "true"),
     }
+}
+
+/// The other keys of an item of a list: alone, a key does not say what the item is.
+fn companions<'k>(
+    key: &config::Key,
+    keys: &'k [config::Key],
+) -> impl Iterator<Item = (&'k str, &'k str)> {
+    let mut parts = key.path.split('.');
+    let numbered = |part: &str| part.parse::<u16>().is_ok();
+    let place = parts.clone().skip(1).position(numbered);
+    let item: Option<Vec<&str>> = place.map(|place| parts.by_ref().take(place + 2).collect());
+    let prefix = item.map(|item| item.join(".") + ".");
+    let own = key.path.clone();
+    keys.iter()
+        .filter(move |other| {
+            other.path != own && prefix.as_ref().is_some_and(|p| other.path.starts_with(p))
+        })
+        .map(|other| (other.variable.as_str(), other.default.as_str()))
 }
 
 #[test]
@@ -67,11 +87,15 @@ fn every_key_can_be_set_by_its_variable() {
     assert!(keys.len() > 60);
     for key in keys.iter().filter(|key| key.variable != off(key).0) {
         assert!(!key.doc.is_empty(), "{} is not documented", key.path);
-        let loaded = env(&[off(key), (&key.variable, &key.default)]);
+        let mut variables = vec![off(key), (&key.variable, &key.default)];
+        let others = companions(key, &keys);
+        variables.extend(others.filter(|(variable, _)| *variable != off(key).0));
+        let loaded = env(&variables);
         let config =
             loaded.unwrap_or_else(|report| panic!("{}={:?}: {report}", key.variable, key.default));
         let is_listener = key.path.starts_with("listeners.");
-        if key.path != "node_name" && !is_listener {
+        let is_item = companions(key, &keys).next().is_some();
+        if key.path != "node_name" && !is_listener && !is_item {
             assert_eq!(config, Config::default(), "{}", key.path);
         }
     }

@@ -10,6 +10,7 @@
 mod checks;
 mod dump;
 mod layers;
+mod lists;
 mod report;
 mod support;
 mod values;

@@ -33,7 +33,8 @@ fn all_faults_come_in_one_report() {
   file {name}: listeners.tcp.b.bind: found 0.0.0.0:1, but listeners.tcp.a.bind has 0.0.0.0:1 (file {name}); \
              allowed: an address that no other listener, server.bind or admin.bind has",
             "node_name, mountpoint, idle_timeout, raw_publish, clientinfo_mountpoint, authenticate_timeout, shards, \
-             shutdown_timeout, server, handler, handlers, broker, admin, log, queue, listeners"
+             shutdown_timeout, server, handler, handlers, broker, authentication, clientinfo_override, authorization, \
+             login_attempts, admin, log, queue, listeners"
         )
     );
 }

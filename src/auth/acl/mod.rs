@@ -1,0 +1,302 @@
+//! What a device may do: rules that came with its authentication, then the sources in order, then
+//! `no_match`.
+
+mod filters;
+mod rules;
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use figment::providers::{Format, Toml};
+use http::StatusCode;
+use serde_json::Value;
+use tokio_util::sync::CancellationToken;
+
+use super::fill::Values;
+pub use super::fill::Wish;
+use super::http::{self as service, Asker};
+use super::{Attempt, Error, Grant, Secret, Trouble, told};
+use crate::config::OnError;
+use crate::metrics::AuthMetrics;
+use crate::reload::{Current, Watch};
+pub use rules::{Permission, Rules};
+
+/// A source of rules.
+#[derive(Debug, Clone)]
+pub struct Source {
+    /// Its table in the configuration.
+    pub key: String,
+    /// What it is.
+    pub kind: SourceKind,
+}
+
+/// What a source is.
+#[derive(Debug, Clone)]
+pub enum SourceKind {
+    /// A file of rules.
+    File(PathBuf),
+    /// A service that is asked each time.
+    Http(Box<service::Options>, OnError),
+}
+
+/// How devices are authorized.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// Asked in order.
+    pub sources: Vec<Source>,
+    /// What it means when nothing fits.
+    pub no_match: Permission,
+    /// Decisions of services that are remembered for each connection, at most.
+    pub cache_size: usize,
+    /// How long they are.
+    pub cache_ttl: Duration,
+}
+
+enum Asked {
+    File(PathBuf, Watch, Arc<Current<Rules>>),
+    Http(Box<Asker>, OnError, Trouble),
+}
+
+/// See the module.
+pub struct Acl {
+    options: Options,
+    sources: Vec<(String, Asked)>,
+    metrics: AuthMetrics,
+}
+
+/// Decisions, and when they were made.
+type Cache = HashMap<(&'static str, u32, String), (Permission, Instant)>;
+
+/// A device whose wishes are checked.
+pub struct Person {
+    attempt: Attempt,
+    rules: Option<Rules>,
+    cache: Mutex<Cache>,
+}
+
+impl std::fmt::Debug for Person {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Person").finish_non_exhaustive()
+    }
+}
+
+fn read(path: &Path) -> Result<Arc<Rules>, String> {
+    let named = |problem: String| format!("{}: {problem}", path.display());
+    let text = std::fs::read_to_string(path).map_err(|error| named(error.to_string()))?;
+    let file: Value = Toml::from_str(&text).map_err(|error| named(error.to_string()))?;
+    let members = file.as_object().into_iter().flatten();
+    if let Some((unknown, _)) = members.clone().find(|(key, _)| *key != "rules") {
+        return Err(named(format!("unknown key {unknown:?}; allowed: rules")));
+    }
+    match file.get("rules") {
+        None => Ok(Arc::default()),
+        Some(list @ Value::Array(_)) => Rules::parse(list).map(Arc::new).map_err(named),
+        Some(_) => Err(named("rules is no list".to_owned())),
+    }
+}
+
+impl Acl {
+    /// Reads the files.
+    pub fn new(options: &Options, metrics: &AuthMetrics) -> Result<Self, Error> {
+        let source = |source: &Source| {
+            let asked = match &source.kind {
+                SourceKind::File(path) => {
+                    let watch = Watch::new(vec![path.clone()]);
+                    let rules = read(path).map_err(|problem| Error {
+                        key: format!("{}.path", source.key),
+                        problem,
+                    })?;
+                    Asked::File(path.clone(), watch, Current::new(rules))
+                }
+                SourceKind::Http(request, on_error) => {
+                    let asker = Box::new(Asker::new(request));
+                    Asked::Http(asker, *on_error, Trouble::default())
+                }
+            };
+            Ok((source.key.clone(), asked))
+        };
+        Ok(Self {
+            sources: options
+                .sources
+                .iter()
+                .map(source)
+                .collect::<Result<_, Error>>()?,
+            options: options.clone(),
+            metrics: metrics.clone(),
+        })
+    }
+
+    /// Whether the source can be used.
+    pub fn check(source: &Source) -> Result<(), Error> {
+        match &source.kind {
+            SourceKind::Http(..) => Ok(()),
+            SourceKind::File(path) => read(path).map(drop).map_err(|problem| Error {
+                key: format!("{}.path", source.key),
+                problem,
+            }),
+        }
+    }
+
+    /// Follows changes of files until `stop` is cancelled.
+    pub fn follow(&self, metrics: &AuthMetrics, stop: &CancellationToken) {
+        for (key, source) in &self.sources {
+            if let Asked::File(path, watch, current) = source {
+                let path = path.clone();
+                let make = move || read(&path);
+                let told = told(key, metrics);
+                tokio::spawn(watch.clone().run(current.clone(), make, told, stop.clone()));
+            }
+        }
+    }
+
+    /// What is to be kept of a device to check its wishes; none where it may do everything.
+    pub fn person(&self, attempt: &Attempt, grant: Grant) -> Option<Box<Person>> {
+        let is_open = self.sources.is_empty() && self.options.no_match == Permission::Allow;
+        if grant.is_superuser || (is_open && grant.rules.is_none()) {
+            return None;
+        }
+        Some(Box::new(Person {
+            attempt: Attempt {
+                // It has done its service.
+                password: Secret::new(""),
+                ..attempt.clone()
+            },
+            rules: grant.rules,
+            cache: Mutex::default(),
+        }))
+    }
+
+    /// Whether the device may. Cancel safe.
+    pub async fn decide(&self, person: &Person, wish: Wish<'_>) -> Permission {
+        let values = Values {
+            attempt: &person.attempt,
+            wish: Some(wish),
+        };
+        let decided = match person
+            .rules
+            .as_ref()
+            .and_then(|rules| rules.decide(&values, wish))
+        {
+            Some(permission) => permission,
+            None => self.ask(person, &values, wish).await,
+        };
+        self.metrics.authorized(decided == Permission::Allow);
+        decided
+    }
+
+    async fn ask(&self, person: &Person, values: &Values<'_>, wish: Wish<'_>) -> Permission {
+        for (place, (key, source)) in self.sources.iter().enumerate() {
+            let decided = match source {
+                Asked::File(_, _, current) => current.get().decide(values, wish),
+                // From here on services are asked: what they decide together is remembered.
+                Asked::Http(..) => {
+                    let known = (wish.action, wish.qos, wish.topic.to_owned());
+                    if let Some(permission) = self.remembered(person, &known) {
+                        return permission;
+                    }
+                    let asked = self.ask_services(place, values, wish).await;
+                    if let Ok(permission) = asked {
+                        self.remember(person, known, permission);
+                    }
+                    let (Ok(permission) | Err(permission)) = asked;
+                    return permission;
+                }
+            };
+            if let Some(permission) = decided {
+                tracing::trace!(key, topic = wish.topic, ?permission, "a rule fits");
+                return permission;
+            }
+        }
+        self.options.no_match
+    }
+
+    /// Asks the sources from this one on. `Err` where one has not answered: that is not remembered.
+    async fn ask_services(
+        &self,
+        from: usize,
+        values: &Values<'_>,
+        wish: Wish<'_>,
+    ) -> Result<Permission, Permission> {
+        let mut is_sound = true;
+        let sound = |permission, is_sound| {
+            if is_sound {
+                Ok(permission)
+            } else {
+                Err(permission)
+            }
+        };
+        for (key, source) in self.sources.iter().skip(from) {
+            let decided = match source {
+                Asked::File(_, _, current) => current.get().decide(values, wish),
+                Asked::Http(asker, on_error, trouble) => match answer(asker, values).await {
+                    Ok(decided) => {
+                        trouble.is_over(key);
+                        decided
+                    }
+                    Err(error) => {
+                        trouble.is(key, &error);
+                        is_sound = false;
+                        (*on_error == OnError::Deny).then_some(Permission::Deny)
+                    }
+                },
+            };
+            if let Some(permission) = decided {
+                return sound(permission, is_sound);
+            }
+        }
+        sound(self.options.no_match, is_sound)
+    }
+
+    fn remembered(
+        &self,
+        person: &Person,
+        known: &(&'static str, u32, String),
+    ) -> Option<Permission> {
+        let cache = person.cache.lock().unwrap_or_else(PoisonError::into_inner);
+        let (permission, since) = cache.get(known)?;
+        (since.elapsed() < self.options.cache_ttl).then_some(*permission)
+    }
+
+    fn remember(
+        &self,
+        person: &Person,
+        known: (&'static str, u32, String),
+        permission: Permission,
+    ) {
+        if self.options.cache_size == 0 {
+            return;
+        }
+        let mut cache = person.cache.lock().unwrap_or_else(PoisonError::into_inner);
+        if cache.len() >= self.options.cache_size && !cache.contains_key(&known) {
+            let ttl = self.options.cache_ttl;
+            cache.retain(|_, (_, since)| since.elapsed() < ttl);
+            if cache.len() >= self.options.cache_size {
+                let oldest = cache.iter().min_by_key(|(_, (_, since))| *since);
+                if let Some(oldest) = oldest.map(|(known, _)| known.clone()) {
+                    cache.remove(&oldest);
+                }
+            }
+        }
+        cache.insert(known, (permission, Instant::now()));
+    }
+}
+
+/// What a service says: EMQX's answers. None where it leaves it to others.
+async fn answer(asker: &Asker, values: &Values<'_>) -> Result<Option<Permission>, String> {
+    let answer = asker.ask(values).await.map_err(|error| error.to_string())?;
+    match answer.status {
+        StatusCode::NO_CONTENT => Ok(Some(Permission::Allow)),
+        StatusCode::OK => match service::object(&answer)?
+            .get("result")
+            .and_then(Value::as_str)
+        {
+            Some("allow") => Ok(Some(Permission::Allow)),
+            Some("deny") => Ok(Some(Permission::Deny)),
+            Some("ignore") => Ok(None),
+            _ => Err("its result is none of allow, deny and ignore".to_owned()),
+        },
+        status => Err(format!("it answers with status {}", status.as_u16())),
+    }
+}

@@ -1,0 +1,215 @@
+//! The authenticators, in order. The first that allows or denies decides; one that all ignore is
+//! refused, as in EMQX.
+
+use std::time::Instant;
+
+use tokio_util::sync::CancellationToken;
+
+use super::file::{self, UserFile};
+use super::http::{self, HttpAuthenticator};
+use super::jwt::{self, JwtAuthenticator};
+use super::mqtt::{self, BrokerAuthenticator};
+use super::{Attempt, Decision, Denial, Error, Grant, Trouble};
+use crate::config::OnError;
+use crate::metrics::AuthMetrics;
+
+/// One authenticator.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// Its table in the configuration.
+    pub key: String,
+    /// Who it is.
+    pub provider: ProviderOptions,
+}
+
+/// Whom an authenticator asks.
+#[derive(Debug, Clone)]
+pub enum ProviderOptions {
+    /// A file of users.
+    File(file::Options),
+    /// A service.
+    Http(Box<http::Options>, OnError),
+    /// The broker.
+    Mqtt(Box<mqtt::Options>, OnError),
+    /// Who signs tokens.
+    Jwt(Box<jwt::Options>, OnError),
+}
+
+enum Provider {
+    File(UserFile),
+    Http(Box<HttpAuthenticator>),
+    Mqtt(Box<BrokerAuthenticator>),
+    Jwt(Box<JwtAuthenticator>),
+}
+
+impl Provider {
+    fn new(options: &Options) -> Result<(Self, OnError), Error> {
+        let fault = |name: &str, problem: String| Error {
+            key: format!("{}.{name}", options.key),
+            problem,
+        };
+        Ok(match &options.provider {
+            ProviderOptions::File(file) => {
+                let file = UserFile::new(file).map_err(|error| fault("path", error.to_string()))?;
+                (Self::File(file), OnError::Ignore)
+            }
+            ProviderOptions::Http(http, on_error) => (
+                Self::Http(Box::new(HttpAuthenticator::new(http))),
+                *on_error,
+            ),
+            ProviderOptions::Mqtt(mqtt, on_error) => (
+                Self::Mqtt(Box::new(BrokerAuthenticator::new(mqtt))),
+                *on_error,
+            ),
+            ProviderOptions::Jwt(jwt, on_error) => {
+                let made = JwtAuthenticator::new(jwt);
+                let jwt = made.map_err(|(name, problem)| fault(name, problem))?;
+                (Self::Jwt(Box::new(jwt)), *on_error)
+            }
+        })
+    }
+
+    /// As metrics and logs name it.
+    fn name(&self) -> &'static str {
+        match self {
+            Self::File(_) => "file",
+            Self::Http(_) => "http",
+            Self::Mqtt(_) => "mqtt",
+            Self::Jwt(_) => "jwt",
+        }
+    }
+
+    /// Whether it is the service's fault when it has no answer, and not the device's.
+    fn is_service(&self) -> bool {
+        matches!(self, Self::Http(_) | Self::Mqtt(_))
+    }
+
+    async fn ask(&self, attempt: &Attempt) -> Result<Decision, String> {
+        match self {
+            Self::File(file) => Ok(file.ask(attempt).await),
+            Self::Http(http) => http.ask(attempt).await,
+            Self::Mqtt(mqtt) => mqtt.ask(attempt).await,
+            Self::Jwt(jwt) => jwt.ask(attempt).await,
+        }
+    }
+}
+
+struct Link {
+    /// Its table in the configuration.
+    key: String,
+    provider: Provider,
+    on_error: OnError,
+    trouble: Trouble,
+}
+
+/// Whether an authenticator can be made.
+pub fn check(options: &Options) -> Result<(), Error> {
+    Provider::new(options).map(drop)
+}
+
+impl Link {
+    /// What an answer means, or that there is none.
+    fn decision(&self, answer: Result<Decision, String>) -> Decision {
+        match answer {
+            Ok(decision) => {
+                self.trouble.is_over(&self.key);
+                decision
+            }
+            Err(error) => {
+                if self.provider.is_service() {
+                    self.trouble.is(&self.key, &error);
+                }
+                match self.on_error {
+                    OnError::Ignore => Decision::Ignore(error),
+                    OnError::Deny => Decision::Deny(error),
+                }
+            }
+        }
+    }
+}
+
+/// See the module.
+pub struct Chain {
+    links: Vec<Link>,
+    metrics: AuthMetrics,
+}
+
+impl Chain {
+    /// Makes them all.
+    pub fn new(options: &[Options], metrics: &AuthMetrics) -> Result<Self, Error> {
+        let link = |options: &Options| {
+            let (provider, on_error) = Provider::new(options)?;
+            Ok(Link {
+                key: options.key.clone(),
+                provider,
+                on_error,
+                trouble: Trouble::default(),
+            })
+        };
+        Ok(Self {
+            links: options.iter().map(link).collect::<Result<_, _>>()?,
+            metrics: metrics.clone(),
+        })
+    }
+
+    /// Follows changes of files until `stop` is cancelled.
+    pub fn follow(&self, metrics: &AuthMetrics, stop: &CancellationToken) {
+        for link in &self.links {
+            match &link.provider {
+                Provider::File(file) => file.follow(&link.key, metrics, stop),
+                Provider::Jwt(jwt) => jwt.follow(&link.key, metrics, stop),
+                Provider::Http(_) | Provider::Mqtt(_) => {}
+            }
+        }
+    }
+
+    /// Whether there is nobody to ask.
+    pub fn is_empty(&self) -> bool {
+        self.links.is_empty()
+    }
+
+    /// Asks one after the other.
+    pub async fn ask(&self, attempt: &Attempt) -> Result<Grant, Denial> {
+        let mut ignored = String::new();
+        for link in &self.links {
+            let provider = link.provider.name();
+            let started = Instant::now();
+            let answer = link.provider.ask(attempt).await;
+            let is_error = answer.is_err();
+            let decision = link.decision(answer);
+            let (outcome, reason) = match &decision {
+                Decision::Allow(_) => ("allow", ""),
+                Decision::Deny(reason) | Decision::Ignore(reason) if is_error => {
+                    ("error", reason.as_str())
+                }
+                Decision::Deny(reason) => ("deny", reason.as_str()),
+                Decision::Ignore(reason) => ("ignore", reason.as_str()),
+            };
+            self.metrics.asked(provider, outcome, started.elapsed());
+            tracing::debug!(
+                authenticator = link.key,
+                clientid = attempt.clientid,
+                username = attempt.username,
+                peer = %attempt.peer,
+                outcome,
+                reason,
+                "an authenticator was asked"
+            );
+            match decision {
+                Decision::Allow(grant) => return Ok(grant),
+                Decision::Deny(reason) => {
+                    return Err(Denial::Refused(format!("{provider}: {reason}")));
+                }
+                Decision::Ignore(reason) => {
+                    if !ignored.is_empty() {
+                        ignored.push_str(", ");
+                    }
+                    ignored.push_str(&format!("{provider}: {reason}"));
+                }
+            }
+        }
+        Err(Denial::Refused(format!(
+            "nobody vouches for it ({ignored})"
+        )))
+    }
+}

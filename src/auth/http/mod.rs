@@ -1,0 +1,260 @@
+//! A service that decides, asked over HTTP: what EMQX's HTTP authenticator asks and understands.
+//!
+//! 200 with JSON: `result` is `allow`, `deny` or `ignore`; `is_superuser`, `expire_at` (seconds since
+//! the epoch), `acl`. 204 allows. Everything else is no decision, and neither is no answer.
+
+pub mod client;
+
+use std::time::{Duration, SystemTime};
+
+use bytes::Bytes;
+use http::header::{CONTENT_TYPE, HeaderName, HeaderValue};
+use http::{HeaderMap, Method, StatusCode};
+use serde_json::{Map, Value};
+
+use super::acl::Rules;
+use super::fill::{Values, percent};
+use super::{Attempt, Decision, Grant};
+use crate::config::{HttpUrl, Template};
+use client::{Answer, Error, HttpClient};
+
+/// The largest answer in bytes: rules of access for one device, with room.
+pub const MAX_BODY: usize = 64 * 1024;
+
+/// What is asked, and how.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// POST or GET.
+    pub method: Method,
+    /// Whom.
+    pub url: HttpUrl,
+    /// Beside those that every request has.
+    pub headers: Vec<(HeaderName, Template)>,
+    /// A member of the JSON, or of the form, or of a GET's query, each.
+    pub body: Vec<(String, Template)>,
+    /// How it is reached.
+    pub client: client::Options,
+}
+
+/// A request that is made again and again.
+pub struct Asker {
+    options: Options,
+    client: HttpClient,
+}
+
+impl Asker {
+    /// Connects with the first request.
+    pub fn new(options: &Options) -> Self {
+        Self {
+            client: HttpClient::new(options.client.clone()),
+            options: options.clone(),
+        }
+    }
+
+    /// Asks with these values.
+    pub async fn ask(&self, values: &Values<'_>) -> Result<Answer, Error> {
+        let options = &self.options;
+        let mut headers = HeaderMap::new();
+        for (name, template) in &options.headers {
+            let text = values.plain(template);
+            let unfit = |_| Error::Request("a header has control characters");
+            let mut value = HeaderValue::from_bytes(text.as_bytes()).map_err(unfit)?;
+            value.set_sensitive(true);
+            headers.insert(name, value);
+        }
+        let scheme = if options.url.tls { "https" } else { "http" };
+        let path = values.fill(&options.url.path, percent);
+        let mut uri = format!("{scheme}://{}{path}", options.url.authority);
+        let mut body = Bytes::new();
+        if options.method == Method::GET {
+            if !options.body.is_empty() {
+                uri.push(if path.contains('?') { '&' } else { '?' });
+                uri.push_str(&self.form(values));
+            }
+        } else {
+            let json = HeaderValue::from_static("application/json");
+            let kind = headers.entry(CONTENT_TYPE).or_insert(json);
+            let is_form = kind
+                .as_bytes()
+                .starts_with(b"application/x-www-form-urlencoded");
+            body = match is_form {
+                true => self.form(values).into(),
+                false => {
+                    let members = options.body.iter();
+                    let members = members
+                        .map(|(name, value)| (name.clone(), Value::String(values.plain(value))));
+                    Value::Object(members.collect()).to_string().into()
+                }
+            };
+        }
+        self.client
+            .ask(options.method.clone(), &uri, headers, body)
+            .await
+    }
+
+    fn form(&self, values: &Values<'_>) -> String {
+        let members =
+            self.options.body.iter().map(|(name, value)| {
+                format!("{}={}", percent(name), percent(&values.plain(value)))
+            });
+        members.collect::<Vec<_>>().join("&")
+    }
+}
+
+/// The object in an answer of status 200.
+pub fn object(answer: &Answer) -> Result<Map<String, Value>, String> {
+    let kind = answer.headers.get(CONTENT_TYPE).map(HeaderValue::as_bytes);
+    let is_json =
+        kind.is_none_or(|kind| kind.to_ascii_lowercase().starts_with(b"application/json"));
+    if !is_json {
+        return Err("its answer is no JSON".to_owned());
+    }
+    match serde_json::from_slice(&answer.body) {
+        Ok(Value::Object(members)) => Ok(members),
+        // What is in it is not said: it may be secret.
+        _ => Err("its answer is no JSON object".to_owned()),
+    }
+}
+
+/// What an answer means; `Err` where it is none.
+fn decide(answer: &Answer, now: SystemTime) -> Result<Decision, String> {
+    match answer.status {
+        StatusCode::NO_CONTENT => Ok(Decision::Allow(Grant::default())),
+        StatusCode::OK => {
+            let members = object(answer)?;
+            match members.get("result").and_then(Value::as_str) {
+                Some("allow") => granted(&members, now),
+                Some("deny") => Ok(Decision::Deny("the service denies it".to_owned())),
+                Some("ignore") | None => Ok(Decision::Ignore("the service ignores it".to_owned())),
+                Some(_) => Err("its result is none of allow, deny and ignore".to_owned()),
+            }
+        }
+        status => Err(format!("it answers with status {}", status.as_u16())),
+    }
+}
+
+fn granted(members: &Map<String, Value>, now: SystemTime) -> Result<Decision, String> {
+    let expire_at = match members.get("expire_at") {
+        None | Some(Value::Null) => None,
+        Some(value) => Some(epoch(value).ok_or("its expire_at is no number of seconds")?),
+    };
+    if expire_at.is_some_and(|time| time <= now) {
+        return Ok(Decision::Deny("its expire_at has passed".to_owned()));
+    }
+    let is_superuser = match members.get("is_superuser") {
+        None | Some(Value::Null) => false,
+        Some(value) => value
+            .as_bool()
+            .ok_or("its is_superuser is not true or false")?,
+    };
+    let rules = members.get("acl").map(Rules::parse).transpose();
+    Ok(Decision::Allow(Grant {
+        is_superuser,
+        expire_at,
+        rules: rules.map_err(|problem| format!("its acl: {problem}"))?,
+    }))
+}
+
+/// A moment as seconds since the epoch.
+pub fn epoch(value: &Value) -> Option<SystemTime> {
+    let seconds = value.as_f64().filter(|seconds| *seconds >= 0.0)?;
+    let since = Duration::try_from_secs_f64(seconds).ok()?;
+    SystemTime::UNIX_EPOCH.checked_add(since)
+}
+
+/// An authenticator.
+pub struct HttpAuthenticator {
+    asker: Asker,
+    /// The service, for the log: what is behind it may hold what devices say.
+    pub authority: String,
+}
+
+impl HttpAuthenticator {
+    /// Connects with the first request.
+    pub fn new(options: &Options) -> Self {
+        Self {
+            asker: Asker::new(options),
+            authority: options.url.authority.clone(),
+        }
+    }
+
+    /// What the service says; `Err` where it says nothing that can be used.
+    pub async fn ask(&self, attempt: &Attempt) -> Result<Decision, String> {
+        let values = Values {
+            attempt,
+            wish: None,
+        };
+        let answer = self
+            .asker
+            .ask(&values)
+            .await
+            .map_err(|error| error.to_string())?;
+        decide(&answer, SystemTime::now())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn answer(status: u16, kind: &'static str, body: &str) -> Answer {
+        Answer {
+            status: StatusCode::from_u16(status).unwrap(),
+            headers: HeaderMap::from_iter([(CONTENT_TYPE, HeaderValue::from_static(kind))]),
+            body: Bytes::copy_from_slice(body.as_bytes()),
+        }
+    }
+
+    #[test]
+    fn answers_mean_what_they_mean_to_emqx() {
+        let now = SystemTime::UNIX_EPOCH + Duration::from_secs(1_000_000);
+        let json = "application/json; charset=utf-8";
+        let decided = |body| decide(&answer(200, json, body), now);
+        let at = |seconds| Some(SystemTime::UNIX_EPOCH + Duration::from_secs(seconds));
+        let grant = |is_superuser, expire_at| {
+            Ok(Decision::Allow(Grant {
+                is_superuser,
+                expire_at,
+                rules: None,
+            }))
+        };
+        assert_eq!(decided(r#"{"result":"allow"}"#), grant(false, None));
+        assert_eq!(
+            decided(r#"{"result":"allow","is_superuser":true,"expire_at":1000001,"x":1}"#),
+            grant(true, at(1_000_001))
+        );
+        assert_eq!(
+            decide(&answer(204, "text/html", ""), now),
+            grant(false, None)
+        );
+        for (body, part) in [
+            (r#"{"result":"deny"}"#, "denies"),
+            (r#"{"result":"allow","expire_at":999999}"#, "passed"),
+        ] {
+            let Ok(Decision::Deny(why)) = decided(body) else {
+                panic!("{body}");
+            };
+            assert!(why.contains(part));
+        }
+        for body in [r#"{"result":"ignore"}"#, "{}"] {
+            assert!(matches!(decided(body), Ok(Decision::Ignore(_))), "{body}");
+        }
+        for body in [
+            "",
+            "[]",
+            "<html>",
+            r#"{"result":"yes"}"#,
+            r#"{"result":"allow","expire_at":"soon"}"#,
+            r#"{"result":"allow","is_superuser":"true"}"#,
+            r#"{"result":"allow","acl":[{"permission":"maybe"}]}"#,
+        ] {
+            assert!(decided(body).is_err(), "{body}");
+        }
+        for status in [201, 301, 401, 404, 500] {
+            let decided = decide(&answer(status, json, r#"{"result":"allow"}"#), now);
+            assert!(decided.unwrap_err().contains(&status.to_string()));
+        }
+        let html = answer(200, "text/html", r#"{"result":"allow"}"#);
+        assert!(decide(&html, now).is_err());
+    }
+}

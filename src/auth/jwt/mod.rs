@@ -1,0 +1,246 @@
+//! JSON Web Tokens (RFC 7519) as passwords: signed by somebody who is trusted, checked here.
+
+mod jwks;
+mod key;
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use base64::Engine;
+use base64::engine::general_purpose::{STANDARD, URL_SAFE_NO_PAD};
+use serde_json::{Map, Value};
+use tokio_util::sync::CancellationToken;
+
+use super::acl::Rules;
+use super::fill::Values;
+use super::http::{self, epoch};
+use super::{Attempt, Decision, Grant};
+use crate::config::{Secret, Template};
+use crate::metrics::AuthMetrics;
+use jwks::Endpoint;
+use key::Key;
+
+use crate::reload::{Current, Watch};
+
+/// The largest token in bytes; what is larger is not looked at.
+const MAX_TOKEN: usize = 16 * 1024;
+
+/// Where the keys come from.
+#[derive(Debug, Clone)]
+pub enum Source {
+    /// A secret, and whether it is written in base64.
+    Secret(Secret, bool),
+    /// A file with a public key in PEM.
+    PublicKey(PathBuf),
+    /// A file with a set of keys.
+    JwksFile(PathBuf),
+    /// A service that gives a set of keys, asked again and again.
+    Endpoint(Box<http::Options>, Duration),
+}
+
+/// How tokens are checked.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// Where the keys come from.
+    pub source: Source,
+    /// Whether the user name is the token, and not the password.
+    pub from_username: bool,
+    /// What claims must be.
+    pub verify_claims: Vec<(String, Template)>,
+    /// Whether the end of the token is the connection's.
+    pub disconnect_after_expire: bool,
+    /// The claim with rules of access.
+    pub acl_claim_name: String,
+    /// How much the clocks may differ.
+    pub leeway: Duration,
+}
+
+/// Keys in use.
+type Keys = Vec<Key>;
+
+enum Ring {
+    Fixed(Arc<Keys>),
+    File(PathBuf, Watch, Arc<Current<Keys>>),
+    Endpoint(Endpoint),
+}
+
+/// See the module.
+pub struct JwtAuthenticator {
+    options: Options,
+    ring: Ring,
+}
+
+fn read(source: &Source, path: &PathBuf) -> Result<Arc<Keys>, String> {
+    let named = |problem: String| format!("{}: {problem}", path.display());
+    let text = std::fs::read(path).map_err(|error| named(error.to_string()))?;
+    let keys = match source {
+        Source::PublicKey(_) => Key::pem(&text).map(|key| vec![key]),
+        _ => key::jwks(&text),
+    };
+    keys.map(Arc::new).map_err(named)
+}
+
+impl JwtAuthenticator {
+    /// Reads the keys, unless a service gives them.
+    ///
+    /// # Errors
+    /// The key of the configuration that is at fault, and what is wrong.
+    pub fn new(options: &Options) -> Result<Self, (&'static str, String)> {
+        let source = &options.source;
+        let file = |key, path: &PathBuf| {
+            let watch = Watch::new(vec![path.clone()]);
+            let keys = read(source, path).map_err(|problem| (key, problem))?;
+            Ok(Ring::File(path.clone(), watch, Current::new(keys)))
+        };
+        let ring = match source {
+            Source::Secret(secret, is_base64) => {
+                let text = secret.expose();
+                let bytes = match is_base64 {
+                    true => STANDARD
+                        .decode(text.trim())
+                        .map_err(|_| "it is no base64".to_owned()),
+                    false => Ok(text.as_bytes().to_vec()),
+                };
+                let key = bytes.and_then(|bytes| Key::secret(&bytes));
+                let key = key.map_err(|problem| ("secret", problem))?;
+                Ring::Fixed(Arc::new(vec![key]))
+            }
+            Source::PublicKey(path) => file("public_key", path)?,
+            Source::JwksFile(path) => file("jwks_file", path)?,
+            Source::Endpoint(request, interval) => {
+                Ring::Endpoint(Endpoint::new(request, *interval))
+            }
+        };
+        Ok(Self {
+            options: options.clone(),
+            ring,
+        })
+    }
+
+    /// Follows changes of the keys until `stop` is cancelled.
+    pub fn follow(&self, key: &str, metrics: &AuthMetrics, stop: &CancellationToken) {
+        match &self.ring {
+            Ring::Fixed(_) => {}
+            Ring::File(path, watch, current) => {
+                let (source, path) = (self.options.source.clone(), path.clone());
+                let make = move || read(&source, &path);
+                let told = super::told(key, metrics);
+                tokio::spawn(watch.clone().run(current.clone(), make, told, stop.clone()));
+            }
+            Ring::Endpoint(endpoint) => endpoint.follow(key, metrics, stop),
+        }
+    }
+
+    /// Whether the token is valid; `Err` where it cannot be said that anybody trusted has signed it.
+    pub async fn ask(&self, attempt: &Attempt) -> Result<Decision, String> {
+        let token = match self.options.from_username {
+            true => attempt.username.as_str(),
+            false => attempt.password.expose(),
+        };
+        let token = Token::parse(token)?;
+        let keys = match &self.ring {
+            Ring::Fixed(keys) => keys.clone(),
+            Ring::File(_, _, current) => current.get(),
+            Ring::Endpoint(endpoint) => endpoint.keys(token.kid.as_deref()).await?,
+        };
+        let mut named = keys.iter().filter(|key| key.is_named(token.kid.as_deref()));
+        if !named.any(|key| key.verify(&token.algorithm, token.message, &token.signature)) {
+            return Err("none of the keys has signed the token".to_owned());
+        }
+        Ok(self.judge(&token.claims, attempt, SystemTime::now()))
+    }
+
+    /// What the claims of a token say that somebody trusted has signed.
+    fn judge(&self, claims: &Map<String, Value>, attempt: &Attempt, now: SystemTime) -> Decision {
+        let deny = |why: &str| Decision::Deny(why.to_owned());
+        let time = |name: &str| match claims.get(name) {
+            None => Ok(None),
+            Some(value) => epoch(value).map(Some).ok_or(()),
+        };
+        let (Ok(expires), Ok(begins)) = (time("exp"), time("nbf")) else {
+            return deny("the token's exp or nbf is no time");
+        };
+        let leeway = self.options.leeway;
+        if expires.is_some_and(|expires| now.checked_sub(leeway).is_some_and(|now| now >= expires))
+        {
+            return deny("the token has expired");
+        }
+        if begins.is_some_and(|begins| now + leeway < begins) {
+            return deny("the token is not valid yet");
+        }
+        let values = Values {
+            attempt,
+            wish: None,
+        };
+        for (name, template) in &self.options.verify_claims {
+            let wanted = values.plain(template);
+            let is_so = match claims.get(name) {
+                Some(Value::String(text)) => *text == wanted,
+                Some(Value::Number(number)) => number.to_string() == wanted,
+                Some(Value::Bool(value)) => value.to_string() == wanted,
+                _ => false,
+            };
+            if !is_so {
+                return Decision::Deny(format!("the token's claim {name} is not the device's"));
+            }
+        }
+        let rules = claims.get(&self.options.acl_claim_name).map(Rules::parse);
+        let Ok(rules) = rules.transpose() else {
+            return deny("the token's rules of access are none");
+        };
+        Decision::Allow(Grant {
+            rules,
+            is_superuser: claims.get("is_superuser").and_then(Value::as_bool) == Some(true),
+            expire_at: expires
+                .filter(|_| self.options.disconnect_after_expire)
+                .map(|expires| expires + leeway),
+        })
+    }
+}
+
+/// A token, taken apart and not yet believed.
+struct Token<'a> {
+    algorithm: String,
+    kid: Option<String>,
+    /// What is signed.
+    message: &'a [u8],
+    signature: Vec<u8>,
+    claims: Map<String, Value>,
+}
+
+impl<'a> Token<'a> {
+    fn parse(token: &'a str) -> Result<Self, String> {
+        let none = || "it is no token".to_owned();
+        if token.len() > MAX_TOKEN {
+            return Err(format!("the token has more than {MAX_TOKEN} bytes"));
+        }
+        let (message, signature) = token.rsplit_once('.').ok_or_else(none)?;
+        let (header, claims) = message.split_once('.').ok_or_else(none)?;
+        let decode = |text: &str| URL_SAFE_NO_PAD.decode(text).map_err(|_| none());
+        let object = |text| match serde_json::from_slice(&decode(text)?) {
+            Ok(Value::Object(members)) => Ok::<Map<String, Value>, String>(members),
+            _ => Err(none()),
+        };
+        let header = object(header)?;
+        // Who marks a header as critical wants it understood (RFC 7515, 4.1.11).
+        if header.contains_key("crit") {
+            return Err("the token's header has extensions that are not known".to_owned());
+        }
+        let text = |name| header.get(name).and_then(Value::as_str).map(str::to_owned);
+        let algorithm = text("alg").ok_or_else(none)?;
+        if algorithm.eq_ignore_ascii_case("none") {
+            return Err("the token is not signed".to_owned());
+        }
+        Ok(Self {
+            algorithm,
+            kid: text("kid"),
+            message: message.as_bytes(),
+            signature: decode(signature)?,
+            claims: object(claims)?,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,243 @@
+//! What a device may do: rules of files, of services, and those that came with its authentication.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing
+)]
+
+mod common;
+
+use std::fs;
+
+use common::{Device, Service, Stage, client, until};
+use exproto_sidecar::proto::{ClientInfo, ResultCode};
+use serde_json::json;
+
+/// A device that is a client, with this user name.
+async fn client_of(stage: &Stage, clientid: &str, username: &str) -> Device {
+    let device = stage.device().await;
+    let info = ClientInfo {
+        username: username.to_owned(),
+        ..client(clientid)
+    };
+    stage
+        .adapter
+        .authenticate_as(&device.conn, Some(info), "p")
+        .await
+        .ok();
+    device
+}
+
+#[track_caller]
+fn denied(answer: common::Answer) {
+    let why = answer.refused(ResultCode::PermissionDeny);
+    assert!(why.contains("the rules of access do not allow"), "{why}");
+}
+
+const RULES: &str = r#"
+[[rules]]                        # nobody listens to everything
+permission = "deny"
+action = "subscribe"
+topics = ["$SYS/#", "eq #"]
+
+[[rules]]
+permission = "allow"
+username = "admin"
+
+[[rules]]
+permission = "deny"
+topics = ["plant/secret/#"]
+
+[[rules]]
+permission = "allow"
+topics = ["plant/${clientid}/#", "plant/all"]
+"#;
+
+#[tokio::test]
+async fn rules_of_a_file_count_with_the_mountpoint_and_are_read_again() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("acl.toml");
+    fs::write(&file, RULES).unwrap();
+    let stage = Stage::with(&[
+        ("MOUNTPOINT", "plant/"),
+        ("AUTHORIZATION__NO_MATCH", "deny"),
+        ("AUTHORIZATION__SOURCES__1__TYPE", "file"),
+        ("AUTHORIZATION__SOURCES__1__PATH", file.to_str().unwrap()),
+    ])
+    .await;
+    let device = client_of(&stage, "c1", "u").await;
+    stage.subscribe(&device, "c1/#", 1).await.ok();
+    stage.publish(&device, "c1/x", 1, "mine").await.ok();
+    assert_eq!(stage.handler.payloads(&device.conn, 1).await, ["mine"]);
+    stage.subscribe(&device, "all", 0).await.ok();
+    stage.subscribe(&device, "$share/g/c1/+", 0).await.ok();
+    denied(stage.publish(&device, "c2/x", 1, "x").await);
+    for filter in ["c2/x", "#", "+/x", "secret/#", "$share/g/c2/+"] {
+        denied(stage.subscribe(&device, filter, 1).await);
+    }
+    // One that names itself so that it would be everybody.
+    let plus = client_of(&stage, "+", "u").await;
+    denied(stage.subscribe(&plus, "+/x", 1).await);
+    let admin = client_of(&stage, "c3", "admin").await;
+    stage.subscribe(&admin, "c1/x", 0).await.ok();
+    // RawPublish is nobody's.
+    stage.adapter.raw_publish("anywhere", 0, "x").await.ok();
+    let count = |outcome: &str| format!("exproto_authorizations_total{{outcome=\"{outcome}\"}}");
+    assert_eq!(stage.admin.metric(&count("deny")).await, 7.0);
+    assert_eq!(stage.admin.metric(&count("allow")).await, 5.0);
+
+    // A fault leaves the rules that there are; a change counts for who is there already.
+    fs::write(&file, "rules = 1").unwrap();
+    let failed = r#"exproto_authentication_reloads_total{outcome="failed"}"#;
+    stage.admin.metric_until(failed, |count| count >= 1.0).await;
+    denied(stage.publish(&device, "c2/x", 1, "x").await);
+    fs::write(&file, "[[rules]]\npermission = \"allow\"\n").unwrap();
+    until("the new rules", || async {
+        let answer = stage.publish(&device, "c2/x", 1, "x").await;
+        (answer.code == ResultCode::Success).then_some(())
+    })
+    .await;
+    stage.finish().await;
+}
+
+#[tokio::test]
+async fn who_does_what_it_may_not_can_be_closed_and_raw_publish_can_be_checked() {
+    let stage = Stage::with(&[
+        ("AUTHORIZATION__NO_MATCH", "deny"),
+        ("AUTHORIZATION__DENY_ACTION", "disconnect"),
+        ("AUTHORIZATION__CHECK_RAW_PUBLISH", "true"),
+    ])
+    .await;
+    let device = client_of(&stage, "c1", "u").await;
+    denied(stage.publish(&device, "t", 0, "x").await);
+    assert_eq!(stage.closed(&device).await, "kicked");
+    denied(stage.adapter.raw_publish("t", 0, "x").await);
+    stage.finish().await;
+}
+
+#[tokio::test]
+async fn a_service_is_asked_once_for_each_wish() {
+    let service = Service::start().await;
+    let url = service.url("/acl");
+    let stage = Stage::with(&[
+        ("AUTHORIZATION__NO_MATCH", "deny"),
+        ("AUTHORIZATION__CACHE_MAX_SIZE", "2"),
+        ("AUTHORIZATION__CACHE_TTL", "1h"),
+        ("AUTHORIZATION__SOURCES__1__TYPE", "http"),
+        ("AUTHORIZATION__SOURCES__1__URL", &url),
+    ])
+    .await;
+    let device = client_of(&stage, "c1", "u").await;
+    service.says(&json!({"result": "allow"}));
+    stage.publish(&device, "a", 1, "x").await.ok();
+    let body: serde_json::Value = serde_json::from_str(&service.asked(1).await.body).unwrap();
+    assert_eq!(
+        body,
+        json!({"clientid": "c1", "username": "u", "action": "publish", "topic": "a", "qos": "1"})
+    );
+    service.says(&json!({"result": "deny"}));
+    // Remembered; another action, QoS or topic is another wish.
+    stage.publish(&device, "a", 1, "x").await.ok();
+    denied(stage.subscribe(&device, "a", 1).await);
+    denied(stage.subscribe(&device, "a", 1).await);
+    assert_eq!(service.asked.borrow().len(), 2);
+    // Two are remembered: the oldest goes.
+    denied(stage.publish(&device, "b", 1, "x").await);
+    denied(stage.publish(&device, "a", 1, "x").await);
+    assert_eq!(service.asked.borrow().len(), 4);
+    // Another connection knows nothing of it.
+    let other = client_of(&stage, "c2", "u").await;
+    denied(stage.publish(&other, "b", 1, "x").await);
+    assert_eq!(service.asked.borrow().len(), 5);
+    // What it leaves to others is for no_match, and a fault is not remembered.
+    service.says(&json!({"result": "ignore"}));
+    denied(stage.publish(&other, "c", 1, "x").await);
+    service.answers(500, "text/html", "<html>");
+    denied(stage.publish(&other, "d", 1, "x").await);
+    service.answers(204, "text/plain", "");
+    stage.publish(&other, "d", 1, "x").await.ok();
+    stage.finish().await;
+}
+
+#[tokio::test]
+async fn rules_that_come_with_the_authentication_are_the_first() {
+    let service = Service::start().await;
+    let url = service.url("/auth");
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("acl.toml");
+    fs::write(&file, RULES).unwrap();
+    let stage = Stage::with(&[
+        ("AUTHENTICATION__1__MECHANISM", "password_based"),
+        ("AUTHENTICATION__1__BACKEND", "http"),
+        ("AUTHENTICATION__1__URL", &url),
+        ("AUTHORIZATION__NO_MATCH", "deny"),
+        ("AUTHORIZATION__SOURCES__1__TYPE", "file"),
+        ("AUTHORIZATION__SOURCES__1__PATH", file.to_str().unwrap()),
+    ])
+    .await;
+    service.says(&json!({"result": "allow", "acl": [
+        {"permission": "allow", "action": "publish", "topic": "plant/secret/${username}"},
+        {"permission": "deny", "topic": "plant/all"},
+    ]}));
+    let device = client_of(&stage, "c1", "u").await;
+    stage.publish(&device, "plant/secret/u", 0, "x").await.ok();
+    denied(stage.publish(&device, "plant/secret/v", 0, "x").await);
+    denied(stage.publish(&device, "plant/all", 0, "x").await);
+    stage.publish(&device, "plant/c1/x", 0, "x").await.ok();
+    // The short form says all there is to say.
+    service.says(&json!({"result": "allow", "acl": {"pub": ["up"], "sub": ["down/+"]}}));
+    let device = client_of(&stage, "c2", "u").await;
+    stage.publish(&device, "up", 0, "x").await.ok();
+    stage.subscribe(&device, "down/x", 0).await.ok();
+    denied(stage.publish(&device, "plant/c2/x", 0, "x").await);
+    // No rule counts for a superuser.
+    service.says(&json!({"result": "allow", "is_superuser": true, "acl": {}}));
+    let device = client_of(&stage, "c3", "u").await;
+    stage.publish(&device, "anything", 0, "x").await.ok();
+    // Rules that are none let nobody in.
+    service.says(&json!({"result": "allow", "acl": {"publish": []}}));
+    let device = stage.device().await;
+    let answer = stage.adapter.authenticate(&device.conn, "c4").await;
+    answer.refused(ResultCode::PermissionDeny);
+    stage.finish().await;
+}
+
+#[tokio::test]
+async fn what_a_device_is_can_be_put_in_place_of_what_it_says() {
+    let service = Service::start().await;
+    let url = service.url("/auth");
+    let stage = Stage::with(&[
+        ("CLIENTINFO_OVERRIDE__CLIENTID", "${peerhost}-${clientid}"),
+        ("CLIENTINFO_OVERRIDE__USERNAME", "${clientid}"),
+        ("CLIENTINFO_OVERRIDE__PASSWORD", "${username}:${password}"),
+        ("AUTHENTICATION__1__MECHANISM", "password_based"),
+        ("AUTHENTICATION__1__BACKEND", "http"),
+        ("AUTHENTICATION__1__URL", &url),
+        ("MOUNTPOINT", "${clientid}/${username}/"),
+    ])
+    .await;
+    let device = client_of(&stage, "c1", "u").await;
+    let body: serde_json::Value = serde_json::from_str(&service.asked(1).await.body).unwrap();
+    // All from what the device said, whatever the order.
+    assert_eq!(
+        body,
+        json!({"clientid": "127.0.0.1-c1", "username": "c1", "password": "u:p"})
+    );
+    let mut peer = common::Peer::connect(stage.broker.port).await;
+    peer.subscribe("127.0.0.1-c1/c1/#").await;
+    stage.publish(&device, "x", 1, "hello").await.ok();
+    assert_eq!(peer.next_text().await.0, "127.0.0.1-c1/c1/x");
+    stage.finish().await;
+}
+
+#[tokio::test]
+async fn without_a_certificate_there_is_no_client_id_of_one() {
+    let stage = Stage::with(&[("CLIENTINFO_OVERRIDE__CLIENTID", "${cert_common_name}")]).await;
+    let device = stage.device().await;
+    let answer = stage.adapter.authenticate(&device.conn, "victim").await;
+    let why = answer.refused(ResultCode::PermissionDeny);
+    assert!(why.contains("no client id"), "{why}");
+    stage.finish().await;
+}
