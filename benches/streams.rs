@@ -19,6 +19,7 @@ use bytes::Bytes;
 use exproto_sidecar::handler::client::{Options, Pool};
 use exproto_sidecar::handler::link::{Link, Target};
 use exproto_sidecar::handler::{Caller, Event, EventSink, Handlers, streaming};
+use exproto_sidecar::id::{ConnId, NodeTag, ShardId};
 use exproto_sidecar::metrics::{HandlerMetrics, Metrics};
 use exproto_sidecar::proto::connection_handler_server::{
     ConnectionHandler, ConnectionHandlerServer,
@@ -146,13 +147,7 @@ async fn measure(port: u16, streaming: Option<streaming::Options>, each: usize) 
     let sink = pool.assign();
     let times = || [libc::RUSAGE_THREAD, libc::RUSAGE_SELF].map(processor_time);
     let (begun, before) = (Instant::now(), times());
-    let devices = (0..CONNECTIONS).map(|number| {
-        tokio::spawn(device(
-            sink.clone(),
-            format!("a-connection-of-the-usual-length-{number}"),
-            each,
-        ))
-    });
+    let devices = (0..CONNECTIONS).map(|_| tokio::spawn(device(sink.clone(), each)));
     for device in devices.collect::<Vec<_>>() {
         device.await.unwrap();
     }
@@ -167,7 +162,8 @@ async fn measure(port: u16, streaming: Option<streaming::Options>, each: usize) 
 }
 
 /// Hands over so many events, as many at a time as it may.
-async fn device(sink: Arc<dyn EventSink>, conn: String, count: usize) {
+async fn device(sink: Arc<dyn EventSink>, count: usize) {
+    let conn = ConnId::generate(NodeTag::of("bench"), ShardId(0)).unwrap();
     let caller = Arc::new(Caller::new(conn));
     let mut under_way = FuturesUnordered::new();
     let mut left = count;

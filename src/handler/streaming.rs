@@ -157,7 +157,7 @@ impl EventSink for Streaming {
         caller: Arc<Caller>,
         event: Event,
     ) -> BoxFuture<'static, Result<(), CallFailure>> {
-        let conn = caller.conn.clone();
+        let conn = caller.conn;
         let (kind, request) = match event {
             Event::ReceivedBytes(bytes) => {
                 let conn = conn.to_string();
