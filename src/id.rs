@@ -1,6 +1,7 @@
 //! Identities: of this gateway among others, of a connection, of a message.
 
 use std::fmt;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 /// A short stable mark of a gateway, derived from its `node_name`.
@@ -23,6 +24,18 @@ impl NodeTag {
 /// Number of a shard: a thread with everything that serves its connections.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub struct ShardId(pub u16);
+
+/// The name of a handler in the configuration: "default" for `[handler]`, else the NAME of
+/// `[handlers.NAME]`. Cheap to clone.
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
+pub struct HandlerName(Arc<str>);
+
+impl HandlerName {
+    /// The handler with this name.
+    pub fn new(name: &str) -> Self {
+        Self(name.into())
+    }
+}
 
 /// The `conn` of the ExProto interface: names one connection for ever.
 ///

@@ -49,7 +49,8 @@ const UNACKNOWLEDGED: &str = "exproto_handler_stream_unacknowledged";
 const RESENT: &str = "exproto_handler_stream_resent_total";
 const HANDLER_UP: &str = "exproto_handler_channels_up";
 const ADAPTER_CALLS: &str = "exproto_adapter_calls_total";
-const ADAPTER_UNAUTHENTICATED: &str = "exproto_adapter_unauthenticated_total";
+const ADAPTER_CALL_SECONDS: &str = "exproto_adapter_call_duration_seconds";
+const ADAPTER_REFUSED: &str = "exproto_adapter_refused_total";
 const ADAPTER_CONNECTIONS: &str = "exproto_adapter_connections";
 const DELIVERED: &str = "exproto_messages_delivered_total";
 const DROPPED: &str = "exproto_messages_dropped_total";
@@ -102,8 +103,9 @@ const TABLE: &[(Kind, &str, Unit, &str, &str)] = &[
     (Kind::Gauge, UNACKNOWLEDGED, Unit::Count, "handler", "With handler.streaming: callbacks with bytes and messages that wait to be sent or whose stream is not answered."),
     (Kind::Counter, RESENT, Unit::Count, "handler", "With handler.streaming: callbacks sent again because their stream was not answered with OK; a handler may have had them before."),
     (Kind::Gauge, HANDLER_UP, Unit::Count, "handler", "Connected channels to the handler; each shard keeps one for each address."),
-    (Kind::Counter, ADAPTER_CALLS, Unit::Count, "method, code", "Calls of handlers to the adapter, by result code."),
-    (Kind::Counter, ADAPTER_UNAUTHENTICATED, Unit::Count, "", "Calls of handlers refused because they showed no token of server.token_file."),
+    (Kind::Counter, ADAPTER_CALLS, Unit::Count, "method, code", "Calls of handlers to the adapter, by result code; DEADLINE_EXCEEDED where the handler's own deadline passed first."),
+    (Kind::Histogram, ADAPTER_CALL_SECONDS, Unit::Seconds, "method", "Time from a handler's call to its answer; waiting for the broker or for a slow device is in it."),
+    (Kind::Counter, ADAPTER_REFUSED, Unit::Count, "reason", "What handlers were refused, by reason: unauthenticated (a call without a token that is known), foreign (with server.isolate_handlers: a call about a connection of another handler, answered with CONN_PROCESS_NOT_ALIVE), max_connections (a connection too many), handshake_failed (TLS)."),
     (Kind::Gauge, ADAPTER_CONNECTIONS, Unit::Count, "", "Connections of handlers to the adapter."),
     (Kind::Counter, DELIVERED, Unit::Count, "", "Messages that a handler took, counted for each connection."),
     (Kind::Counter, DROPPED, Unit::Count, "reason", "Messages that no handler got, by reason: queue_full; connection_closed, before it was taken or handed over; bad_topic, of which the topic was not UTF-8."),
@@ -460,6 +462,13 @@ pub struct AdapterMetrics {
     pub connections: Gauge,
     /// Calls without a token that is known.
     pub unauthenticated: Counter,
+    /// Calls about connections of other handlers.
+    pub foreign: Counter,
+    /// Connections that are too many.
+    pub max_connections: Counter,
+    /// Connections without a TLS handshake.
+    pub handshake_failed: Counter,
+    seconds: [Histogram; ADAPTER_METHODS.len()],
     succeeded: [Counter; ADAPTER_METHODS.len()],
 }
 
@@ -478,9 +487,16 @@ pub const ADAPTER_METHODS: [&str; 8] = [
 impl AdapterMetrics {
     /// Registers them.
     pub fn new(metrics: &Metrics) -> Self {
+        let refused = |reason| metrics.counter(ADAPTER_REFUSED, vec![label("reason", reason)]);
         Self {
             connections: metrics.gauge(ADAPTER_CONNECTIONS, Vec::new()),
-            unauthenticated: metrics.counter(ADAPTER_UNAUTHENTICATED, Vec::new()),
+            unauthenticated: refused("unauthenticated"),
+            foreign: refused("foreign"),
+            max_connections: refused("max_connections"),
+            handshake_failed: refused("handshake_failed"),
+            seconds: ADAPTER_METHODS.map(|method| {
+                metrics.histogram(ADAPTER_CALL_SECONDS, vec![label("method", method)])
+            }),
             succeeded: ADAPTER_METHODS.map(|method| {
                 let labels = vec![label("method", method), label("code", "SUCCESS")];
                 metrics.counter(ADAPTER_CALLS, labels)
@@ -489,8 +505,11 @@ impl AdapterMetrics {
         }
     }
 
-    /// Counts a call; `code` is the result code's name.
-    pub fn answered(&self, method: usize, code: &'static str) {
+    /// Counts a call that took so long; `code` is the result code's name.
+    pub fn answered(&self, method: usize, code: &'static str, took: Duration) {
+        if let Some(histogram) = self.seconds.get(method) {
+            histogram.record(took);
+        }
         match self.succeeded.get(method) {
             Some(counter) if code == "SUCCESS" => counter.increment(1),
             _ => {

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use tokio_rustls::rustls::{ClientConfig, ServerConfig};
 
-use crate::adapter::tokens::Tokens;
+use crate::adapter::tokens::{TokenFile, Tokens};
 use crate::admission;
 use crate::auth as authentication;
 use crate::broker;
@@ -23,6 +23,7 @@ use crate::config::{
 use crate::connection::machine::Timeouts;
 use crate::connection::{Limits, Policy, Settings};
 use crate::handler::{client, link, streaming};
+use crate::id::HandlerName;
 use crate::tls::{self, Identity, PeerCheck};
 use crate::transport::dtls::{self, ClientCertificates};
 use crate::transport::{tcp, udp};
@@ -58,7 +59,7 @@ impl From<authentication::Error> for Error {
 pub fn check(config: &Config) -> Vec<Error> {
     let mut errors = Vec::new();
     errors.extend(server_tls(config).err());
-    errors.extend(tokens(config).err());
+    errors.extend(tokens(&token_files(config)).err());
     errors.extend(broker(config).err());
     match auth(config) {
         Ok(options) => errors.extend(authentication::check(&options).into_iter().map(Error::from)),
@@ -120,11 +121,32 @@ pub fn server_tls(config: &Config) -> Result<Option<Arc<ServerConfig>>, Error> {
         .map_err(|error| Error::new(key, error))
 }
 
-/// The tokens that handlers must show, if any.
-pub fn tokens(config: &Config) -> Result<Option<Arc<Tokens>>, Error> {
-    let path = config.server.token_file.as_deref();
-    let problem = |error| Error::new("server.token_file", error);
-    path.map(Tokens::read).transpose().map_err(problem)
+/// The files with the tokens that handlers must show. Without any, everybody may call.
+pub fn token_files(config: &Config) -> Vec<TokenFile> {
+    let common = config.server.token_file.iter().map(|path| TokenFile {
+        key: "server.token_file".to_owned(),
+        path: path.clone(),
+        owner: None,
+    });
+    let named = config
+        .handlers
+        .iter()
+        .map(|(name, handler)| (&**name, handler));
+    let own = std::iter::once(("default", &config.handler))
+        .chain(named)
+        .filter_map(|(name, handler)| {
+            Some(TokenFile {
+                key: format!("{}.adapter_token_file", handler_key(name)),
+                path: handler.adapter_token_file.clone()?,
+                owner: Some(HandlerName::new(name)),
+            })
+        });
+    common.chain(own).collect()
+}
+
+/// What is in these files.
+pub fn tokens(files: &[TokenFile]) -> Result<Arc<Tokens>, Error> {
+    Tokens::read(files).map_err(|(key, error)| Error::new(&key, error))
 }
 
 /// The addresses of a handler.

@@ -1,12 +1,17 @@
 //! ConnectionAdapter: the gRPC edge. Each call becomes one command to the core.
 
+mod calls;
 pub mod tokens;
 
+use std::convert::Infallible;
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::task::{Context, Poll};
 use std::time::Duration;
 
+use futures_util::future::BoxFuture;
+use hyper::body::Incoming;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
 use socket2::TcpKeepalive;
@@ -14,19 +19,15 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::rustls::ServerConfig;
 use tokio_util::sync::CancellationToken;
-use tonic::service::interceptor::InterceptedService;
-use tonic::{Request, Response, Status};
+use tonic::body::Body;
+use tonic::codegen::Service;
 
-use crate::auth::Secret;
-use crate::connection::command::{Command, Commands, Credentials, Refusal};
-use crate::metrics::{ADAPTER_METHODS, AdapterMetrics};
-use crate::proto::connection_adapter_server::{ConnectionAdapter, ConnectionAdapterServer};
-use crate::proto::{
-    AuthenticateRequest, CloseSocketRequest, CodeResponse, PublishRequest, RawPublishRequest,
-    ResultCode, SendBytesRequest, SubscribeRequest, TimerRequest, TimerType, UnsubscribeRequest,
-};
+use crate::connection::command::{Commands, Reach};
+use crate::metrics::AdapterMetrics;
+use crate::proto::connection_adapter_server::ConnectionAdapterServer;
 use crate::reload::Current;
 
+use calls::Calls;
 use tokens::{Doorkeeper, Tokens};
 
 /// Calls that one handler connection may have open. A call waits for the broker or
@@ -49,32 +50,38 @@ const SILENCE: Duration = Duration::from_secs(20);
 /// Serves handlers' connections. Cheap to clone.
 #[derive(Clone)]
 pub struct Adapter {
-    service: InterceptedService<ConnectionAdapterServer<Calls>, Doorkeeper>,
+    service: Guarded,
     tls: Option<Arc<ServerConfig>>,
     metrics: AdapterMetrics,
 }
 
 impl Adapter {
-    /// `max_message_size` in bytes bounds a request. Without `tokens` everybody may call.
+    /// `max_message_size` in bytes bounds a request. Without `tokens` everybody may call;
+    /// with `isolate` whoever calls acts only on the connections of the token's owner.
     pub fn new(
         commands: Commands,
         max_message_size: usize,
         tls: Option<Arc<ServerConfig>>,
         tokens: Option<Arc<Current<Tokens>>>,
+        isolate: bool,
         metrics: AdapterMetrics,
     ) -> Self {
         let calls = Calls {
             commands,
+            // What came by without the doorkeeper's word reaches nothing.
+            reach: if isolate { Reach::Nothing } else { Reach::All },
             metrics: metrics.clone(),
         };
-        let server =
-            ConnectionAdapterServer::new(calls).max_decoding_message_size(max_message_size);
-        let doorkeeper = Doorkeeper {
-            tokens,
-            refused: metrics.unauthenticated.clone(),
+        let service = Guarded {
+            calls: ConnectionAdapterServer::new(calls).max_decoding_message_size(max_message_size),
+            doorkeeper: Doorkeeper {
+                tokens,
+                isolate,
+                refused: metrics.unauthenticated.clone(),
+            },
         };
         Self {
-            service: InterceptedService::new(server, doorkeeper),
+            service,
             tls,
             metrics,
         }
@@ -115,7 +122,11 @@ impl Adapter {
             None => self.serve_http(stream, stop).await,
             Some(tls) => {
                 let handshake = TlsAcceptor::from(tls.clone()).accept(stream);
-                let stream = tokio::time::timeout(HANDSHAKE_TIMEOUT, handshake).await??;
+                let stream = tokio::time::timeout(HANDSHAKE_TIMEOUT, handshake)
+                    .await
+                    .map_err(io::Error::from)
+                    .flatten()
+                    .inspect_err(|_| self.metrics.handshake_failed.increment(1))?;
                 self.serve_http(stream, stop).await
             }
         }
@@ -144,161 +155,31 @@ impl Adapter {
     }
 }
 
-/// The eight calls.
+/// The calls, behind the doorkeeper.
 #[derive(Clone)]
-struct Calls {
-    commands: Commands,
-    metrics: AdapterMetrics,
+struct Guarded {
+    calls: ConnectionAdapterServer<Calls>,
+    doorkeeper: Doorkeeper,
 }
 
-impl Calls {
-    async fn execute(
-        &self,
-        method: &'static str,
-        conn: &str,
-        command: Command,
-    ) -> Result<Response<CodeResponse>, Status> {
-        let result = self.commands.execute(conn, command).await;
-        Ok(self.answer(method, conn, result))
+impl Service<http::Request<Incoming>> for Guarded {
+    type Response = http::Response<Body>;
+    type Error = Infallible;
+    type Future = BoxFuture<'static, Result<Self::Response, Self::Error>>;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
+        Poll::Ready(Ok(()))
     }
 
-    fn answer(
-        &self,
-        method: &'static str,
-        conn: &str,
-        result: Result<(), Refusal>,
-    ) -> Response<CodeResponse> {
-        let (code, message) = match result {
-            Ok(()) => {
-                tracing::debug!(conn, method, "a handler's call is done");
-                (ResultCode::Success, String::new())
+    fn call(&mut self, mut request: http::Request<Incoming>) -> Self::Future {
+        match self.doorkeeper.admit(request.headers()) {
+            // What goes without saying is not carried along: it would be allocated.
+            Ok(Reach::All) => self.calls.call(request),
+            Ok(reach) => {
+                request.extensions_mut().insert(reach);
+                self.calls.call(request)
             }
-            Err(refusal) => {
-                let code = refusal.code.as_str_name();
-                let reason = &refusal.message;
-                tracing::debug!(conn, method, code, reason, "a handler's call is refused");
-                (refusal.code, refusal.message)
-            }
-        };
-        let index = ADAPTER_METHODS.iter().position(|name| *name == method);
-        self.metrics
-            .answered(index.unwrap_or(usize::MAX), code.as_str_name());
-        Response::new(CodeResponse {
-            code: code.into(),
-            message,
-        })
-    }
-}
-
-#[tonic::async_trait]
-impl ConnectionAdapter for Calls {
-    async fn send(
-        &self,
-        request: Request<SendBytesRequest>,
-    ) -> Result<Response<CodeResponse>, Status> {
-        let SendBytesRequest { conn, bytes } = request.into_inner();
-        self.execute("Send", &conn, Command::Send(bytes)).await
-    }
-
-    async fn close(
-        &self,
-        request: Request<CloseSocketRequest>,
-    ) -> Result<Response<CodeResponse>, Status> {
-        let CloseSocketRequest { conn } = request.into_inner();
-        self.execute("Close", &conn, Command::Close).await
-    }
-
-    async fn authenticate(
-        &self,
-        request: Request<AuthenticateRequest>,
-    ) -> Result<Response<CodeResponse>, Status> {
-        let AuthenticateRequest {
-            conn,
-            clientinfo,
-            password,
-        } = request.into_inner();
-        let Some(info) = clientinfo else {
-            let refusal = Refusal::new(ResultCode::RequiredParamsMissed, "clientinfo is missing");
-            return Ok(self.answer("Authenticate", &conn, Err(refusal)));
-        };
-        let credentials = Credentials {
-            proto_name: info.proto_name,
-            proto_ver: info.proto_ver,
-            clientid: info.clientid,
-            username: info.username,
-            mountpoint: info.mountpoint,
-            password: Secret::new(password),
-        };
-        self.execute("Authenticate", &conn, Command::Authenticate(credentials))
-            .await
-    }
-
-    async fn start_timer(
-        &self,
-        request: Request<TimerRequest>,
-    ) -> Result<Response<CodeResponse>, Status> {
-        let TimerRequest {
-            conn,
-            r#type,
-            interval,
-        } = request.into_inner();
-        if TimerType::try_from(r#type) != Ok(TimerType::Keepalive) {
-            let refusal = Refusal::new(
-                ResultCode::ParamsTypeError,
-                format!("type is {type}, the only timer is KEEPALIVE (0)"),
-            );
-            return Ok(self.answer("StartTimer", &conn, Err(refusal)));
+            Err(status) => Box::pin(std::future::ready(Ok(status.into_http()))),
         }
-        self.execute("StartTimer", &conn, Command::StartTimer(interval))
-            .await
-    }
-
-    async fn publish(
-        &self,
-        request: Request<PublishRequest>,
-    ) -> Result<Response<CodeResponse>, Status> {
-        let PublishRequest {
-            conn,
-            topic,
-            qos,
-            payload,
-        } = request.into_inner();
-        let command = Command::Publish {
-            topic,
-            qos,
-            payload,
-        };
-        self.execute("Publish", &conn, command).await
-    }
-
-    async fn subscribe(
-        &self,
-        request: Request<SubscribeRequest>,
-    ) -> Result<Response<CodeResponse>, Status> {
-        let SubscribeRequest { conn, topic, qos } = request.into_inner();
-        let command = Command::Subscribe { filter: topic, qos };
-        self.execute("Subscribe", &conn, command).await
-    }
-
-    async fn unsubscribe(
-        &self,
-        request: Request<UnsubscribeRequest>,
-    ) -> Result<Response<CodeResponse>, Status> {
-        let UnsubscribeRequest { conn, topic } = request.into_inner();
-        let command = Command::Unsubscribe { filter: topic };
-        self.execute("Unsubscribe", &conn, command).await
-    }
-
-    async fn raw_publish(
-        &self,
-        request: Request<RawPublishRequest>,
-    ) -> Result<Response<CodeResponse>, Status> {
-        let RawPublishRequest {
-            topic,
-            qos,
-            payload,
-        } = request.into_inner();
-        let result = self.commands.raw_publish(topic, qos, payload).await;
-        Ok(self.answer("RawPublish", "", result))
     }
 }

@@ -2,15 +2,18 @@
 
 use std::fs::File;
 use std::io::{self, Read};
-use std::path::Path;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use aws_lc_rs::constant_time::verify_slices_are_equal;
 use aws_lc_rs::digest::{SHA256, digest};
+use http::HeaderMap;
+use http::header::AUTHORIZATION;
 use metrics::Counter;
-use tonic::service::Interceptor;
-use tonic::{Request, Status};
+use tonic::Status;
 
+use crate::connection::command::Reach;
+use crate::id::HandlerName;
 use crate::reload::Current;
 
 /// Tokens in a file: as many as there are handlers, and the old ones of each while it is
@@ -42,11 +45,30 @@ pub enum Error {
         last = LENGTH.end()
     )]
     Line(usize),
+    /// A line with somebody else's token.
+    #[error("line {0} is a token of another file; allowed: tokens of its own")]
+    Shared(usize),
+}
+
+/// A file with tokens.
+#[derive(Debug, Clone)]
+pub struct TokenFile {
+    /// The configuration's key.
+    pub key: String,
+    /// Where it is.
+    pub path: PathBuf,
+    /// The handler whose tokens they are, if they are one's own.
+    pub owner: Option<HandlerName>,
 }
 
 /// What handlers may show. Digests, so that neither a dump nor the time of a comparison
 /// tells anything of a token.
-pub struct Tokens(Vec<[u8; 32]>);
+pub struct Tokens(Vec<Token>);
+
+struct Token {
+    digest: [u8; 32],
+    owner: Option<HandlerName>,
+}
 
 impl std::fmt::Debug for Tokens {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -55,41 +77,65 @@ impl std::fmt::Debug for Tokens {
 }
 
 impl Tokens {
-    /// Reads a file with a token a line; empty lines and lines that begin with `#` are
+    /// Reads files with a token a line; empty lines and lines that begin with `#` are
     /// left out.
     ///
     /// # Errors
-    /// A file that cannot be read, has no token or something that is none.
-    pub fn read(path: &Path) -> Result<Arc<Self>, Error> {
-        let mut text = String::new();
-        // What is beyond cannot be read as tokens anyway.
-        File::open(path)?.take(MAX_FILE).read_to_string(&mut text)?;
+    /// A file, by its key, that cannot be read, has no token or something that is none, or one
+    /// that an earlier file has for somebody else.
+    pub fn read(files: &[TokenFile]) -> Result<Arc<Self>, (String, Error)> {
         let mut tokens = Vec::new();
-        for (number, line) in text.lines().enumerate() {
-            let line = line.trim();
-            if line.is_empty() || line.starts_with('#') {
-                continue;
-            }
-            let fits = |byte: u8| byte.is_ascii_alphanumeric() || b"-._~+/=".contains(&byte);
-            if !LENGTH.contains(&line.len()) || !line.bytes().all(fits) {
-                return Err(Error::Line(number + 1));
-            }
-            if tokens.len() == MAX_TOKENS {
-                return Err(Error::TooMany);
-            }
-            tokens.push(hash(line.as_bytes()));
-        }
-        if tokens.is_empty() {
-            return Err(Error::Empty);
+        for file in files {
+            read(file, &mut tokens).map_err(|error| (file.key.clone(), error))?;
         }
         Ok(Arc::new(Self(tokens)))
     }
 
-    /// Whether it is one of them. Takes as long for each.
-    fn know(&self, token: &[u8]) -> bool {
+    /// Whose token it is, if it is one at all. Takes as long for each.
+    fn find(&self, token: &[u8]) -> Option<&Option<HandlerName>> {
         let shown = hash(token);
-        let known = |one: &[u8; 32]| verify_slices_are_equal(one, &shown).is_ok();
-        self.0.iter().fold(false, |any, one| any | known(one))
+        let mut found = None;
+        for one in &self.0 {
+            if verify_slices_are_equal(&one.digest, &shown).is_ok() {
+                found = Some(&one.owner);
+            }
+        }
+        found
+    }
+}
+
+fn read(file: &TokenFile, tokens: &mut Vec<Token>) -> Result<(), Error> {
+    let mut text = String::new();
+    // What is beyond cannot be read as tokens anyway.
+    File::open(&file.path)?
+        .take(MAX_FILE)
+        .read_to_string(&mut text)?;
+    let before = tokens.len();
+    for (number, line) in text.lines().enumerate() {
+        let line = line.trim();
+        if line.is_empty() || line.starts_with('#') {
+            continue;
+        }
+        let fits = |byte: u8| byte.is_ascii_alphanumeric() || b"-._~+/=".contains(&byte);
+        if !LENGTH.contains(&line.len()) || !line.bytes().all(fits) {
+            return Err(Error::Line(number + 1));
+        }
+        if tokens.len() - before == MAX_TOKENS {
+            return Err(Error::TooMany);
+        }
+        let digest = hash(line.as_bytes());
+        let same = |other: &Token| other.digest == digest && other.owner != file.owner;
+        if tokens.iter().any(same) {
+            return Err(Error::Shared(number + 1));
+        }
+        tokens.push(Token {
+            digest,
+            owner: file.owner.clone(),
+        });
+    }
+    match tokens.len() == before {
+        true => Err(Error::Empty),
+        false => Ok(()),
     }
 }
 
@@ -103,28 +149,31 @@ fn hash(token: &[u8]) -> [u8; 32] {
 #[derive(Clone)]
 pub(super) struct Doorkeeper {
     pub tokens: Option<Arc<Current<Tokens>>>,
+    /// Whether a handler reaches only its own connections.
+    pub isolate: bool,
     pub refused: Counter,
 }
 
-impl Interceptor for Doorkeeper {
-    fn call(&mut self, request: Request<()>) -> Result<Request<()>, Status> {
+impl Doorkeeper {
+    /// What a call with these headers may act on.
+    pub fn admit(&self, headers: &HeaderMap) -> Result<Reach, Status> {
         let Some(tokens) = &self.tokens else {
-            return Ok(request);
+            return Ok(Reach::All);
         };
-        let shown = request.metadata().get("authorization");
+        let shown = headers.get(AUTHORIZATION);
         let bearer = shown.and_then(|value| value.as_bytes().split_at_checked(7));
-        match bearer {
-            // The scheme's name is of either case (RFC 9110, 11.1).
-            Some((scheme, token))
-                if scheme.eq_ignore_ascii_case(b"bearer ") && tokens.get().know(token) =>
-            {
-                Ok(request)
-            }
-            _ => {
+        // The scheme's name is of either case (RFC 9110, 11.1).
+        let token = bearer.filter(|(scheme, _)| scheme.eq_ignore_ascii_case(b"bearer "));
+        let tokens = tokens.get();
+        match token.and_then(|(_, token)| tokens.find(token)) {
+            Some(_) if !self.isolate => Ok(Reach::All),
+            Some(Some(owner)) => Ok(Reach::Of(owner.clone())),
+            Some(None) => Ok(Reach::Nothing),
+            None => {
                 self.refused.increment(1);
                 tracing::debug!("a call without a token that is known is refused");
                 Err(Status::unauthenticated(
-                    "the metadata \"authorization\" must be \"Bearer TOKEN\" with a token of server.token_file",
+                    "the metadata \"authorization\" must be \"Bearer TOKEN\" with a token that the gateway knows",
                 ))
             }
         }
@@ -136,19 +185,48 @@ mod tests {
     use super::*;
 
     fn read(text: &str) -> Result<Arc<Tokens>, Error> {
-        let file = tempfile::NamedTempFile::new().unwrap();
-        std::fs::write(file.path(), text).unwrap();
-        Tokens::read(file.path())
+        read_all(&[(text, None)]).map_err(|(_, error)| error)
+    }
+
+    fn read_all(texts: &[(&str, Option<&str>)]) -> Result<Arc<Tokens>, (String, Error)> {
+        let folder = tempfile::tempdir().unwrap();
+        let file = |(number, (text, owner)): (usize, &(&str, Option<&str>))| {
+            let path = folder.path().join(number.to_string());
+            std::fs::write(&path, text).unwrap();
+            TokenFile {
+                key: format!("file {number}"),
+                path,
+                owner: owner.map(HandlerName::new),
+            }
+        };
+        let files: Vec<TokenFile> = texts.iter().enumerate().map(file).collect();
+        Tokens::read(&files)
     }
 
     #[test]
     fn tokens_are_lines() {
         let tokens = read("# for meters\n0123456789abcdef\n\n  fedcba9876543210==\r\n").unwrap();
-        assert!(tokens.know(b"0123456789abcdef") && tokens.know(b"fedcba9876543210=="));
+        for token in ["0123456789abcdef", "fedcba9876543210=="] {
+            assert_eq!(tokens.find(token.as_bytes()), Some(&None));
+        }
         for other in ["", "0123456789abcde", "0123456789abcdef ", "# for meters"] {
-            assert!(!tokens.know(other.as_bytes()), "{other:?}");
+            assert_eq!(tokens.find(other.as_bytes()), None, "{other:?}");
         }
         assert_eq!(format!("{tokens:?}"), "Tokens(2)");
+    }
+
+    #[test]
+    fn a_token_is_one_handlers() {
+        let [a, b] = ["0123456789abcdef\n", "fedcba9876543210\n"];
+        let tokens = read_all(&[(a, Some("a")), (b, Some("b"))]).unwrap();
+        let owner = HandlerName::new("b");
+        assert_eq!(tokens.find(b.trim().as_bytes()), Some(&Some(owner)));
+        for owner in [None, Some("b")] {
+            let (key, error) = read_all(&[(a, Some("a")), (a, owner)]).unwrap_err();
+            assert_eq!(key, "file 1");
+            assert!(matches!(error, Error::Shared(1)), "{error}");
+        }
+        read_all(&[(&format!("{a}{a}"), Some("a"))]).unwrap();
     }
 
     #[test]

@@ -28,6 +28,7 @@ pub(crate) fn check(config: &mut Config, layers: &Layers, faults: &mut Vec<Fault
     for (name, handler) in &config.handlers {
         checks.handler(&format!("handlers.{name}"), handler);
     }
+    checks.isolation(config);
     checks.broker(config);
     for (number, authenticator) in &mut config.authentication {
         checks.authenticator(&format!("authentication.{number}"), authenticator);
@@ -137,6 +138,37 @@ impl Checks<'_> {
                 &format!("{table}.streaming"),
                 format!(
                     "found true with {service_name} = \"ConnectionUnaryHandler\"; allowed: with \"ConnectionHandler\", or false"
+                ),
+            );
+        }
+    }
+
+    /// Who cannot be told from others cannot be kept apart from them.
+    fn isolation(&mut self, config: &Config) {
+        if !config.server.isolate_handlers {
+            return;
+        }
+        let mut without: Vec<String> = config
+            .listeners
+            .enabled()
+            .filter_map(|listener| {
+                let name: &str = &listener.common.handler;
+                let handler = config.handler_named(name)?;
+                let key = match name {
+                    "default" => "handler.adapter_token_file".to_owned(),
+                    name => format!("handlers.{name}.adapter_token_file"),
+                };
+                (handler.adapter_token_file.is_none() && !self.spoiled(&key)).then_some(key)
+            })
+            .collect();
+        without.sort();
+        without.dedup();
+        if !without.is_empty() {
+            self.fault(
+                "server.isolate_handlers",
+                format!(
+                    "found true without {}; allowed: with them, for handlers are told apart by their tokens, or false",
+                    without.join(", ")
                 ),
             );
         }

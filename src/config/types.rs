@@ -129,8 +129,13 @@ section! {
         max_message_size: Size = Within("4MiB", Size::new(1)..),
 
         /// File with tokens, one a line, of which a handler must show one with every call, as the
-        /// metadata "authorization: Bearer TOKEN". Read again when it changes. "" lets everybody call.
+        /// metadata "authorization: Bearer TOKEN". Read again when it changes. "" lets everybody call,
+        /// unless handlers have tokens of their own (handler.adapter_token_file).
         token_file: Option<PathBuf> = "",
+
+        /// Whether a handler can act only on connections that were announced to it: true or false.
+        /// Handlers are told apart by the tokens of their adapter_token_file, which each then needs.
+        isolate_handlers: bool = "false",
 
         /// TLS of the adapter.
         ssl_options: ServerTls = Nested,
@@ -224,6 +229,10 @@ section! {
 
         /// With "hold": the longest outage a connection is held for. A duration or "infinity".
         max_outage: Limit<Duration> = Within("60s", Limit::Finite(TICK)..),
+
+        /// File with this handler's own tokens for its calls to the adapter, as in server.token_file,
+        /// which it may show as well as those. "" for none.
+        adapter_token_file: Option<PathBuf> = "",
 
         /// TLS towards an https:// address.
         ssl_options: ClientTls = Nested,

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use bytes::Bytes;
+use metrics::Counter;
 
 use super::handle::{Authentication, Client, Handle, Refused};
 use super::reason::CloseReason;
@@ -15,6 +16,7 @@ use crate::auth::acl::{Permission, Wish};
 use crate::auth::{Attempt, Auth, Denial, Grant, Secret};
 use crate::broker::topic::{Mountpoint, TopicError, TopicFilter, TopicName, is_mqtt_text};
 use crate::broker::{Broker, Publication, PublishError, QoS, SubscribeError};
+use crate::id::HandlerName;
 use crate::proto::ResultCode;
 
 /// A request about one connection.
@@ -213,6 +215,28 @@ pub struct Commands {
     broker: Broker,
     auth: Arc<Auth>,
     raw_publish: RawPublish,
+    foreign: Counter,
+}
+
+/// The connections that a caller may act on. The others are for it as if they were not there.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Reach {
+    /// All.
+    All,
+    /// Those that were announced to this handler.
+    Of(HandlerName),
+    /// None.
+    Nothing,
+}
+
+impl Reach {
+    fn covers(&self, handler: &HandlerName) -> bool {
+        match self {
+            Self::All => true,
+            Self::Of(name) => name == handler,
+            Self::Nothing => false,
+        }
+    }
 }
 
 /// Whether handlers may publish without a connection.
@@ -234,26 +258,38 @@ fn denied(wish: Wish<'_>) -> Refusal {
 
 impl Commands {
     /// Over these connections and this broker, with `auth` to say who is who;
-    /// `raw_publish` allows [`Commands::raw_publish`].
+    /// `raw_publish` allows [`Commands::raw_publish`]; `foreign` counts calls about connections
+    /// out of the caller's reach.
     pub fn new(
         registry: Arc<Registry>,
         broker: Broker,
         auth: Arc<Auth>,
         raw_publish: RawPublish,
+        foreign: Counter,
     ) -> Self {
         Self {
             registry,
             broker,
             auth,
             raw_publish,
+            foreign,
         }
     }
 
-    /// Does one command.
+    /// Does one command of a caller with this `reach`.
     ///
     /// Cancel safe: what was not done yet is not done.
-    pub async fn execute(&self, conn: &str, command: Command) -> Result<(), Refusal> {
+    pub async fn execute(
+        &self,
+        reach: &Reach,
+        conn: &str,
+        command: Command,
+    ) -> Result<(), Refusal> {
         let handle = self.registry.find(conn)?;
+        if !reach.covers(&handle.context().handler) {
+            self.foreign.increment(1);
+            return Err(Refused::NotAlive.into());
+        }
         let _waiting = handle.caller().waiting();
         match command {
             Command::Send(bytes) => handle.send(bytes).await?,

@@ -8,7 +8,7 @@ use super::machine::Timeouts;
 use super::queue::Limits;
 use super::registry::Registry;
 use crate::handler::Handlers;
-use crate::id::ShardId;
+use crate::id::{HandlerName, ShardId};
 use crate::metrics::ListenerMetrics;
 use crate::telemetry::Seldom;
 
@@ -48,6 +48,8 @@ pub struct ListenerContext {
     pub shard: ShardId,
     /// How connections behave.
     pub settings: Settings,
+    /// The handler's name.
+    pub handler: HandlerName,
     /// The way to the handler.
     pub handlers: Arc<dyn Handlers>,
     /// All connections.

@@ -13,7 +13,7 @@ use tokio_util::sync::CancellationToken;
 use super::machine::Timeouts;
 use super::{Limits, ListenerContext, Policy, Registry, Settings, serve};
 use crate::handler::{CallFailure, Caller, Event, EventSink, Handlers};
-use crate::id::{NodeTag, ShardId};
+use crate::id::{HandlerName, NodeTag, ShardId};
 use crate::metrics::{ListenerMetrics, Metrics};
 use crate::transport::{Kind, PeerInfo, Received, Socket};
 
@@ -98,6 +98,7 @@ fn context(metrics: &Metrics, recorder: &Recorder) -> Arc<ListenerContext> {
             disconnect_denied: false,
             node_name: "node".to_owned(),
         },
+        handler: HandlerName::new("default"),
         handlers: Arc::new(recorder.clone()),
         registry: Arc::new(Registry::new(NodeTag::of("node"), 1)),
         metrics: ListenerMetrics::new(metrics, "tcp.test"),

@@ -18,6 +18,7 @@ use crate::config::{
     TcpListener, TcpOptions, UdpListener, UdpOptions,
 };
 use crate::connection::{ListenerContext, Registry, Settings};
+use crate::id::HandlerName;
 use crate::listener::{DatagramListener, Dtls, Protocol, StreamListener, Tls};
 use crate::metrics::{ListenerMetrics, Metrics};
 use crate::options::{self, Sending};
@@ -257,12 +258,14 @@ impl Build<'_> {
         metrics: &ListenerMetrics,
     ) -> Vec<Arc<ListenerContext>> {
         let handler: &str = &listener.common.handler;
+        let name = HandlerName::new(handler);
         let pools = self.pools.get(handler).into_iter().flatten();
         let context = |(shard, pool): (&Shard, &Arc<_>)| {
             Arc::new(ListenerContext {
                 name: listener.full_name(),
                 shard: shard.id(),
                 settings: settings.clone(),
+                handler: name.clone(),
                 handlers: Arc::clone(pool) as Arc<_>,
                 registry: self.registry.clone(),
                 metrics: metrics.clone(),

@@ -8,6 +8,7 @@
 //! shared           registry (a lock for each shard), broker handle, metrics
 //! ```
 
+mod adapter;
 mod build;
 
 use std::collections::BTreeMap;
@@ -23,7 +24,6 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::adapter::Adapter;
-use crate::adapter::tokens::{self, Tokens};
 use crate::admin::{self, Readiness, Status};
 use crate::auth::Auth;
 use crate::broker::{Broker, BrokerTasks, LinkState};
@@ -36,9 +36,7 @@ use crate::id::{NodeTag, ShardId};
 use crate::memory;
 use crate::metrics::{AdapterMetrics, AuthMetrics, BrokerMetrics, HandlerMetrics, Metrics};
 use crate::options;
-use crate::reload::{Current, Watch};
 use crate::shard::{Shard, ShardThread};
-use crate::telemetry::Seldom;
 use build::{Build, Sockets};
 
 /// How often histograms are tidied; what is recorded between waits in memory.
@@ -49,10 +47,6 @@ const TIDY: Duration = Duration::from_secs(15);
 
 /// How often start-up looks whether everything is there.
 const READY_POLL: Duration = Duration::from_millis(20);
-
-/// Connections of handlers to the adapter. A handler needs one; a program that opens
-/// them without end must not use up the descriptors that devices need.
-const MAX_HANDLER_CONNECTIONS: usize = 1024;
 
 /// Part of the time to drain that is kept for what the broker has to confirm.
 const BROKER_RESERVE: Duration = Duration::from_secs(2);
@@ -202,29 +196,6 @@ impl HandlerLinks {
     }
 }
 
-/// The tokens of the adapter, read again when their file changes.
-fn follow_tokens(
-    config: &Config,
-    stop: &CancellationToken,
-) -> Result<Option<Arc<Current<Tokens>>>, Error> {
-    let Some(path) = config.server.token_file.clone() else {
-        return Ok(None);
-    };
-    let watch = Watch::new(vec![path.clone()]);
-    let current = options::tokens(config)?.map(Current::new);
-    if let Some(current) = current.clone() {
-        let make = move || Tokens::read(&path);
-        let told = |result: Result<(), tokens::Error>| match result {
-            Ok(()) => tracing::info!("the changed server.token_file is in use"),
-            Err(error) => {
-                tracing::error!(%error, "the changed server.token_file is of no use; the old tokens stay");
-            }
-        };
-        tokio::spawn(watch.run(current, make, told, stop.clone()));
-    }
-    Ok(current)
-}
-
 impl Gateway {
     /// Builds and starts everything. Returns when all addresses are bound; whether
     /// the broker and the handlers are there is for [`Gateway::ready`] to say.
@@ -275,6 +246,7 @@ impl Gateway {
         let runtimes: Vec<_> = shards.iter().map(|shard| shard.runtime().clone()).collect();
         let broker_metrics = BrokerMetrics::new(&metrics);
         let (broker, broker_tasks) = Broker::start(broker_options, &runtimes, &broker_metrics)?;
+        let adapter_metrics = AdapterMetrics::new(&metrics);
         let commands = Commands::new(
             registry.clone(),
             broker.clone(),
@@ -284,13 +256,15 @@ impl Gateway {
                 (true, false) => RawPublish::On,
                 (true, true) => RawPublish::Checked,
             },
+            adapter_metrics.foreign.clone(),
         );
         let adapter = Adapter::new(
             commands,
             config.server.max_message_size.bytes(),
             server_tls,
-            follow_tokens(config, &stops.admin)?,
-            AdapterMetrics::new(&metrics),
+            adapter::follow_tokens(config, &stops.admin)?,
+            config.server.isolate_handlers,
+            adapter_metrics.clone(),
         );
         let build = Build {
             config,
@@ -314,9 +288,10 @@ impl Gateway {
         tokio::spawn(announce(health.clone(), addresses.clone(), tell));
 
         let adapter_tasks = TaskTracker::new();
-        let accept = accept_handlers(
+        let accept = adapter::accept(
             adapter_listener,
             adapter,
+            adapter_metrics.max_connections,
             shards.clone(),
             adapter_tasks.clone(),
             stops.adapter.clone(),
@@ -486,45 +461,6 @@ fn used_handlers(config: &Config) -> BTreeMap<&str, &Handler> {
             Some((name, config.handler_named(name)?))
         })
         .collect()
-}
-
-/// Accepts handlers and spreads their connections over the shards.
-async fn accept_handlers(
-    listener: TcpListener,
-    adapter: Adapter,
-    shards: Vec<Shard>,
-    tasks: TaskTracker,
-    stop: CancellationToken,
-) {
-    let (complaints, trouble) = (Seldom::default(), Seldom::default());
-    for shard in shards.iter().cycle() {
-        let accepted = loop {
-            let accepted = tokio::select! {
-                biased;
-                () = stop.cancelled() => return,
-                accepted = listener.accept() => accepted,
-            };
-            let stream = accepted.and_then(|(stream, peer)| Ok((stream.into_std()?, peer)));
-            match stream {
-                Ok(accepted) => break accepted,
-                Err(error) => {
-                    if let Some(left_out) = trouble.tell(Instant::now().into_std()) {
-                        tracing::error!(%error, left_out, "cannot accept a handler; trying on");
-                    }
-                    tokio::time::sleep(Duration::from_millis(100)).await;
-                }
-            }
-        };
-        let (stream, peer) = accepted;
-        if tasks.len() >= MAX_HANDLER_CONNECTIONS {
-            if let Some(left_out) = complaints.tell(Instant::now().into_std()) {
-                tracing::error!(%peer, left_out, "a handler's connection is refused: there are too many");
-            }
-            continue;
-        }
-        let connection = adapter.clone().serve(stream, peer, stop.clone());
-        tasks.spawn_on(connection, shard.runtime());
-    }
 }
 
 async fn upkeep(metrics: Metrics, stop: CancellationToken) {

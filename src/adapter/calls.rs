@@ -1,0 +1,205 @@
+//! The eight calls: each becomes one command to the core.
+
+use std::time::Instant;
+
+use tonic::{Request, Response, Status};
+
+use crate::auth::Secret;
+use crate::connection::command::{Command, Commands, Credentials, Reach, Refusal};
+use crate::metrics::{ADAPTER_METHODS, AdapterMetrics};
+use crate::proto::connection_adapter_server::ConnectionAdapter;
+use crate::proto::{
+    AuthenticateRequest, CloseSocketRequest, CodeResponse, PublishRequest, RawPublishRequest,
+    ResultCode, SendBytesRequest, SubscribeRequest, TimerRequest, TimerType, UnsubscribeRequest,
+};
+
+/// The eight calls.
+#[derive(Clone)]
+pub(super) struct Calls {
+    pub commands: Commands,
+    /// Of callers of whom nothing else is said.
+    pub reach: Reach,
+    pub metrics: AdapterMetrics,
+}
+
+/// A call that has begun.
+struct Call {
+    method: &'static str,
+    reach: Reach,
+    began: Instant,
+}
+
+impl Calls {
+    fn begin<T>(&self, method: &'static str, request: Request<T>) -> (Call, T) {
+        let (_, mut extensions, message) = request.into_parts();
+        let reach = extensions.remove::<Reach>();
+        let call = Call {
+            method,
+            reach: reach.unwrap_or_else(|| self.reach.clone()),
+            began: Instant::now(),
+        };
+        (call, message)
+    }
+
+    async fn execute(
+        &self,
+        call: Call,
+        conn: &str,
+        command: Command,
+    ) -> Result<Response<CodeResponse>, Status> {
+        let result = self.commands.execute(&call.reach, conn, command).await;
+        Ok(self.answer(&call, conn, result))
+    }
+
+    fn answer(
+        &self,
+        call: &Call,
+        conn: &str,
+        result: Result<(), Refusal>,
+    ) -> Response<CodeResponse> {
+        let method = call.method;
+        let (code, message) = match result {
+            Ok(()) => {
+                tracing::debug!(conn, method, "a handler's call is done");
+                (ResultCode::Success, String::new())
+            }
+            Err(refusal) => {
+                let code = refusal.code.as_str_name();
+                let reason = &refusal.message;
+                tracing::debug!(conn, method, code, reason, "a handler's call is refused");
+                (refusal.code, refusal.message)
+            }
+        };
+        let index = ADAPTER_METHODS.iter().position(|name| *name == method);
+        self.metrics.answered(
+            index.unwrap_or(usize::MAX),
+            code.as_str_name(),
+            call.began.elapsed(),
+        );
+        Response::new(CodeResponse {
+            code: code.into(),
+            message,
+        })
+    }
+}
+
+#[tonic::async_trait]
+impl ConnectionAdapter for Calls {
+    async fn send(
+        &self,
+        request: Request<SendBytesRequest>,
+    ) -> Result<Response<CodeResponse>, Status> {
+        let (call, message) = self.begin("Send", request);
+        let SendBytesRequest { conn, bytes } = message;
+        self.execute(call, &conn, Command::Send(bytes)).await
+    }
+
+    async fn close(
+        &self,
+        request: Request<CloseSocketRequest>,
+    ) -> Result<Response<CodeResponse>, Status> {
+        let (call, message) = self.begin("Close", request);
+        let CloseSocketRequest { conn } = message;
+        self.execute(call, &conn, Command::Close).await
+    }
+
+    async fn authenticate(
+        &self,
+        request: Request<AuthenticateRequest>,
+    ) -> Result<Response<CodeResponse>, Status> {
+        let (call, message) = self.begin("Authenticate", request);
+        let AuthenticateRequest {
+            conn,
+            clientinfo,
+            password,
+        } = message;
+        let Some(info) = clientinfo else {
+            let refusal = Refusal::new(ResultCode::RequiredParamsMissed, "clientinfo is missing");
+            return Ok(self.answer(&call, &conn, Err(refusal)));
+        };
+        let credentials = Credentials {
+            proto_name: info.proto_name,
+            proto_ver: info.proto_ver,
+            clientid: info.clientid,
+            username: info.username,
+            mountpoint: info.mountpoint,
+            password: Secret::new(password),
+        };
+        self.execute(call, &conn, Command::Authenticate(credentials))
+            .await
+    }
+
+    async fn start_timer(
+        &self,
+        request: Request<TimerRequest>,
+    ) -> Result<Response<CodeResponse>, Status> {
+        let (call, message) = self.begin("StartTimer", request);
+        let TimerRequest {
+            conn,
+            r#type,
+            interval,
+        } = message;
+        if TimerType::try_from(r#type) != Ok(TimerType::Keepalive) {
+            let refusal = Refusal::new(
+                ResultCode::ParamsTypeError,
+                format!("type is {type}, the only timer is KEEPALIVE (0)"),
+            );
+            return Ok(self.answer(&call, &conn, Err(refusal)));
+        }
+        self.execute(call, &conn, Command::StartTimer(interval))
+            .await
+    }
+
+    async fn publish(
+        &self,
+        request: Request<PublishRequest>,
+    ) -> Result<Response<CodeResponse>, Status> {
+        let (call, message) = self.begin("Publish", request);
+        let PublishRequest {
+            conn,
+            topic,
+            qos,
+            payload,
+        } = message;
+        let command = Command::Publish {
+            topic,
+            qos,
+            payload,
+        };
+        self.execute(call, &conn, command).await
+    }
+
+    async fn subscribe(
+        &self,
+        request: Request<SubscribeRequest>,
+    ) -> Result<Response<CodeResponse>, Status> {
+        let (call, message) = self.begin("Subscribe", request);
+        let SubscribeRequest { conn, topic, qos } = message;
+        let command = Command::Subscribe { filter: topic, qos };
+        self.execute(call, &conn, command).await
+    }
+
+    async fn unsubscribe(
+        &self,
+        request: Request<UnsubscribeRequest>,
+    ) -> Result<Response<CodeResponse>, Status> {
+        let (call, message) = self.begin("Unsubscribe", request);
+        let UnsubscribeRequest { conn, topic } = message;
+        let command = Command::Unsubscribe { filter: topic };
+        self.execute(call, &conn, command).await
+    }
+
+    async fn raw_publish(
+        &self,
+        request: Request<RawPublishRequest>,
+    ) -> Result<Response<CodeResponse>, Status> {
+        let (call, message) = self.begin("RawPublish", request);
+        let RawPublishRequest {
+            topic,
+            qos,
+            payload,
+        } = message;
+        let result = self.commands.raw_publish(topic, qos, payload).await;
+        Ok(self.answer(&call, "", result))
+    }
+}
