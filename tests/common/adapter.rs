@@ -9,13 +9,30 @@ use exproto_sidecar::proto::{
     RawPublishRequest, ResultCode, SendBytesRequest, SubscribeRequest, TimerRequest,
     UnsubscribeRequest,
 };
+use tonic::service::Interceptor;
+use tonic::service::interceptor::InterceptedService;
 use tonic::transport::{Channel, ClientTlsConfig, Endpoint};
+use tonic::{Request, Status};
 
 use super::within;
 
 /// A client of ConnectionAdapter.
 #[derive(Clone)]
-pub struct Adapter(ConnectionAdapterClient<Channel>);
+pub struct Adapter(ConnectionAdapterClient<InterceptedService<Channel, Shown>>);
+
+/// Shows a token with every call, where there is one.
+#[derive(Clone)]
+pub struct Shown(Option<&'static str>);
+
+impl Interceptor for Shown {
+    fn call(&mut self, mut request: Request<()>) -> Result<Request<()>, Status> {
+        if let Some(token) = self.0 {
+            let value = format!("Bearer {token}").parse().unwrap();
+            request.metadata_mut().insert("authorization", value);
+        }
+        Ok(request)
+    }
+}
 
 /// What the adapter answered; gRPC status OK goes without saying.
 #[derive(Debug, Clone)]
@@ -71,11 +88,21 @@ impl Adapter {
     pub async fn connect(address: SocketAddr) -> Self {
         let endpoint = Endpoint::from_shared(format!("http://{address}")).unwrap();
         let channel = within("the adapter", endpoint.connect()).await.unwrap();
-        Self(ConnectionAdapterClient::new(channel))
+        Self::over(channel)
     }
 
     pub fn over(channel: Channel) -> Self {
-        Self(ConnectionAdapterClient::new(channel))
+        Self(ConnectionAdapterClient::with_interceptor(
+            channel,
+            Shown(None),
+        ))
+    }
+
+    pub fn with_token(channel: Channel, token: &'static str) -> Self {
+        Self(ConnectionAdapterClient::with_interceptor(
+            channel,
+            Shown(Some(token)),
+        ))
     }
 
     /// Over TLS. Fails where the adapter will not have this client.
@@ -85,7 +112,7 @@ impl Adapter {
     ) -> Result<Self, tonic::transport::Error> {
         let endpoint = Endpoint::from_shared(format!("https://{address}"))?;
         let channel = within("the adapter", endpoint.tls_config(tls)?.connect()).await?;
-        Ok(Self(ConnectionAdapterClient::new(channel)))
+        Ok(Self::over(channel))
     }
 
     /// A call that fails below gRPC's answers is an error here.
