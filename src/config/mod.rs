@@ -42,7 +42,7 @@ mod values;
 use figment::value::Dict;
 
 pub use access::{AccessRule, AccessRules, Action, PeerList, Peers};
-pub use address::{BrokerUrl, HandlerAddress};
+pub use address::{BrokerUrl, HandlerAddress, HandlerUrl};
 pub use layers::{Sources, process_environment};
 pub use listeners::{
     DtlsListener, DtlsOptions, HealthCheck, Kind, ListenerOptions, ListenerView, Listeners,
@@ -52,8 +52,8 @@ pub use names::{ClientIdPrefix, Mountpoint, Name, NodeName, PropertyName};
 pub use paths::Files;
 pub use report::{Fault, Origin, Report};
 pub use types::{
-    Admin, Broker, ClientTls, Config, Handler, Log, LogFormat, LogLevel, OnUnavailable, Protocol,
-    Queue, QueuePolicy, Server, ServerTls, ServiceName, Verify,
+    Admin, Broker, ClientTls, Config, Failover, Handler, Log, LogFormat, LogLevel, OnUnavailable,
+    Protocol, Queue, QueuePolicy, Server, ServerTls, ServiceName, Verify,
 };
 pub use values::{Limit, Rate, Secret, Size};
 

@@ -11,7 +11,7 @@ use tokio::net::TcpListener as Acceptors;
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 
-use super::{BindError, Error, Pools};
+use super::{BindError, Clients, Error};
 use crate::admission::Admission;
 use crate::config::{
     Config, DtlsListener, DtlsOptions, Kind, ListenerView, ProxyProtocol, SslListener, SslOptions,
@@ -133,7 +133,7 @@ impl<'a> Sockets<'a> {
 pub(super) struct Build<'a> {
     pub config: &'a Config,
     pub shards: &'a [Shard],
-    pub pools: &'a Pools,
+    pub clients: &'a Clients,
     pub registry: &'a Arc<Registry>,
     pub metrics: &'a Metrics,
     pub draining: &'a CancellationToken,
@@ -256,19 +256,19 @@ impl Build<'_> {
         metrics: &ListenerMetrics,
     ) -> Vec<Arc<ListenerContext>> {
         let handler: &str = &listener.common.handler;
-        let pools = self.pools.get(handler).into_iter().flatten();
-        let context = |(shard, pool): (&Shard, &Arc<_>)| {
+        let clients = self.clients.get(handler).into_iter().flatten();
+        let context = |(shard, client): (&Shard, &Arc<Client>)| {
             Arc::new(ListenerContext {
                 name: listener.full_name(),
                 shard: shard.id(),
                 settings: settings.clone(),
-                handlers: Arc::clone(pool) as Arc<_>,
+                handlers: Arc::new(client.clone()),
                 registry: self.registry.clone(),
                 metrics: metrics.clone(),
                 draining: self.draining.clone(),
             })
         };
-        self.shards.iter().zip(pools).map(context).collect()
+        self.shards.iter().zip(clients).map(context).collect()
     }
 
     fn tls(

@@ -1,12 +1,26 @@
 //! The user's service, seen from a connection.
 //!
 //! What happens to a connection is an [`Event`]; how it travels to the handler is
-//! an [`EventSink`]. Today there is one way, a call for each event
-//! ([`client::Client`]) over a channel that a task keeps connected
-//! ([`link::Link`]).
+//! an [`EventSink`]. Today there is one way, a call for each event.
+//!
+//! ```text
+//! client     retries, deadlines, OnSocketCreated before anything else
+//! pool       the addresses of a handler, and which of them a connection is at (seat)
+//! link       a channel to one of them: up, down, or not serving (dial, health)
+//! resolve    from the configuration's addresses to those that can be dialled
+//! ```
 
 pub mod client;
+mod dial;
+mod health;
 pub mod link;
+pub mod pool;
+pub mod resolve;
+mod seat;
+mod status;
+mod trace;
+
+pub use dial::Pings;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -14,6 +28,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use futures_util::future::BoxFuture;
 
+use self::seat::{Member, Seat};
 use crate::metrics::METHODS;
 use crate::proto;
 
@@ -73,12 +88,14 @@ pub enum CallFailure {
 ///
 /// It also keeps the time that the handler spends waiting in calls about this very
 /// connection: for the broker's word, or for a device that takes nothing. That time
-/// is not the handler's, who must not be blamed for it.
+/// is not the handler's, who must not be blamed for it. And it knows which of its
+/// handler's addresses the connection is at.
 #[derive(Debug)]
 pub struct Caller {
     /// The `conn` of the interface.
     pub conn: String,
     waits: Mutex<Waits>,
+    seat: Mutex<Seat>,
 }
 
 #[derive(Debug, Default)]
@@ -100,7 +117,39 @@ impl Caller {
         Self {
             conn,
             waits: Mutex::default(),
+            seat: Mutex::default(),
         }
+    }
+
+    fn seat(&self) -> MutexGuard<'_, Seat> {
+        // No code under the lock can leave it half changed.
+        self.seat.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The address that the connection is at, if it is at one.
+    fn member(&self) -> Option<Arc<Member>> {
+        self.seat().at.clone()
+    }
+
+    /// Why there is nobody to tell.
+    fn trouble(&self) -> String {
+        let away = || "no address takes new connections".to_owned();
+        self.member()
+            .map_or_else(away, |member| member.link.trouble())
+    }
+
+    /// Gives its place at an address up: there is nothing more to be told.
+    fn leave(&self) {
+        let left = std::mem::take(&mut *self.seat());
+        drop(left);
+    }
+
+    /// The address that the handler was told of this connection at, as it is configured,
+    /// and as it was dialled.
+    pub fn address(&self) -> Option<(String, String)> {
+        let member = self.member()?;
+        let link = &member.link;
+        Some((link.target().name.clone(), link.endpoint().to_string()))
     }
 
     fn waits(&self) -> MutexGuard<'_, Waits> {
