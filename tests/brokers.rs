@@ -15,7 +15,7 @@
 
 mod common;
 
-use common::{Broker, Peer, Proxy, Stage, node_name};
+use common::{Broker, Call, Gate, Peer, Proxy, Stage, node_name};
 
 /// A gateway at the broker, and where the broker is.
 struct Scene {
@@ -34,6 +34,10 @@ fn login() -> Option<(String, String)> {
 
 impl Scene {
     async fn start() -> Self {
+        Self::with(&[]).await
+    }
+
+    async fn with(settings: &[(&str, &str)]) -> Self {
         let named = std::env::var("EXPROTO_TEST_BROKER").ok();
         let broker = match named {
             Some(_) => Broker::absent(""),
@@ -46,7 +50,8 @@ impl Scene {
         // Breaks the link on any broker.
         let proxy = Proxy::to(port).await;
         let url = proxy.url();
-        let mut keys = vec![("BROKER__URL", url.as_str())];
+        let mut keys = settings.to_vec();
+        keys.push(("BROKER__URL", url.as_str()));
         let login = login();
         if let Some((username, password)) = &login {
             keys.push(("BROKER__USERNAME", username));
@@ -308,5 +313,41 @@ async fn large_messages() {
     assert_eq!(peer.next_text().await.2, large);
     peer.publish(&down, 1, large.clone()).await;
     assert_eq!(scene.stage.handler.payloads(&device.conn, 1).await, [large]);
+    scene.stage.finish().await;
+}
+
+/// Rule 9: a handler that does not answer for one connection stops nobody else's messages,
+/// however few the broker lets be unacknowledged, and gets its own when it is there again.
+#[tokio::test]
+async fn a_slow_handler_stalls_nobody_else() {
+    let keys = [
+        ("BROKER__POOL_SIZE", "1"),
+        ("HANDLER__REQUEST_TIMEOUT", "60s"),
+    ];
+    let scene = Scene::with(&keys).await;
+    let mut peer = scene.peer().await;
+    let (slow_topic, quick_topic) = (scene.topic("slow"), scene.topic("quick"));
+    let slow = scene.stage.subscriber("s", &slow_topic, 1).await;
+    let quick = scene.stage.subscriber("q", &quick_topic, 1).await;
+    let (gate, conn) = (Gate::closed(), slow.conn.clone());
+    let held = gate.clone();
+    scene.stage.handler.behave(move |event| {
+        let (held, slow) = (held.clone(), event.conn == conn);
+        async move {
+            if slow && matches!(event.call, Call::Messages(_)) {
+                held.pass().await;
+            }
+            Ok(())
+        }
+    });
+    for number in 0..200 {
+        peer.publish(&slow_topic, 1, number.to_string()).await;
+    }
+    peer.publish(&quick_topic, 1, "passes").await;
+    let passed = scene.stage.handler.payloads(&quick.conn, 1).await;
+    assert_eq!(passed, ["passes"]);
+    gate.open();
+    let all: Vec<String> = (0..200).map(|number| number.to_string()).collect();
+    assert_eq!(scene.stage.handler.payloads(&slow.conn, 200).await, all);
     scene.stage.finish().await;
 }

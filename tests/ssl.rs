@@ -167,6 +167,58 @@ async fn openssl_speaks_with_us() {
     }
 }
 
+/// Certificates with RSA keys, which many fleets know alone: beside one with an elliptic
+/// curve each device gets the kind that it asks for.
+#[tokio::test]
+async fn keys_may_be_rsa() {
+    let made = Made::new();
+    let [cert, key] = ["rsa.pem", "rsa.key"].map(|name| made.dir.path().join(name));
+    let status = Command::new("openssl")
+        .args([
+            "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2",
+        ])
+        .args(["-subj", "/CN=meters.example"])
+        .args(["-addext", "subjectAltName=DNS:meters.example"])
+        .arg("-out")
+        .arg(&cert)
+        .arg("-keyout")
+        .arg(&key)
+        .stderr(Stdio::null())
+        .status();
+    assert!(within("openssl", status).await.unwrap().success());
+    let certs = format!("{},{}", made.server.cert, cert.display());
+    let keys = format!("{},{}", made.server.key, key.display());
+    for version in ["-tls1_2", "-tls1_3"] {
+        let keys = [
+            ("SSL_OPTIONS__CERTFILE", certs.as_str()),
+            ("SSL_OPTIONS__KEYFILE", &keys),
+        ];
+        let stage = made.stage(&keys).await;
+        let (rsa, name) = (cert.display().to_string(), "meters.example");
+        let mut client = s_client(
+            &stage,
+            &[
+                version,
+                "-sigalgs",
+                "RSA-PSS+SHA256:RSA+SHA256",
+                "-CAfile",
+                &rsa,
+                "-servername",
+                name,
+                "-verify_hostname",
+                name,
+                "-verify_return_error",
+            ],
+        );
+        let mut stdin = client.stdin.take().unwrap();
+        stdin.write_all(b"up").await.unwrap();
+        let conn = first_conn(&stage).await;
+        assert_eq!(stage.handler.bytes(&conn, 2).await, b"up");
+        client.kill().await.unwrap();
+        stage.finish().await;
+    }
+}
+
 /// Python's ssl module, which most of the world's scripts speak with.
 #[tokio::test]
 async fn python_speaks_with_us() {

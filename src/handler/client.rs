@@ -478,7 +478,7 @@ impl Shared {
         caller: &Caller,
         event: &Event,
     ) -> Result<(), Status> {
-        let conn = caller.conn.to_string();
+        let conn = caller.conn.text();
         let method = event.method_index();
         match event {
             Event::SocketCreated(conninfo) => {

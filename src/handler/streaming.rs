@@ -167,15 +167,15 @@ impl EventSink for Streaming {
         else {
             return self.client.deliver(caller, event);
         };
-        let conn = caller.conn.clone();
+        let conn = caller.conn;
         let (kind, request) = match event {
             Event::ReceivedBytes(bytes) => {
-                let conn = conn.to_string();
+                let conn = conn.text();
                 let request = proto::ReceivedBytesRequest { conn, bytes };
                 (Kind::Bytes, request.encode_to_vec())
             }
             Event::ReceivedMessages(messages) => {
-                let conn = conn.to_string();
+                let conn = conn.text();
                 let request = proto::ReceivedMessagesRequest { conn, messages };
                 (Kind::Messages, request.encode_to_vec())
             }

@@ -11,8 +11,12 @@ use std::hash::{BuildHasher, RandomState};
 use super::super::QoS;
 use super::super::wire::InboundPublish;
 
-/// Fewer messages than this are not thought to fill a broker's window.
-const SMALLEST_WINDOW: usize = 16;
+/// Looks, a second apart or so, at which the same messages wait and nothing has come, after
+/// which the broker may be waiting for us.
+const STALLED: u32 = 3;
+
+/// For so many looks everything is acknowledged at once then: at first, and at most.
+const EAGER: (u32, u32) = (10, 640);
 
 /// Bytes at either end of a payload by which a message is told from another.
 const MARK: usize = 64;
@@ -83,37 +87,42 @@ pub(super) struct Inbox {
     waiting: usize,
     /// How many may wait before the oldest is acknowledged untaken.
     max_waiting: usize,
-    /// The same as long as nothing has shown that the broker's window is smaller.
-    most_waiting: usize,
+    /// For how many looks none may.
+    eager: u32,
+    /// For how many it will be the next time.
+    next_eager: u32,
     /// Messages that were acknowledged untaken.
     early: u64,
     /// Messages that have come, and which one had waited for longest, when this was last
     /// looked at.
     looked: Option<(u64, Receipt)>,
+    /// At how many looks in a row that was the same.
+    same: u32,
 }
 
 impl Inbox {
     /// For a broker that may have so many messages unacknowledged.
     pub(super) fn new(window: u16) -> Self {
-        // With one message allowed there is no other to be let through.
-        let most_waiting = (usize::from(window) / 2).max(1);
         Self {
             entries: HashMap::new(),
             next_token: 0,
             hasher: RandomState::new(),
             held: VecDeque::new(),
             waiting: 0,
-            max_waiting: most_waiting,
-            most_waiting,
+            // With one message allowed there is no other to be let through.
+            max_waiting: (usize::from(window) / 2).max(1),
+            eager: 0,
+            next_eager: EAGER.0,
             early: 0,
             looked: None,
+            same: 0,
         }
     }
 
     /// A CONNACK came, perhaps of another broker.
     pub(super) fn connected(&mut self, session_present: bool) {
-        self.max_waiting = self.most_waiting;
-        self.looked = None;
+        (self.eager, self.next_eager) = (0, EAGER.0);
+        (self.looked, self.same) = (None, 0);
         if !session_present {
             self.entries.clear();
             self.held.clear();
@@ -190,14 +199,15 @@ impl Inbox {
     /// so with a clean session.
     pub(super) fn overdue(&mut self) -> Option<Reply> {
         let mut reply = None;
-        while self.waiting > self.max_waiting
+        let most = if self.eager > 0 { 0 } else { self.max_waiting };
+        while self.waiting > most
             && reply.is_none()
             && let Some(oldest) = self.held.pop_front()
         {
             reply = self.taken(oldest, true);
         }
         self.early += u64::from(reply.is_some());
-        if self.held.len() > 2 * self.most_waiting {
+        if self.held.len() > 2 * self.max_waiting {
             let mut held = std::mem::take(&mut self.held);
             held.retain(|receipt| self.waits(*receipt));
             self.held = held;
@@ -205,10 +215,11 @@ impl Inbox {
         reply
     }
 
-    /// To be called now and then, a second apart or so. Brokers do not always tell how
-    /// small their window is (HiveMQ's has 50 messages, whatever the client allows): where
-    /// many wait, and the same for long, and nothing more has come, it may be full. Half of
-    /// what waits is its half then.
+    /// To be called every second or so. Brokers do not say how many messages they leave
+    /// unacknowledged, and some stop at fewer than a client allows (ejabberd at one, HiveMQ
+    /// at fifty, of which it wants all before it goes on). Where the same ones wait for long
+    /// and nothing comes, it may be that: they are acknowledged, and for a while whatever
+    /// comes, so that a slow handler does not stop the traffic of all.
     pub(super) fn look_for_a_stall(&mut self) {
         while let Some(oldest) = self.held.front()
             && !self.waits(*oldest)
@@ -216,10 +227,15 @@ impl Inbox {
             self.held.pop_front();
         }
         let now = self.held.front().map(|oldest| (self.next_token, *oldest));
-        if now.is_some() && now == self.looked && self.waiting >= SMALLEST_WINDOW {
-            self.max_waiting = self.max_waiting.min(self.waiting / 2);
-        }
+        let same = now.is_some() && now == self.looked;
+        self.same = if same { self.same + 1 } else { 0 };
         self.looked = now;
+        self.eager = self.eager.saturating_sub(1);
+        if self.same >= STALLED {
+            self.same = 0;
+            self.eager = self.next_eager;
+            self.next_eager = (2 * self.next_eager).min(EAGER.1);
+        }
     }
 
     /// How many messages were acknowledged before they were taken, since the last call.

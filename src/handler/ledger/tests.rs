@@ -126,6 +126,7 @@ fn steps() -> impl Strategy<Value = Step> {
     let end = prop_oneof![
         6 => Just(End::Taken),
         2 => Just(End::Broken("gone".to_owned())),
+        1 => Just(End::NotSent("down".to_owned())),
         1 => Just(End::Refused),
         1 => Just(End::Late),
     ];
@@ -177,7 +178,7 @@ impl World {
     fn ended(&mut self, stream: StreamId, end: End) {
         let (entries, ended) = self.out.streams.remove(&stream).unwrap();
         assert_eq!(self.ledger.is_open(stream), !ended);
-        if matches!(end, End::Broken(_)) {
+        if matches!(end, End::Broken(_) | End::NotSent(_)) {
             self.out.broken += entries.len();
         }
         let count = self.out.fates.len();
