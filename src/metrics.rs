@@ -89,7 +89,7 @@ const TABLE: &[(Kind, &str, Unit, &str, &str)] = &[
     (Kind::Counter, READS_PAUSED, Unit::Count, "listener", "Times that reading from a device paused for max_bytes_rate or max_messages_rate."),
     (Kind::Counter, DATAGRAMS_RECEIVED, Unit::Count, "listener", "Datagrams received, those of handshakes and of strangers too."),
     (Kind::Counter, DATAGRAMS_SENT, Unit::Count, "listener", "Datagrams sent."),
-    (Kind::Counter, DATAGRAMS_DROPPED, Unit::Count, "listener, reason", "Datagrams dropped, by reason. Received: queue_full (the connection's), queues_full (the shard's), rate (max_bytes_rate, max_messages_rate), draining, bad_address. To be sent: too_large, send_failed."),
+    (Kind::Counter, DATAGRAMS_DROPPED, Unit::Count, "listener, reason", "Datagrams dropped, by reason. Received: queue_full (the connection's), queues_full (the shard's), rate (max_bytes_rate, max_messages_rate), closed (they waited when their connection ended), draining, bad_address. To be sent: too_large, send_failed."),
     (Kind::Counter, RECEIVE_ERRORS, Unit::Count, "listener", "Failures of a UDP socket to receive."),
     (Kind::Counter, CALLBACKS, Unit::Count, "handler, method, outcome", "Callbacks to handlers that ended, by outcome: ok, unavailable, or the gRPC status."),
     (Kind::Histogram, CALLBACK_SECONDS, Unit::Seconds, "handler, method", "Time from a callback's first try to its answer."),
