@@ -49,6 +49,7 @@ const UNACKNOWLEDGED: &str = "exproto_handler_stream_unacknowledged";
 const RESENT: &str = "exproto_handler_stream_resent_total";
 const HANDLER_UP: &str = "exproto_handler_channels_up";
 const ADAPTER_CALLS: &str = "exproto_adapter_calls_total";
+const ADAPTER_UNAUTHENTICATED: &str = "exproto_adapter_unauthenticated_total";
 const ADAPTER_CONNECTIONS: &str = "exproto_adapter_connections";
 const DELIVERED: &str = "exproto_messages_delivered_total";
 const DROPPED: &str = "exproto_messages_dropped_total";
@@ -102,6 +103,7 @@ const TABLE: &[(Kind, &str, Unit, &str, &str)] = &[
     (Kind::Counter, RESENT, Unit::Count, "handler", "With handler.streaming: callbacks sent again because their stream was not answered with OK; a handler may have had them before."),
     (Kind::Gauge, HANDLER_UP, Unit::Count, "handler", "Connected channels to the handler; each shard keeps one for each address."),
     (Kind::Counter, ADAPTER_CALLS, Unit::Count, "method, code", "Calls of handlers to the adapter, by result code."),
+    (Kind::Counter, ADAPTER_UNAUTHENTICATED, Unit::Count, "", "Calls of handlers refused because they showed no token of server.token_file."),
     (Kind::Gauge, ADAPTER_CONNECTIONS, Unit::Count, "", "Connections of handlers to the adapter."),
     (Kind::Counter, DELIVERED, Unit::Count, "", "Messages that a handler took, counted for each connection."),
     (Kind::Counter, DROPPED, Unit::Count, "reason", "Messages that no handler got, by reason: queue_full; connection_closed, before it was taken or handed over; bad_topic, of which the topic was not UTF-8."),
@@ -456,6 +458,8 @@ pub struct AdapterMetrics {
     metrics: Metrics,
     /// Connections of handlers.
     pub connections: Gauge,
+    /// Calls without a token that is known.
+    pub unauthenticated: Counter,
     succeeded: [Counter; ADAPTER_METHODS.len()],
 }
 
@@ -476,6 +480,7 @@ impl AdapterMetrics {
     pub fn new(metrics: &Metrics) -> Self {
         Self {
             connections: metrics.gauge(ADAPTER_CONNECTIONS, Vec::new()),
+            unauthenticated: metrics.counter(ADAPTER_UNAUTHENTICATED, Vec::new()),
             succeeded: ADAPTER_METHODS.map(|method| {
                 let labels = vec![label("method", method), label("code", "SUCCESS")];
                 metrics.counter(ADAPTER_CALLS, labels)
