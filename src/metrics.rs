@@ -52,6 +52,7 @@ const HANDLER_CHANNELS: &str = "exproto_handler_channels";
 const CONNECTIONS_HELD: &str = "exproto_connections_held";
 const FAILOVERS: &str = "exproto_handler_failovers_total";
 const ADAPTER_CALLS: &str = "exproto_adapter_calls_total";
+const ADAPTER_UNAUTHENTICATED: &str = "exproto_adapter_unauthenticated_total";
 const ADAPTER_CONNECTIONS: &str = "exproto_adapter_connections";
 const DELIVERED: &str = "exproto_messages_delivered_total";
 const DROPPED: &str = "exproto_messages_dropped_total";
@@ -92,7 +93,7 @@ const TABLE: &[(Kind, &str, Unit, &str, &str)] = &[
     (Kind::Counter, READS_PAUSED, Unit::Count, "listener", "Times that reading from a device paused for max_bytes_rate or max_messages_rate."),
     (Kind::Counter, DATAGRAMS_RECEIVED, Unit::Count, "listener", "Datagrams received, those of handshakes and of strangers too."),
     (Kind::Counter, DATAGRAMS_SENT, Unit::Count, "listener", "Datagrams sent."),
-    (Kind::Counter, DATAGRAMS_DROPPED, Unit::Count, "listener, reason", "Datagrams dropped, by reason. Received: queue_full (the connection's), queues_full (the shard's), rate (max_bytes_rate, max_messages_rate), draining, bad_address. To be sent: too_large, send_failed."),
+    (Kind::Counter, DATAGRAMS_DROPPED, Unit::Count, "listener, reason", "Datagrams dropped, by reason. Received: queue_full (the connection's), queues_full (the shard's), rate (max_bytes_rate, max_messages_rate), closed (they waited when their connection ended), draining, bad_address. To be sent: too_large, send_failed."),
     (Kind::Counter, RECEIVE_ERRORS, Unit::Count, "listener", "Failures of a UDP socket to receive."),
     (Kind::Counter, CALLBACKS, Unit::Count, "handler, method, outcome", "Callbacks to handlers that ended, by outcome: ok, unavailable, or the gRPC status."),
     (Kind::Histogram, CALLBACK_SECONDS, Unit::Seconds, "handler, method", "Time from a callback's first try to its answer."),
@@ -108,6 +109,7 @@ const TABLE: &[(Kind, &str, Unit, &str, &str)] = &[
     (Kind::Gauge, CONNECTIONS_HELD, Unit::Count, "handler", "Connections held: a callback of theirs waits for a handler that is away."),
     (Kind::Counter, FAILOVERS, Unit::Count, "handler", "Connections that moved to another address of their handler."),
     (Kind::Counter, ADAPTER_CALLS, Unit::Count, "method, code", "Calls of handlers to the adapter, by result code."),
+    (Kind::Counter, ADAPTER_UNAUTHENTICATED, Unit::Count, "", "Calls of handlers refused because they showed no token of server.token_file."),
     (Kind::Gauge, ADAPTER_CONNECTIONS, Unit::Count, "", "Connections of handlers to the adapter."),
     (Kind::Counter, DELIVERED, Unit::Count, "", "Messages that a handler took, counted for each connection."),
     (Kind::Counter, DROPPED, Unit::Count, "reason", "Messages that no handler got, by reason: queue_full; connection_closed, before it was taken or handed over; bad_topic, of which the topic was not UTF-8."),
@@ -549,6 +551,8 @@ pub struct AdapterMetrics {
     metrics: Metrics,
     /// Connections of handlers.
     pub connections: Gauge,
+    /// Calls without a token that is known.
+    pub unauthenticated: Counter,
     succeeded: [Counter; ADAPTER_METHODS.len()],
 }
 
@@ -569,6 +573,7 @@ impl AdapterMetrics {
     pub fn new(metrics: &Metrics) -> Self {
         Self {
             connections: metrics.gauge(ADAPTER_CONNECTIONS, Vec::new()),
+            unauthenticated: metrics.counter(ADAPTER_UNAUTHENTICATED, Vec::new()),
             succeeded: ADAPTER_METHODS.map(|method| {
                 let labels = vec![label("method", method), label("code", "SUCCESS")];
                 metrics.counter(ADAPTER_CALLS, labels)

@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use tokio_rustls::rustls::{ClientConfig, ServerConfig};
 
+use crate::adapter::tokens::Tokens;
 use crate::admission;
 use crate::auth as authentication;
 use crate::broker;
@@ -57,6 +58,7 @@ impl From<authentication::Error> for Error {
 pub fn check(config: &Config) -> Vec<Error> {
     let mut errors = Vec::new();
     errors.extend(server_tls(config).err());
+    errors.extend(tokens(config).err());
     errors.extend(broker(config).err());
     match auth(config) {
         Ok(options) => errors.extend(authentication::check(&options).into_iter().map(Error::from)),
@@ -116,6 +118,13 @@ pub fn server_tls(config: &Config) -> Result<Option<Arc<ServerConfig>>, Error> {
     tls::server(&identity, authorities, &[b"h2"])
         .map(Some)
         .map_err(|error| Error::new(key, error))
+}
+
+/// The tokens that handlers must show, if any.
+pub fn tokens(config: &Config) -> Result<Option<Arc<Tokens>>, Error> {
+    let path = config.server.token_file.as_deref();
+    let problem = |error| Error::new("server.token_file", error);
+    path.map(Tokens::read).transpose().map_err(problem)
 }
 
 /// The addresses of a handler.

@@ -128,6 +128,10 @@ section! {
         /// The largest request taken from a handler. A size (KiB, MiB, GiB).
         max_message_size: Size = Within("4MiB", Size::new(1)..),
 
+        /// File with tokens, one a line, of which a handler must show one with every call, as the
+        /// metadata "authorization: Bearer TOKEN". Read again when it changes. "" lets everybody call.
+        token_file: Option<PathBuf> = "",
+
         /// TLS of the adapter.
         ssl_options: ServerTls = Nested,
     }

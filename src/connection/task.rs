@@ -344,6 +344,11 @@ impl<S: Socket> Driver<S> {
             && let Poll::Ready(result) = socket.poll_finish(cx)
         {
             self.flushing = false;
+            if !S::STREAM {
+                // Forgotten as soon as it is closed, not once the handler knows: what the
+                // peer sends next is a new connection's.
+                self.socket = None;
+            }
             return Poll::Ready(match result {
                 Ok(()) => Input::Flushed,
                 // The device has gone already: there is nobody to tell.

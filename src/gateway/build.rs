@@ -239,6 +239,7 @@ impl Build<'_> {
                 receive_errors,
                 queue_full: dropped("queue_full"),
                 queues_full: dropped("queues_full"),
+                closed: dropped("closed"),
                 draining: dropped("draining"),
                 bad_address: dropped("bad_address"),
                 too_large: dropped("too_large"),

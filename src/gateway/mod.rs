@@ -23,6 +23,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::adapter::Adapter;
+use crate::adapter::tokens::{self, Tokens};
 use crate::admin::{self, Readiness, Status};
 use crate::auth::Auth;
 use crate::broker::{Broker, BrokerTasks, LinkState};
@@ -35,6 +36,7 @@ use crate::id::{NodeTag, ShardId};
 use crate::memory;
 use crate::metrics::{AdapterMetrics, AuthMetrics, BrokerMetrics, HandlerMetrics, Metrics};
 use crate::options;
+use crate::reload::{Current, Watch};
 use crate::shard::{Shard, ShardThread};
 use crate::telemetry::Seldom;
 use build::{Build, Sockets};
@@ -193,6 +195,29 @@ impl HandlerHealth {
     }
 }
 
+/// The tokens of the adapter, read again when their file changes.
+fn follow_tokens(
+    config: &Config,
+    stop: &CancellationToken,
+) -> Result<Option<Arc<Current<Tokens>>>, Error> {
+    let Some(path) = config.server.token_file.clone() else {
+        return Ok(None);
+    };
+    let watch = Watch::new(vec![path.clone()]);
+    let current = options::tokens(config)?.map(Current::new);
+    if let Some(current) = current.clone() {
+        let make = move || Tokens::read(&path);
+        let told = |result: Result<(), tokens::Error>| match result {
+            Ok(()) => tracing::info!("the changed server.token_file is in use"),
+            Err(error) => {
+                tracing::error!(%error, "the changed server.token_file is of no use; the old tokens stay");
+            }
+        };
+        tokio::spawn(watch.run(current, make, told, stop.clone()));
+    }
+    Ok(current)
+}
+
 impl Gateway {
     /// Builds and starts everything. Returns when all addresses are bound; whether
     /// the broker and the handlers are there is for [`Gateway::ready`] to say.
@@ -268,6 +293,7 @@ impl Gateway {
             commands,
             config.server.max_message_size.bytes(),
             server_tls,
+            follow_tokens(config, &stops.admin)?,
             AdapterMetrics::new(&metrics),
         );
         let build = Build {

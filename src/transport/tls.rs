@@ -10,7 +10,7 @@ use tokio_rustls::rustls::ServerConfig;
 use tokio_rustls::server::TlsStream;
 use tokio_rustls::{Accept, TlsAcceptor};
 
-use super::tcp::Stream;
+use super::tcp::{HEAD, Stream};
 use super::{Received, Socket};
 
 /// A TLS connection.
@@ -23,15 +23,30 @@ pub struct TlsSocket {
 /// A handshake. The caller limits the time; dropped half way the connection is gone.
 pub struct Handshake(Accept<Stream>);
 
+/// Bytes of a ClientHello that are waited for before anything is spent on it. Most are
+/// shorter; of one that is longer, so much has come that the rest is on its way.
+const MOST_OF_HELLO: usize = 1024;
+
+/// The bytes of a device's first message, as far as they are to be waited for, by the
+/// first ones (RFC 8446, 5.1). What is no TLS is not waited for.
+pub fn first_message([kind, _, _, high, low]: [u8; HEAD]) -> usize {
+    const HANDSHAKE: u8 = 22;
+    match kind {
+        HANDSHAKE => (HEAD + usize::from(u16::from_be_bytes([high, low]))).min(MOST_OF_HELLO),
+        _ => 0,
+    }
+}
+
 impl Handshake {
     /// Begins when it is polled.
     pub fn new(stream: Stream, config: Arc<ServerConfig>) -> Self {
         Self(TlsAcceptor::from(config).accept(stream))
     }
 
-    /// Bytes that went either way so far, until it is done.
-    pub fn carried(&self) -> u64 {
-        self.0.get_ref().map_or(0, Stream::carried)
+    /// Bytes that were sent so far, until it is done: there is an answer only to a
+    /// message that came whole.
+    pub fn sent(&self) -> u64 {
+        self.0.get_ref().map_or(0, Stream::sent)
     }
 }
 
