@@ -110,16 +110,16 @@ async fn connections_wait_for_their_own_handler() {
 #[tokio::test]
 async fn what_each_status_does() {
     let stage = Stage::start().await;
-    stage.handler.behave(|event| async move {
-        let Call::Bytes(bytes) = &event.call else {
-            return Ok(());
-        };
-        match std::str::from_utf8(bytes).unwrap().parse() {
-            Ok(code) => Err(Status::new(Code::from_i32(code), "as the device wishes")),
-            Err(_) => Ok(()),
-        }
-    });
     for code in (1..=16).map(Code::from_i32) {
+        stage.handler.behave(|event| async move {
+            let Call::Bytes(bytes) = &event.call else {
+                return Ok(());
+            };
+            match std::str::from_utf8(bytes).unwrap().parse() {
+                Ok(code) => Err(Status::new(Code::from_i32(code), "as the device wishes")),
+                Err(_) => Ok(()),
+            }
+        });
         let mut device = stage.device().await;
         device.send((code as i32).to_string()).await;
         if code == Code::Unavailable {
@@ -130,9 +130,6 @@ async fn what_each_status_does() {
         }
         assert_eq!(stage.closed(&device).await, "handler_error", "{code:?}");
         device.closed().await;
-        if code == Code::DataLoss {
-            break;
-        }
     }
     stage.finish().await;
 }
@@ -244,10 +241,11 @@ async fn a_blackholed_link_is_replaced() {
     let stage = Stage::assemble(Broker::start().await, handler, &keys).await;
     within("the gateway to be ready", stage.gateway.ready()).await;
     let (mut lost, mut quiet) = (stage.device().await, stage.device().await);
+    // What is connected now swallows everything for ever; new connections work.
     proxy.blackhole();
+    proxy.mend();
     lost.send("into the hole").await;
     lost.closed().await;
-    proxy.mend();
     quiet.send("around it").await;
     assert_eq!(stage.handler.bytes(&quiet.conn, 9).await, b"around it");
     assert!(stage.handler.bytes(&lost.conn, 0).await.is_empty());
