@@ -97,7 +97,7 @@ fn handler_names() {
     .unwrap();
     assert_eq!(
         config.handler_named("meters").unwrap().address[0].to_string(),
-        "http://m:80"
+        "http://m:1"
     );
     assert_eq!(config.handler_named("default"), Some(&config.handler));
 }
