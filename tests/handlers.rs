@@ -5,7 +5,7 @@ mod common;
 
 use std::collections::HashMap;
 
-use common::{Broker, Call, Device, Handler, Stage, until, within};
+use common::{Broker, Call, Device, Handler, Proxy, Stage, until, within};
 use tokio::net::{TcpStream, UnixListener};
 use tonic::{Code, Status};
 use tonic_health::ServingStatus;
@@ -223,6 +223,36 @@ async fn a_handler_on_a_unix_socket() {
     assert_eq!(stage.handler.bytes(&device.conn, 9).await, b"by a path");
     stage.finish().await;
     relay.abort();
+}
+
+/// A link on which everything vanishes: the callback on it is lost with its connection,
+/// and everything after goes over a new channel.
+#[tokio::test]
+async fn a_blackholed_link_is_replaced() {
+    let handler = Handler::start().await;
+    let proxy = Proxy::to(handler.port).await;
+    let address = format!("http://127.0.0.1:{}", proxy.port);
+    let keys = [
+        ("HANDLER__ADDRESS", &*address),
+        ("HANDLER__REQUEST_TIMEOUT", "500ms"),
+        ("HANDLER__HEALTH_CHECK", "false"),
+        ("SHARDS", "1"),
+    ];
+    let stage = Stage::assemble(Broker::start().await, handler, &keys).await;
+    within("the gateway to be ready", stage.gateway.ready()).await;
+    let (mut lost, mut quiet) = (stage.device().await, stage.device().await);
+    let answered =
+        "exproto_callback_duration_seconds_count{handler=\"default\",method=\"OnSocketCreated\"}";
+    stage.admin.metric_until(answered, |n| n > 1.5).await;
+    // What is connected now swallows everything for ever; new connections work.
+    proxy.blackhole();
+    proxy.mend();
+    lost.send("into the hole").await;
+    lost.closed().await;
+    quiet.send("around it").await;
+    assert_eq!(stage.handler.bytes(&quiet.conn, 9).await, b"around it");
+    assert!(stage.handler.bytes(&lost.conn, 0).await.is_empty());
+    stage.finish().await;
 }
 
 /// How often the handler is killed, and devices that send meanwhile.
