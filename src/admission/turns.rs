@@ -5,7 +5,8 @@
 //! turns are taken, the handshake that got on for the last time longest ago gives way to
 //! a newcomer, if that was at least [`PATIENCE`] ago.
 //!
-//! Only whole messages of the handshake count as getting on, and no handshake has more
+//! Its clock begins with its first step on its thread (see `pace.rs`): nobody gives way for
+//! having waited for us. Only whole messages of the handshake count as getting on, and no handshake has more
 //! than some: bytes that come one at a time, or garbage, buy no time, and one handshake
 //! that leads nowhere can hold its turn for a few times [`PATIENCE`] at most.
 //!
@@ -54,8 +55,8 @@ struct State {
 
 #[derive(Debug)]
 struct Held {
-    /// When it last got on.
-    moved: Instant,
+    /// When it last got on; `None` before its first step.
+    moved: Option<Instant>,
     fate: Arc<Fate>,
 }
 
@@ -140,11 +141,10 @@ impl Turns {
         let number = state.number();
         let fate = Arc::<Fate>::default();
         let held = Held {
-            moved: now,
+            moved: None,
             fate: fate.clone(),
         };
         state.held.insert(number, held);
-        state.stuck.insert((now, number));
         let turns = self.clone();
         let turn = Turn {
             turns,
@@ -207,7 +207,9 @@ impl State {
 
     fn remove(&mut self, number: u64) -> Option<Held> {
         let held = self.held.remove(&number)?;
-        self.stuck.remove(&(held.moved, number));
+        if let Some(moved) = held.moved {
+            self.stuck.remove(&(moved, number));
+        }
         Some(held)
     }
 }
@@ -223,13 +225,15 @@ impl Drop for Leaving<'_> {
 }
 
 impl Turn {
-    /// The handshake got on by a whole message: one came and was right, or was answered.
+    /// The handshake begins, or got on by a whole message: one came and was right, or was
+    /// answered.
     pub fn moved(&self, now: Instant) {
         let mut state = self.turns.lock();
         let state = &mut *state;
         if let Some(held) = state.held.get_mut(&self.number) {
-            state.stuck.remove(&(held.moved, self.number));
-            held.moved = now;
+            if let Some(moved) = held.moved.replace(now) {
+                state.stuck.remove(&(moved, self.number));
+            }
             state.stuck.insert((now, self.number));
         }
     }
@@ -273,16 +277,36 @@ mod tests {
         turn.poll_lost(&mut cx).is_ready()
     }
 
+    /// A turn whose handshake has begun.
+    fn begun(turns: &Arc<Turns>, now: Instant) -> Option<Turn> {
+        let turn = turns.take(now)?;
+        turn.moved(now);
+        Some(turn)
+    }
+
+    #[test]
+    fn who_has_not_begun_gives_way_to_nobody() {
+        let turns = Turns::new(1);
+        let start = Instant::now();
+        let turn = turns.take(start).unwrap();
+        let later = start + 10 * PATIENCE;
+        assert!(!turns.has_room(later) && turns.take(later).is_none());
+        turn.moved(later);
+        let later = later + PATIENCE;
+        assert!(turns.has_room(later) && turns.take(later).is_some());
+        assert!(is_lost(&turn));
+    }
+
     #[test]
     fn who_has_been_stuck_for_longest_gives_way() {
         let turns = Turns::new(2);
         let start = Instant::now();
         let later = |millis| start + Duration::from_millis(millis);
-        let first = turns.take(start).unwrap();
-        let second = turns.take(later(100)).unwrap();
+        let first = begun(&turns, start).unwrap();
+        let second = begun(&turns, later(100)).unwrap();
         let most = PATIENCE.as_millis() as u64;
         assert!(turns.take(later(most - 100)).is_none());
-        let third = turns.take(later(most)).unwrap();
+        let third = begun(&turns, later(most)).unwrap();
         assert!(is_lost(&first) && !is_lost(&second));
         assert!(turns.take(later(most + 50)).is_none());
         // A turn that was taken away is not given back once more.
@@ -298,7 +322,7 @@ mod tests {
     fn who_gets_on_stays() {
         let turns = Turns::new(1);
         let start = Instant::now();
-        let slow = turns.take(start).unwrap();
+        let slow = begun(&turns, start).unwrap();
         for second in 1..5 {
             let now = start + Duration::from_secs(second);
             slow.moved(now);
@@ -316,7 +340,7 @@ mod tests {
     async fn who_loses_the_turn_is_told() {
         let turns = Turns::new(1);
         let start = Instant::now();
-        let turn = turns.take(start).unwrap();
+        let turn = begun(&turns, start).unwrap();
         let told = tokio::spawn(async move { poll_fn(|cx| turn.poll_lost(cx)).await });
         tokio::task::yield_now().await;
         let _other = turns.take(start + PATIENCE).unwrap();
@@ -349,10 +373,10 @@ mod tests {
         let turns = Turns::new(1);
         let nearly = PATIENCE - Duration::from_millis(100);
         let since = Instant::now().checked_sub(nearly).unwrap();
-        let stuck = turns.take(since).unwrap();
+        let stuck = begun(&turns, since).unwrap();
         assert!(turns.take(Instant::now()).is_none());
         let _turn = turns.wait().await;
         assert!(is_lost(&stuck));
-        assert_eq!(turns.lock().stuck.len(), 1);
+        assert_eq!(turns.lock().held.len(), 1);
     }
 }

@@ -149,7 +149,9 @@ struct Room {
 impl Entrance {
     fn permits(&self, stranger: &Stranger<'_>) -> bool {
         let permitted = self.admission.permits(stranger.peer.ip());
-        permitted.map_err(|refused| self.refuse(refused)).is_ok()
+        permitted
+            .map_err(|refused| self.refuse(stranger, refused))
+            .is_ok()
     }
 
     fn enter(&self, stranger: &Stranger<'_>, now: Instant) -> Option<Room> {
@@ -161,11 +163,15 @@ impl Entrance {
                 _address: address,
             })
         };
-        enter().map_err(|refused| self.refuse(refused)).ok()
+        enter()
+            .map_err(|refused| self.refuse(stranger, refused))
+            .ok()
     }
 
-    fn refuse(&self, refused: Refused) {
-        self.context.metrics.refused(refused.word());
+    fn refuse(&self, stranger: &Stranger<'_>, refused: Refused) {
+        let (listener, peer, reason) = (&*self.context.name, stranger.peer, refused.word());
+        self.context.metrics.refused(reason);
+        tracing::debug!(listener, %peer, reason, "connection refused");
     }
 }
 
@@ -314,9 +320,10 @@ impl Door for DtlsDoor {
                 Ok(socket) => return begin(socket, context),
                 Err(error) => error,
             };
-            context.metrics.refused(error.word());
-            let listener = &context.name;
-            tracing::debug!(listener, %peer, %error, "connection refused");
+            let (listener, reason) = (&*context.name, error.word());
+            context.metrics.refused(reason);
+            let error = error.to_string();
+            tracing::debug!(listener, %peer, reason, error, "connection refused");
             None
         };
         // What the handshake takes is given back before the connection begins.

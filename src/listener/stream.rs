@@ -218,7 +218,8 @@ struct Incoming {
     context: Arc<ListenerContext>,
 }
 
-/// Why a stream did not become a connection: the word it is counted under, and more.
+/// Why a stream did not become a connection: the word it is counted under, and more, such
+/// as the device that a load balancer has named.
 type Failure = (&'static str, String);
 
 impl Incoming {
@@ -269,7 +270,7 @@ impl Entrance {
         let mut since = accepted.at;
         let mut stream = Stream::adopt(accepted.stream, &self.tcp).map_err(setup)?;
         let (mut peer, mut local) = stream.addresses().map_err(setup)?;
-        let denied = |refused: Refused| (refused.word(), "denied".to_owned());
+        let denied = |refused: Refused, device: SocketAddr| (refused.word(), device.to_string());
         if let Some(proxy) = self.admission.proxy() {
             let limit = proxy.timeout;
             let header = proxy_protocol::read(stream.tcp_mut());
@@ -282,12 +283,16 @@ impl Entrance {
                 (peer, local) = (client, reached);
             }
             stream.unread(announced.rest);
-            self.admission.permits(peer.ip()).map_err(denied)?;
+            let permitted = self.admission.permits(peer.ip());
+            permitted.map_err(|refused| denied(refused, peer))?;
             since = Instant::now();
         }
         let permit = match accepted.address {
             Some(permit) => permit,
-            None => self.admission.enter_from(peer.ip()).map_err(denied)?,
+            None => {
+                let entered = self.admission.enter_from(peer.ip());
+                entered.map_err(|refused| denied(refused, peer))?
+            }
         };
         let info = PeerInfo {
             kind: match self.tls {
@@ -350,6 +355,9 @@ async fn paced(mut handshake: Handshake, turn: &Turn, pace: &Arc<Pace>) -> io::R
             _ => Stage::GoingOn,
         };
         let step = pace.step(stage).await;
+        if stage == Stage::Beginning {
+            turn.moved(Instant::now());
+        }
         let polled = poll_fn(|cx| Poll::Ready(Pin::new(&mut handshake).poll(cx))).await;
         drop(step);
         if let Poll::Ready(done) = polled {

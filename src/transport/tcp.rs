@@ -83,7 +83,7 @@ impl Acceptor {
 }
 
 /// Bytes that tell how long a message is, for [`Stream::whole`].
-pub const HEAD: usize = 5;
+pub const HEAD: usize = 9;
 
 /// An accepted stream, with what was read ahead of its owner.
 #[derive(Debug)]
@@ -127,14 +127,19 @@ impl Stream {
         Ok((self.tcp.peer_addr()?, self.tcp.local_addr()?))
     }
 
-    /// Waits until the device's first message is whole, or the device sends nothing
-    /// more; the bytes stay in the kernel. `length` tells from the first [`HEAD`] bytes how
-    /// many there must be. Cancel safe.
+    /// Waits until the device's first message is whole; the bytes stay in the kernel.
+    /// `length` tells from the first [`HEAD`] bytes how many there must be. Cancel safe.
+    ///
+    /// # Errors
+    /// `UnexpectedEof` when the device sends nothing more before.
     pub async fn whole(&self, length: impl Fn([u8; HEAD]) -> usize) -> io::Result<()> {
         loop {
             let ready = self.tcp.ready(Interest::READABLE).await?;
-            if ready.is_read_closed() || self.is_whole(&length)? {
+            if self.is_whole(&length)? {
                 return Ok(());
+            }
+            if ready.is_read_closed() {
+                return Err(io::ErrorKind::UnexpectedEof.into());
             }
             // Only new bytes make it ready again.
             let not_yet = || -> io::Result<()> { Err(io::ErrorKind::WouldBlock.into()) };
@@ -318,7 +323,7 @@ mod tests {
     }
 
     /// A message that comes byte by byte, the first of them read ahead, is waited for, and
-    /// so is nothing from a device that has gone.
+    /// one of a device that has gone is not.
     #[tokio::test]
     async fn a_first_message_is_waited_for() {
         let options = Options {
@@ -328,11 +333,11 @@ mod tests {
             sndbuf: None,
         };
         for (early, late, gone) in [
-            (&b""[..], &b"5:::: hello"[..], false),
-            (b"5:", b"::: hello", false),
-            (b"5:::: he", b"llo", false),
+            (&b""[..], &b"5:::::::: hello"[..], false),
+            (b"5:", b"::::::: hello", false),
+            (b"5:::::::: he", b"llo", false),
             (b"5::", b"", true),
-            (b"", b"5:::: h", true),
+            (b"", b"5:::::::: h", true),
         ] {
             let acceptor = Acceptor::bind("127.0.0.1:0".parse().unwrap(), &options).unwrap();
             let address = acceptor.local_addr().unwrap();
@@ -341,8 +346,8 @@ mod tests {
             let mut stream = Stream::adopt(accepted.unwrap().0, &options).unwrap();
             stream.unread(Bytes::copy_from_slice(early));
             let mut whole = Box::pin(stream.whole(|head| {
-                assert_eq!(head, *b"5::::");
-                11
+                assert_eq!(head, *b"5::::::::");
+                15
             }));
             let (mut sent, mut done) = (0, false);
             for byte in late.chunks(1) {
@@ -362,7 +367,7 @@ mod tests {
                 drop(device);
             }
             if !done {
-                whole.await.unwrap();
+                assert_eq!(whole.await.is_err(), gone);
             }
         }
     }

@@ -28,11 +28,18 @@ pub struct Handshake(Accept<Stream>);
 const MOST_OF_HELLO: usize = 1024;
 
 /// The bytes of a device's first message, as far as they are to be waited for, by the
-/// first ones (RFC 8446, 5.1). What is no TLS is not waited for.
-pub fn first_message([kind, _, _, high, low]: [u8; HEAD]) -> usize {
+/// heads of its record and of the message in it (RFC 8446, 5.1 and 4). What is no TLS is
+/// not waited for; a message that is cut within its head, as none is, for long.
+pub fn first_message(head: [u8; HEAD]) -> usize {
     const HANDSHAKE: u8 = 22;
+    let [kind, _, _, high, low, _, upper, middle, lower] = head;
+    let record = u16::from_be_bytes([high, low]);
     match kind {
-        HANDSHAKE => (HEAD + usize::from(u16::from_be_bytes([high, low]))).min(MOST_OF_HELLO),
+        HANDSHAKE if record < 4 => MOST_OF_HELLO,
+        HANDSHAKE => {
+            let message = u32::from_be_bytes([0, upper, middle, lower]) as usize;
+            (HEAD + message).min(MOST_OF_HELLO)
+        }
         _ => 0,
     }
 }
@@ -118,5 +125,22 @@ impl Socket for TlsSocket {
 
     fn abort(&mut self) {
         self.stream.get_ref().0.abort();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_hello_is_as_long_as_its_message_says() {
+        assert_eq!(first_message([22, 3, 1, 0, 204, 1, 0, 0, 200]), 209);
+        // In several records, or longer than is waited for.
+        assert_eq!(first_message([22, 3, 1, 0, 50, 1, 0, 0, 200]), 209);
+        let long = [22, 3, 1, 64, 0, 1, 255, 255, 255];
+        assert_eq!(first_message(long), MOST_OF_HELLO);
+        // A record that is over before it says anything.
+        assert_eq!(first_message([22, 3, 1, 0, 1, 1, 22, 3, 1]), MOST_OF_HELLO);
+        assert_eq!(first_message(*b"GET / HTT"), 0);
     }
 }

@@ -110,9 +110,9 @@ impl Handshakes {
             let hello = poll_fn(|cx| with_scratch(|scratch| poll_datagram(&mut udp, cx, scratch)));
             let hello = hello.await?;
             let step = self.pace.step(Stage::Beginning).await;
+            turn.moved(Instant::now());
             let session = self.accept(&hello)?;
             drop((step, hello));
-            turn.moved(Instant::now());
             let mut socket = DtlsSocket::over(Some(udp), session, self.clone(), succession);
             let mut timer = None;
             poll_fn(|cx| socket.poll_handshake(cx, turn, &mut timer)).await?;
