@@ -63,8 +63,8 @@ pub use paths::Files;
 pub use report::{Fault, Origin, Report};
 pub use template::{HttpUrl, Piece, Placeholder, Template, TemplateTable};
 pub use types::{
-    Admin, Broker, ClientTls, Config, Handler, Log, LogFormat, LogLevel, LoginAttempts,
-    OnUnavailable, Protocol, Queue, QueuePolicy, Server, ServerTls, ServiceName, Verify,
+    Admin, Broker, BrokerMode, ClientTls, Config, Handler, Log, LogFormat, LogLevel, LoginAttempts,
+    OnUnavailable, Protocol, Queue, QueuePolicy, Server, ServerTls, ServiceName, Verify, Will,
 };
 pub use values::{Limit, Rate, Secret, Size};
 

@@ -108,6 +108,7 @@ pub(super) fn decode(
         Packet::Disconnect => Inbound::Disconnect(DisconnectNotice {
             reason: "disconnection".to_owned(),
             taken_over: false,
+            administrative: false,
         }),
         Packet::Connect(_) | Packet::PingReq | Packet::Subscribe(_) | Packet::Unsubscribe(_) => {
             return Err(invalid("a packet that only clients send"));
