@@ -150,7 +150,7 @@ pub(super) struct Place {
     pub(super) welcomed: bool,
     /// How often in a row that happened soon after the link was up, the broker being
     /// there all the time and knowing the session.
-    pub(super) hang_ups: u32,
+    hang_ups: u32,
     /// How often another gateway has taken the session lately.
     yielded: u32,
     /// How often in a row the broker still had the session that had just been ended

@@ -266,7 +266,7 @@ async fn live(
     let mut round = Round::default();
     let (shortest, longest) = options.reconnect;
     let mut pause = shortest;
-    let (mut opened, mut refused) = (false, 0);
+    let (mut opened, mut refused, mut contested) = (false, 0, 0);
     // Metrics do not tell one device from the other.
     let up = Gauge::noop();
     loop {
@@ -317,15 +317,18 @@ async fn live(
             _ if place.welcomed => 0,
             _ => refused,
         };
-        if was_up {
-            let soon = lived < SOON.max(2 * longest);
-            let again = soon && error.is_without_a_word();
-            place.hang_ups = if again { place.hang_ups + 1 } else { 0 };
-        }
+        // Not every broker says that another client has the session (Mosquitto 2.0 does not),
+        // and a client that begins anew has ended ours.
+        let soon = lived < SOON.max(2 * longest);
+        contested = match place.welcomed && soon && error.is_without_a_word() {
+            true => contested + 1,
+            false if place.welcomed => 0,
+            false => contested,
+        };
         let is_over = match &error {
             LinkError::TakenOver(_) => true,
             LinkError::Ended(notice) => notice.administrative,
-            _ => refused >= MAX_REFUSED || place.hang_ups >= CONTESTED,
+            _ => refused >= MAX_REFUSED || contested >= CONTESTED,
         };
         if is_over {
             return Some(Ended::Kicked);

@@ -282,6 +282,7 @@ mod tests {
             session_expiry: 1,
             receive_maximum: 1,
             max_packet_size: 1,
+            will: None,
         };
         let mut out = BytesMut::from(&b"before"[..]);
         connect(&hello, &mut out);
