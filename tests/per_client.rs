@@ -11,9 +11,8 @@ mod common;
 
 use std::fs;
 use std::process::Command;
-use std::sync::Arc;
 
-use common::{Broker, Device, Peer, Stage, client, until, within};
+use common::{Broker, Peer, Stage, client, until, within};
 use exproto_sidecar::proto::{ClientInfo, ResultCode};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
@@ -248,11 +247,10 @@ async fn the_will_follows_an_abnormal_end_and_no_other() {
 #[tokio::test]
 async fn a_broker_that_comes_back_finds_everything_again() {
     let mut stage = stage(Broker::start().await, &[]).await;
-    let devices: Vec<Device> = [
+    let devices = [
         stage.subscriber("d0", "down/0", 1).await,
         stage.subscriber("d1", "down/1", 1).await,
-    ]
-    .into();
+    ];
     let up = "exproto_broker_sessions_up";
     stage.broker.kill();
     stage.admin.metric_until(up, |up| up == 0.0).await;
@@ -270,10 +268,10 @@ async fn a_broker_that_comes_back_finds_everything_again() {
     let published = "Received PUBLISH from d0 ";
     assert_eq!(stage.broker.counted(published).await, 1);
     let mut peer = Peer::connect(stage.broker.port).await;
-    for number in 0..2 {
+    for (number, device) in devices.iter().enumerate() {
         peer.publish(&format!("down/{number}"), 1, format!("m{number}"))
             .await;
-        let texts = stage.handler.payloads(&devices[number].conn, 1).await;
+        let texts = stage.handler.payloads(&device.conn, 1).await;
         assert_eq!(texts, [format!("m{number}")]);
     }
     stage.finish().await;
@@ -338,7 +336,7 @@ async fn no_more_sessions_than_allowed() {
 #[tokio::test]
 async fn hundreds_of_sessions() {
     const SESSIONS: usize = 300;
-    let stage = Arc::new(stage(Broker::start().await.quiet(), &[]).await);
+    let stage = stage(Broker::start().await.quiet(), &[]).await;
     let mut devices = Vec::new();
     for number in 0..SESSIONS {
         let filter = format!("down/{number}");
@@ -353,5 +351,5 @@ async fn hundreds_of_sessions() {
         let texts = stage.handler.payloads(&device.conn, 1).await;
         assert_eq!(texts, [number.to_string()]);
     }
-    Arc::into_inner(stage).unwrap().finish().await;
+    stage.finish().await;
 }

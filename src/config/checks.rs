@@ -146,20 +146,22 @@ impl Checks<'_> {
 
     /// What does not go with the mode.
     fn broker_mode(&mut self, broker: &Broker) {
-        let is_set = |key: &str| self.layers.origin_of(key) != Origin::Default;
+        // Where they stand makes no difference: `check` prints the defaults, too.
+        let default = Config::default().broker;
+        let messages = broker.session_outbox_max_messages;
+        let bytes = broker.session_outbox_max_bytes;
         let per_client = [
-            ("max_sessions", is_set("broker.max_sessions")),
+            ("max_sessions", broker.max_sessions != default.max_sessions),
             (
                 "session_outbox_max_messages",
-                is_set("broker.session_outbox_max_messages"),
+                messages != default.session_outbox_max_messages,
             ),
             (
                 "session_outbox_max_bytes",
-                is_set("broker.session_outbox_max_bytes"),
+                bytes != default.session_outbox_max_bytes,
             ),
             ("will.topic", !broker.will.topic.pieces().is_empty()),
         ];
-        let pool_size = is_set("broker.pool_size");
         if broker.mode == BrokerMode::Pool {
             for (name, _) in per_client.iter().filter(|(_, is_set)| *is_set) {
                 self.fault(
@@ -176,7 +178,8 @@ impl Checks<'_> {
                  identifiers; allowed: 5",
             );
         }
-        if pool_size && broker.pool_size != 1 {
+        if ![1, default.pool_size].contains(&broker.pool_size) && !self.spoiled("broker.pool_size")
+        {
             self.fault(
                 "broker.pool_size",
                 format!(
