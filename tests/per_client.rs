@@ -193,6 +193,56 @@ async fn who_loses_its_session_to_another_client_is_kicked() {
     stage.finish().await;
 }
 
+/// An operator disables the user: Mosquitto says *administrative action*.
+#[tokio::test]
+async fn who_is_kicked_by_the_operator_is_kicked() {
+    let mut broker = Broker::limited().await;
+    broker.kill();
+    let file = broker.dir.path().join("roles.json");
+    let operator = r#""acls":[{"acltype":"publishClientSend","topic":"$CONTROL/#","priority":9,"allow":true},"#;
+    let roles = fs::read_to_string(&file).unwrap();
+    fs::write(&file, roles.replacen(r#""acls":["#, operator, 1)).unwrap();
+    broker.up().await;
+    let stage = stage(broker, &[]).await;
+    let mut peer = Peer::connect(stage.broker.port).await;
+    let control = "$CONTROL/dynamic-security/v1";
+    let create = r#"{"commands":[{"command":"createClient","username":"ann","password":"right"}]}"#;
+    peer.publish(control, 1, create).await;
+    let device = stage.device().await;
+    let adapter = &stage.adapter;
+    let answer = adapter.authenticate_as(&device.conn, info("a1", "ann"), "right");
+    answer.await.ok();
+    let disable = r#"{"commands":[{"command":"disableClient","username":"ann"}]}"#;
+    peer.publish(control, 1, disable).await;
+    assert_eq!(stage.closed(&device).await, "kicked");
+    let again = stage.device().await;
+    let answer = adapter.authenticate_as(&again.conn, info("a1", "ann"), "right");
+    answer.await.refused(ResultCode::PermissionDeny);
+    stage.finish().await;
+}
+
+#[tokio::test]
+async fn who_is_refused_when_the_broker_comes_back_is_kicked() {
+    let mut stage = stage(guarded().await, &GATEWAY).await;
+    let mut devices = Vec::new();
+    for name in ["ann", "bob"] {
+        let device = stage.device().await;
+        let info = info(name, name);
+        let answer = stage.adapter.authenticate_as(&device.conn, info, "right");
+        answer.await.ok();
+        devices.push(device);
+    }
+    stage.broker.kill();
+    let users = stage.broker.dir.path().join("users");
+    let known = fs::read_to_string(&users).unwrap();
+    let known: Vec<_> = known.lines().filter(|l| !l.starts_with("ann")).collect();
+    fs::write(&users, known.join("\n") + "\n").unwrap();
+    stage.broker.up().await;
+    assert_eq!(stage.closed(&devices[0]).await, "kicked");
+    stage.publish(&devices[1], "data/bob/t", 1, "x").await.ok();
+    stage.finish().await;
+}
+
 #[tokio::test]
 async fn a_client_id_moves_to_its_newest_connection() {
     let stage = stage(Broker::start().await, &[]).await;

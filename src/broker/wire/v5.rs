@@ -416,6 +416,13 @@ mod tests {
             };
             assert!(notice.taken_over);
         }
+        for (code, administrative) in [(0x98, true), (0x8B, false)] {
+            let Ok(Some(Inbound::Disconnect(notice))) = decode_all(&[0xE0, 0x01, code]) else {
+                panic!("no DISCONNECT with {code}");
+            };
+            assert_eq!(notice.administrative, administrative);
+            assert!(!notice.taken_over);
+        }
         assert!(matches!(decode_all(&[0xE0, 0x01]), Ok(None)));
     }
 
