@@ -82,6 +82,8 @@ pub struct Grant {
     pub expire_at: Option<SystemTime>,
     /// What it may do, where who vouches for it says so.
     pub rules: Option<acl::Rules>,
+    /// Until when they count; beyond it may do nothing.
+    pub rules_until: Option<SystemTime>,
 }
 
 /// What an authenticator says.

@@ -189,12 +189,12 @@ impl JwtAuthenticator {
         let Ok(rules) = rules.transpose() else {
             return deny("the token's rules of access are none");
         };
+        let expires = expires.map(|expires| expires + leeway);
         Decision::Allow(Grant {
             rules,
+            rules_until: expires,
             is_superuser: claims.get("is_superuser").and_then(Value::as_bool) == Some(true),
-            expire_at: expires
-                .filter(|_| self.options.disconnect_after_expire)
-                .map(|expires| expires + leeway),
+            expire_at: expires.filter(|_| self.options.disconnect_after_expire),
         })
     }
 }
