@@ -15,6 +15,7 @@ pub mod acl;
 pub mod chain;
 pub mod file;
 pub mod fill;
+pub(crate) mod fuzzing;
 pub mod hash;
 pub mod http;
 pub mod jwt;

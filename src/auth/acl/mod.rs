@@ -314,6 +314,18 @@ async fn answer(asker: &Asker, values: &Values<'_>) -> Result<Option<Permission>
     }
 }
 
+/// See [`crate::fuzzing`].
+pub(super) mod fuzzing {
+    use super::*;
+
+    /// The rules of a file's text, together and each alone.
+    pub fn parse(text: &str) -> Result<(Rules, Vec<Rules>), String> {
+        let rules = super::parse(text)?;
+        let alone = rules.each();
+        Ok((rules, alone))
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::super::tests::attempt;

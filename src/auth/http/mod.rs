@@ -242,6 +242,40 @@ impl HttpAuthenticator {
     }
 }
 
+/// See [`crate::fuzzing`].
+pub(super) mod fuzzing {
+    #![allow(clippy::panic, clippy::indexing_slicing)]
+
+    use super::*;
+
+    /// Nobody is let in who has expired, or by what is no answer; a form says nothing that
+    /// JSON could not say.
+    pub fn answer(kind: u8, body: &[u8]) {
+        let kinds = [
+            "application/json",
+            "application/x-www-form-urlencoded",
+            "text/html",
+        ];
+        let kind = kinds[usize::from(kind) % kinds.len()];
+        let answer = |kind, body: &[u8]| Answer {
+            status: StatusCode::OK,
+            headers: HeaderMap::from_iter([(CONTENT_TYPE, HeaderValue::from_static(kind))]),
+            body: Bytes::copy_from_slice(body),
+        };
+        let now = SystemTime::UNIX_EPOCH + Duration::from_secs(1_700_000_000);
+        let said = decide(&answer(kind, body), now);
+        if let Ok(Decision::Allow(grant)) = &said {
+            assert_ne!(kind, kinds[2]);
+            assert!(grant.expire_at.is_none_or(|at| at > now));
+            assert!(kind == kinds[0] || grant.rules.is_none());
+        }
+        if let (true, Some(members)) = (kind == kinds[1], form(body)) {
+            let json = Value::Object(members).to_string();
+            assert_eq!(decide(&answer(kinds[0], json.as_bytes()), now), said);
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
