@@ -113,7 +113,7 @@ pub fn object(answer: &Answer) -> Result<Map<String, Value>, String> {
     if !is(b"application/json") {
         let is_form = is(b"application/x-www-form-urlencoded");
         let form = is_form.then(|| form(&answer.body)).flatten();
-        return form.ok_or_else(|| "its answer is neither JSON nor a form".to_owned());
+        return form.ok_or_else(|| "its answer is no JSON and no form".to_owned());
     }
     match serde_json::from_slice(&answer.body) {
         Ok(Value::Object(members)) => Ok(members),
