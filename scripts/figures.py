@@ -28,7 +28,10 @@ ROOT = Path(__file__).resolve().parent.parent
 BIN = ROOT / "target/release"
 OUT = ROOT / "target/figures"
 
-STREAMING = {"EXPROTO_HANDLER__STREAMING": "true"}
+STREAMING = {
+    "EXPROTO_HANDLER__STREAMING": "true",
+    "EXPROTO_HANDLER__SERVICE_NAME": "ConnectionHandler",
+}
 
 # Name, options of the bench, further settings of the gateway.
 FIGURES = [
@@ -42,7 +45,7 @@ FIGURES = [
     ("echo, 3,200 devices, window 1", "echo --devices 3200 --window 1", {}),
     ("downlink, 200 devices, window 16", "downlink --devices 200 --window 16", {}),
     ("downlink, 3,200 devices, window 1", "downlink --devices 3200 --window 1", {}),
-    ("fan-out, 10,000 devices", "fanout --devices 10000 --messages 100000 --warmup 0s", {}),
+    ("fan-out, 10,000 devices", "fanout --devices 10000 --messages 10 --warmup 0s", {}),
     ("idle, 10,000 devices", "idle --devices 10000", {}),
     ("storm, 10,000 devices", "storm --devices 10000", {}),
 ]

@@ -48,7 +48,11 @@ const STREAMS_ENDED: &str = "exproto_handler_streams_ended_total";
 const UNACKNOWLEDGED: &str = "exproto_handler_stream_unacknowledged";
 const RESENT: &str = "exproto_handler_stream_resent_total";
 const HANDLER_UP: &str = "exproto_handler_channels_up";
+const HANDLER_CHANNELS: &str = "exproto_handler_channels";
+const CONNECTIONS_HELD: &str = "exproto_connections_held";
+const FAILOVERS: &str = "exproto_handler_failovers_total";
 const ADAPTER_CALLS: &str = "exproto_adapter_calls_total";
+const ADAPTER_UNAUTHENTICATED: &str = "exproto_adapter_unauthenticated_total";
 const ADAPTER_CONNECTIONS: &str = "exproto_adapter_connections";
 const DELIVERED: &str = "exproto_messages_delivered_total";
 const DROPPED: &str = "exproto_messages_dropped_total";
@@ -105,7 +109,11 @@ const TABLE: &[(Kind, &str, Unit, &str, &str)] = &[
     (Kind::Gauge, UNACKNOWLEDGED, Unit::Count, "handler", "With handler.streaming: callbacks with bytes and messages that wait to be sent or whose stream is not answered."),
     (Kind::Counter, RESENT, Unit::Count, "handler", "With handler.streaming: callbacks sent again because their stream was not answered with OK; a handler may have had them before."),
     (Kind::Gauge, HANDLER_UP, Unit::Count, "handler", "Connected channels to the handler; each shard keeps one for each address."),
+    (Kind::Gauge, HANDLER_CHANNELS, Unit::Count, "handler, address, state", "Channels to the handler by the address of the configuration and their state: up, not_serving (new connections go elsewhere), down. Each shard keeps one for each IP address that a host name resolves to."),
+    (Kind::Gauge, CONNECTIONS_HELD, Unit::Count, "handler", "Connections held: a callback of theirs waits for a handler that is away."),
+    (Kind::Counter, FAILOVERS, Unit::Count, "handler", "Connections that moved to another address of their handler."),
     (Kind::Counter, ADAPTER_CALLS, Unit::Count, "method, code", "Calls of handlers to the adapter, by result code."),
+    (Kind::Counter, ADAPTER_UNAUTHENTICATED, Unit::Count, "", "Calls of handlers refused because they showed no token of server.token_file."),
     (Kind::Gauge, ADAPTER_CONNECTIONS, Unit::Count, "", "Connections of handlers to the adapter."),
     (Kind::Counter, DELIVERED, Unit::Count, "", "Messages that a handler took, counted for each connection."),
     (Kind::Counter, DROPPED, Unit::Count, "reason", "Messages that no handler got, by reason: queue_full; connection_closed, before it was taken or handed over; bad_topic, of which the topic was not UTF-8."),
@@ -369,6 +377,10 @@ pub struct HandlerMetrics {
     pub resent: Counter,
     /// Connected channels.
     pub channels_up: Gauge,
+    /// Connections whose callback waits for a handler that is away.
+    pub held: Gauge,
+    /// Connections that moved to another address.
+    pub failovers: Counter,
     ok: [Counter; METHODS.len()],
     seconds: [Histogram; METHODS.len()],
 }
@@ -399,6 +411,8 @@ impl HandlerMetrics {
             unacknowledged: metrics.gauge(UNACKNOWLEDGED, labels()),
             resent: metrics.counter(RESENT, labels()),
             channels_up: metrics.gauge(HANDLER_UP, labels()),
+            held: metrics.gauge(CONNECTIONS_HELD, labels()),
+            failovers: metrics.counter(FAILOVERS, labels()),
             ok: METHODS.map(|method| {
                 let mut labels = by_method(method);
                 labels.push(label("outcome", "ok"));
@@ -446,6 +460,24 @@ impl HandlerMetrics {
         self.metrics.counter(STREAMS_ENDED, labels).increment(1);
     }
 
+    /// Those of the channels to one address of the configuration.
+    pub fn channels(&self, address: &str) -> ChannelMetrics {
+        let gauge = |state: &'static str| {
+            let labels = vec![
+                label("handler", self.handler.clone()),
+                label("address", address.to_owned()),
+                label("state", state),
+            ];
+            self.metrics.gauge(HANDLER_CHANNELS, labels)
+        };
+        ChannelMetrics {
+            all_up: self.channels_up.clone(),
+            up: gauge("up"),
+            not_serving: gauge("not_serving"),
+            down: gauge("down"),
+        }
+    }
+
     /// Records a callback that failed for good.
     pub fn failed(&self, method: usize, outcome: &str) {
         let method = METHODS.get(method).copied().unwrap_or_default();
@@ -458,12 +490,77 @@ impl HandlerMetrics {
     }
 }
 
+/// How a channel to a handler is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ChannelState {
+    /// Connected.
+    Up,
+    /// Connected, but for new connections.
+    NotServing,
+    /// Not connected.
+    Down,
+}
+
+/// Metrics of the channels to one address of a handler.
+#[derive(Clone)]
+pub struct ChannelMetrics {
+    all_up: Gauge,
+    up: Gauge,
+    not_serving: Gauge,
+    down: Gauge,
+}
+
+impl ChannelMetrics {
+    /// Counts one more channel, for as long as the value lives; it is down.
+    pub fn presence(&self) -> Presence {
+        self.down.increment(1.0);
+        Presence {
+            metrics: self.clone(),
+            state: ChannelState::Down,
+        }
+    }
+
+    fn count(&self, state: ChannelState, by: f64) {
+        match state {
+            ChannelState::Up => self.up.increment(by),
+            ChannelState::NotServing => self.not_serving.increment(by),
+            ChannelState::Down => self.down.increment(by),
+        }
+        if state != ChannelState::Down {
+            self.all_up.increment(by);
+        }
+    }
+}
+
+/// A channel in the metrics.
+pub struct Presence {
+    metrics: ChannelMetrics,
+    state: ChannelState,
+}
+
+impl Presence {
+    /// The channel is so from now on.
+    pub fn set(&mut self, state: ChannelState) {
+        self.metrics.count(self.state, -1.0);
+        self.metrics.count(state, 1.0);
+        self.state = state;
+    }
+}
+
+impl Drop for Presence {
+    fn drop(&mut self) {
+        self.metrics.count(self.state, -1.0);
+    }
+}
+
 /// Metrics of the adapter.
 #[derive(Clone)]
 pub struct AdapterMetrics {
     metrics: Metrics,
     /// Connections of handlers.
     pub connections: Gauge,
+    /// Calls without a token that is known.
+    pub unauthenticated: Counter,
     succeeded: [Counter; ADAPTER_METHODS.len()],
 }
 
@@ -484,6 +581,7 @@ impl AdapterMetrics {
     pub fn new(metrics: &Metrics) -> Self {
         Self {
             connections: metrics.gauge(ADAPTER_CONNECTIONS, Vec::new()),
+            unauthenticated: metrics.counter(ADAPTER_UNAUTHENTICATED, Vec::new()),
             succeeded: ADAPTER_METHODS.map(|method| {
                 let labels = vec![label("method", method), label("code", "SUCCESS")];
                 metrics.counter(ADAPTER_CALLS, labels)

@@ -11,18 +11,19 @@ use std::time::Duration;
 
 use tokio_rustls::rustls::{ClientConfig, ServerConfig};
 
+use crate::adapter::tokens::Tokens;
 use crate::admission;
 use crate::auth as authentication;
 use crate::broker;
 use crate::config::{
-    BrokerMode, ClientTls, Config, DenyAction, DtlsOptions, Files, Handler, Limit, ListenerView,
-    OnUnavailable, Protocol, ProxyProtocol, QueuePolicy, Rate, ServiceName, SslOptions, TcpOptions,
-    UdpOptions, Verify,
+    BrokerMode, ClientTls, Config, DenyAction, DtlsOptions, Failover, Files, Handler,
+    HandlerAddress, Limit, ListenerView, OnUnavailable, Protocol, ProxyProtocol, QueuePolicy, Rate,
+    ServiceName, SslOptions, TcpOptions, UdpOptions, Verify,
 };
 use crate::connection::machine::Timeouts;
 use crate::connection::own::WillTemplate;
 use crate::connection::{Limits, Policy, Settings};
-use crate::handler::{client, link, streaming};
+use crate::handler::{Pings, client, link, pool, resolve, streaming};
 use crate::tls::{self, Identity, PeerCheck};
 use crate::transport::dtls::{self, ClientCertificates};
 use crate::transport::{tcp, udp};
@@ -58,6 +59,7 @@ impl From<authentication::Error> for Error {
 pub fn check(config: &Config) -> Vec<Error> {
     let mut errors = Vec::new();
     errors.extend(server_tls(config).err());
+    errors.extend(tokens(config).err());
     errors.extend(broker(config).err());
     match auth(config) {
         Ok(options) => errors.extend(authentication::check(&options).into_iter().map(Error::from)),
@@ -119,26 +121,42 @@ pub fn server_tls(config: &Config) -> Result<Option<Arc<ServerConfig>>, Error> {
         .map_err(|error| Error::new(key, error))
 }
 
+/// The tokens that handlers must show, if any.
+pub fn tokens(config: &Config) -> Result<Option<Arc<Tokens>>, Error> {
+    let path = config.server.token_file.as_deref();
+    let problem = |error| Error::new("server.token_file", error);
+    path.map(Tokens::read).transpose().map_err(problem)
+}
+
 /// The addresses of a handler.
-pub fn targets(key: &str, handler: &Handler) -> Result<Vec<link::Target>, Error> {
-    let tls = if handler.address.iter().any(|address| address.tls) {
+pub fn targets(key: &str, handler: &Handler) -> Result<Vec<resolve::Target>, Error> {
+    let tls = if handler.address.iter().any(HandlerAddress::uses_tls) {
         Some(client_tls(key, &handler.ssl_options, &[b"h2"])?)
     } else {
         None
     };
-    let target = |address: &crate::config::HandlerAddress| link::Target {
-        host: address.host.clone(),
-        port: address.port,
-        tls: tls.clone().filter(|_| address.tls),
-        connect_timeout: handler.connect_timeout,
+    let target = |address: &HandlerAddress| {
+        let place = match address {
+            HandlerAddress::Url(url) => resolve::Place::Port {
+                host: url.host.clone(),
+                port: url.port,
+            },
+            HandlerAddress::Unix(path) => resolve::Place::Socket(path.clone()),
+        };
+        let tls = tls.clone().filter(|_| address.uses_tls());
+        resolve::Target::new(address.to_string(), place, tls, handler.connect_timeout)
+            .map_err(|error| Error::new(&format!("{key}.address"), error))
     };
-    Ok(handler.address.iter().map(target).collect())
+    handler.address.iter().map(target).collect()
 }
 
 /// How events are delivered to a handler, by each of so many shards.
 pub fn client(handler: &Handler, shards: usize) -> client::Options {
+    let ping = |interval| Pings {
+        interval,
+        timeout: handler.keepalive_timeout,
+    };
     client::Options {
-        max_in_flight: (handler.max_in_flight / shards.max(1)).max(1),
         service: match handler.service_name {
             ServiceName::ConnectionUnaryHandler => "ConnectionUnaryHandler",
             ServiceName::ConnectionHandler => "ConnectionHandler",
@@ -153,8 +171,22 @@ pub fn client(handler: &Handler, shards: usize) -> client::Options {
             max_messages: handler.stream_max_messages,
             max_bytes: handler.stream_max_bytes.bytes(),
             max_age: handler.stream_max_age,
-            at_least_once: true,
+            at_least_once: handler.at_least_once,
         }),
+        at_least_once: handler.at_least_once,
+        grpc_timeout: handler.grpc_timeout,
+        trace_context: handler.trace_context,
+        pool: pool::Options {
+            max_in_flight: (handler.max_in_flight / shards.max(1)).max(1),
+            failover_after: match handler.failover {
+                Failover::Hold => None,
+                Failover::Recreate => Some(handler.failover_after),
+            },
+            link: link::Options {
+                health: handler.health_check.then_some(handler.health_interval),
+                pings: handler.keepalive_interval.finite().map(ping),
+            },
+        },
     }
 }
 

@@ -5,7 +5,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
-use super::address::collide;
+use super::address::{HandlerAddress, collide};
 use super::auth::Authenticator;
 use super::authz::RuleSource;
 use super::layers::Layers;
@@ -13,10 +13,11 @@ use super::paths::Files;
 use super::report::{Fault, Origin};
 use super::template::{Piece, Placeholder, TemplateTable};
 use super::types::{
-    Broker, BrokerMode, ClientTls, Config, Handler, Protocol, ServerTls, ServiceName, Verify,
+    Broker, BrokerMode, ClientTls, Config, Failover, Handler, OnUnavailable, Protocol, ServerTls,
+    ServiceName, Verify,
 };
 use super::value::ConfigValue;
-use super::values::Secret;
+use super::values::{Limit, Secret};
 
 /// Looks at what the sections cannot see by themselves, and reads the password file.
 pub(crate) fn check(config: &mut Config, layers: &Layers, faults: &mut Vec<Fault>) {
@@ -128,7 +129,7 @@ impl Checks<'_> {
     }
 
     fn handler(&mut self, table: &str, handler: &Handler) {
-        let tls = handler.address.iter().any(|address| address.tls);
+        let tls = handler.address.iter().any(HandlerAddress::uses_tls);
         self.client_tls(table, &handler.ssl_options, tls, "address", "https://");
         let service_name = format!("{table}.service_name");
         if handler.streaming
@@ -141,6 +142,61 @@ impl Checks<'_> {
                     "found true with {service_name} = \"ConnectionUnaryHandler\"; allowed: with \"ConnectionHandler\", or false"
                 ),
             );
+        }
+        let repeated = handler.address.iter().enumerate().find(|(index, address)| {
+            let mut earlier = handler.address.iter().take(*index);
+            earlier.any(|other| other == *address)
+        });
+        if let Some((_, address)) = repeated {
+            let key = format!("{table}.address");
+            self.fault(
+                &key,
+                format!("found {address} twice; allowed: each address once"),
+            );
+        }
+        if handler.failover == Failover::Recreate {
+            self.failover(table, handler);
+            if handler.streaming && !self.spoiled(&format!("{table}.streaming")) {
+                let failover = format!("{table}.failover");
+                self.fault(
+                    &failover,
+                    format!(
+                        "found \"recreate\", but {table}.streaming is true; allowed: with false only"
+                    ),
+                );
+            }
+        }
+    }
+
+    /// A connection that is closed before it may move never does.
+    fn failover(&mut self, table: &str, handler: &Handler) {
+        let [failover, after, outage] =
+            ["failover", "failover_after", "max_outage"].map(|name| format!("{table}.{name}"));
+        if handler.on_unavailable == OnUnavailable::Close {
+            self.fault(
+                &failover,
+                format!(
+                    "found \"recreate\", but {table}.on_unavailable is \"close\"; allowed: with \"hold\" only"
+                ),
+            );
+        } else if let Limit::Finite(limit) = handler.max_outage
+            && handler.failover_after >= limit
+            && !self.spoiled(&after)
+            && !self.spoiled(&outage)
+        {
+            let (found, limit) = (handler.failover_after.to_text(), limit.to_text());
+            // The default is rarely the one to change.
+            if self.layers.origin_of(&after) == Origin::Default {
+                self.fault(
+                    &outage,
+                    format!("found {limit}; allowed: more than {after}, which is {found}"),
+                );
+            } else {
+                self.fault(
+                    &after,
+                    format!("found {found}; allowed: less than {outage}, which is {limit}"),
+                );
+            }
         }
     }
 

@@ -129,6 +129,10 @@ section! {
         /// The largest request taken from a handler. A size (KiB, MiB, GiB).
         max_message_size: Size = Within("4MiB", Size::new(1)..),
 
+        /// File with tokens, one a line, of which a handler must show one with every call, as the
+        /// metadata "authorization: Bearer TOKEN". Read again when it changes. "" lets everybody call.
+        token_file: Option<PathBuf> = "",
+
         /// TLS of the adapter.
         ssl_options: ServerTls = Nested,
     }
@@ -175,7 +179,10 @@ section! {
 section! {
     /// `[handler]` and `[handlers.NAME]`: a user's ConnectionHandler.
     pub struct Handler {
-        /// Where the service listens: "http://HOST:PORT", https:// for TLS, or a list of them.
+        /// Where the service listens: "http://HOST:PORT", https:// for TLS, "unix:/PATH" for a Unix
+        /// socket, or a list of them. A host name counts as all the addresses that it resolves to.
+        /// A connection stays with the address that saw its OnSocketCreated; new ones go in turn
+        /// over those that are there.
         address: Vec<HandlerAddress> = "http://127.0.0.1:9001",
 
         /// The gRPC service it implements: "ConnectionUnaryHandler", or "ConnectionHandler", the
@@ -221,6 +228,47 @@ section! {
 
         /// With "hold": the longest outage a connection is held for. A duration or "infinity".
         max_outage: Limit<Duration> = Within("60s", Limit::Finite(TICK)..),
+
+        /// Where a connection is held: "hold" waits for its own address to come back, "recreate"
+        /// moves it to another one that is there, with an OnSocketCreated of the same conn first.
+        failover: Failover = "hold",
+
+        /// With "recreate": how long a connection's address must be away before it moves. Less than
+        /// max_outage. A duration.
+        failover_after: Duration = Within("5s", TICK..),
+
+        /// Whether a callback is sent again when it is unknown whether the handler took it: the
+        /// channel broke, or the answer was UNAVAILABLE. false: it is not, and the connection is
+        /// closed, reason handler_unavailable; only what was never sent is tried again.
+        at_least_once: bool = "true",
+
+        /// How often host names are resolved; they also are when connecting fails.
+        /// A duration or "infinity".
+        resolve_interval: Limit<Duration> = Within("30s", Limit::Finite(TICK)..),
+
+        /// Whether a handler is asked for its health (grpc.health.v1, the server as a whole). One
+        /// that says NOT_SERVING gets no new connections; one without that service is healthy.
+        health_check: bool = "true",
+
+        /// How often it is asked. A duration.
+        health_interval: Duration = Within("10s", TICK..),
+
+        /// While callbacks are under way and nothing comes: how often an HTTP/2 ping is sent. Most
+        /// gRPC servers hang up on the third ping within five minutes unless they are told to
+        /// permit more. A duration or "infinity".
+        keepalive_interval: Limit<Duration> = Within("infinity", Limit::Finite(TICK)..),
+
+        /// How long the answer to such a ping may take before the channel counts as broken.
+        /// A duration.
+        keepalive_timeout: Duration = Within("3s", TICK..),
+
+        /// Whether request_timeout goes along with every callback as grpc-timeout. The handler's own
+        /// library then ends a callback at that time, also one that waits for the gateway.
+        grpc_timeout: bool = "false",
+
+        /// Whether every callback carries a new trace id in a traceparent header (W3C Trace
+        /// Context), which the log tells at level debug.
+        trace_context: bool = "false",
 
         /// TLS towards an https:// address.
         ssl_options: ClientTls = Nested,
@@ -422,6 +470,14 @@ words! {
         Hold = "hold",
         /// They are closed.
         Close = "close",
+    }
+
+    /// What becomes of connections whose own handler address is away while another is there.
+    pub enum Failover {
+        /// They wait for it.
+        Hold = "hold",
+        /// They move.
+        Recreate = "recreate",
     }
 
     /// What happens when a connection's queue is full.

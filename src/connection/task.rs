@@ -226,8 +226,11 @@ impl<S: Socket> Driver<S> {
             return Poll::Ready(Input::CallEnded(self.call_ended(result, deliveries)));
         }
         let room = self.calls.size() < MAX_AHEAD;
-        self.machine
-            .set_window(if room { self.sink.window() } else { 1 });
+        self.machine.set_window(if room {
+            self.sink.window(&self.caller)
+        } else {
+            1
+        });
         let wishes = self.handle.look(cx, &mut self.outgoing);
         let authenticated = wishes.authenticated.map(Input::Authenticated);
         let keepalive = wishes.keepalive.map(Input::KeepaliveSet);

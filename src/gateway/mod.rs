@@ -23,6 +23,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::adapter::Adapter;
+use crate::adapter::tokens::{self, Tokens};
 use crate::admin::{self, Readiness, Status};
 use crate::auth::Auth;
 use crate::broker::{Broker, BrokerTasks, LinkState, OwnSessions};
@@ -30,12 +31,13 @@ use crate::config::{Config, Handler};
 use crate::connection::Registry;
 use crate::connection::command::{Commands, RawPublish};
 use crate::connection::own::Own;
-use crate::handler::client::Pool;
-use crate::handler::link::Link;
+use crate::handler::client::Client;
+use crate::handler::resolve::{Directory, Resolve, System};
 use crate::id::{NodeTag, ShardId};
 use crate::memory;
 use crate::metrics::{AdapterMetrics, AuthMetrics, BrokerMetrics, HandlerMetrics, Metrics};
 use crate::options;
+use crate::reload::{Current, Watch};
 use crate::shard::{Shard, ShardThread};
 use crate::telemetry::Seldom;
 use build::{Build, Sockets};
@@ -138,11 +140,10 @@ struct Stops {
     admin: CancellationToken,
 }
 
-/// The links of one handler on all shards: `links[shard][address]`.
-struct HandlerLinks {
+/// One handler as all shards see it.
+struct HandlerHealth {
     name: String,
-    addresses: Vec<String>,
-    links: Vec<Vec<Arc<Link>>>,
+    clients: Vec<Arc<Client>>,
 }
 
 struct Health {
@@ -150,7 +151,7 @@ struct Health {
     started: watch::Sender<bool>,
     draining: CancellationToken,
     broker: Broker,
-    handlers: Vec<HandlerLinks>,
+    handlers: Vec<HandlerHealth>,
 }
 
 impl Health {
@@ -164,7 +165,7 @@ impl Health {
                 LinkState::Connecting | LinkState::Down(_) => Status::missing(text),
             });
         }
-        statuses.extend(self.handlers.iter().map(HandlerLinks::status));
+        statuses.extend(self.handlers.iter().map(HandlerHealth::status));
         statuses
     }
 }
@@ -181,25 +182,42 @@ impl Readiness for Health {
     }
 }
 
-impl HandlerLinks {
-    /// Good when every shard can reach one of the handler's addresses.
+impl HandlerHealth {
+    /// Good when every shard can tell new connections to one of the handler's addresses.
     fn status(&self) -> Status {
-        let down = self
-            .links
-            .iter()
-            .find(|links| !links.iter().any(|link| link.is_up()));
         let name = &self.name;
-        let Some(down) = down else {
-            return Status::good(format!("handler {name}: connected"));
-        };
-        let troubles: Vec<String> = self
-            .addresses
-            .iter()
-            .zip(down)
-            .map(|(address, link)| format!("{address}: {}", link.trouble()))
-            .collect();
-        Status::missing(format!("handler {name}: {}", troubles.join(", ")))
+        let mut pools = self.clients.iter().map(|client| client.pool());
+        match pools.find(|pool| !pool.is_open()) {
+            None => Status::good(format!("handler {name}: connected")),
+            Some(away) => {
+                let troubles = away.troubles().join(", ");
+                Status::missing(format!("handler {name}: {troubles}"))
+            }
+        }
     }
+}
+
+/// The tokens of the adapter, read again when their file changes.
+fn follow_tokens(
+    config: &Config,
+    stop: &CancellationToken,
+) -> Result<Option<Arc<Current<Tokens>>>, Error> {
+    let Some(path) = config.server.token_file.clone() else {
+        return Ok(None);
+    };
+    let watch = Watch::new(vec![path.clone()]);
+    let current = options::tokens(config)?.map(Current::new);
+    if let Some(current) = current.clone() {
+        let make = move || Tokens::read(&path);
+        let told = |result: Result<(), tokens::Error>| match result {
+            Ok(()) => tracing::info!("the changed server.token_file is in use"),
+            Err(error) => {
+                tracing::error!(%error, "the changed server.token_file is of no use; the old tokens stay");
+            }
+        };
+        tokio::spawn(watch.run(current, make, told, stop.clone()));
+    }
+    Ok(current)
 }
 
 impl Gateway {
@@ -213,6 +231,16 @@ impl Gateway {
     /// there for the first time, before `/readyz` says so.
     pub async fn start_and_tell(
         config: &Config,
+        tell: impl FnOnce(&Addresses) + Send + 'static,
+    ) -> Result<Self, Error> {
+        Self::start_resolving(config, Arc::new(System), tell).await
+    }
+
+    /// Like [`Gateway::start_and_tell`], with a resolver of host names other than the
+    /// system's.
+    pub async fn start_resolving(
+        config: &Config,
+        resolver: Arc<dyn Resolve>,
         tell: impl FnOnce(&Addresses) + Send + 'static,
     ) -> Result<Self, Error> {
         let metrics = Metrics::new().map_err(|error| Error::Metrics(error.to_string()))?;
@@ -249,7 +277,8 @@ impl Gateway {
         let (shards, shard_threads) = start_shards(config, &connections)?;
         let node = NodeTag::of(&config.node_name);
         let registry = Arc::new(Registry::new(node, shards.len()));
-        let (pools, handlers) = start_handlers(config, &shards, &metrics, &stops.draining)?;
+        let draining = &stops.draining;
+        let clients = start_handlers(config, &shards, &metrics, draining, &resolver)?;
         let runtimes: Vec<_> = shards.iter().map(|shard| shard.runtime().clone()).collect();
         let broker_metrics = BrokerMetrics::new(&metrics);
         let (broker, broker_tasks) = Broker::start(broker_options, &runtimes, &broker_metrics)?;
@@ -272,12 +301,13 @@ impl Gateway {
             commands,
             config.server.max_message_size.bytes(),
             server_tls,
+            follow_tokens(config, &stops.admin)?,
             AdapterMetrics::new(&metrics),
         );
         let build = Build {
             config,
             shards: &shards,
-            pools: &pools,
+            clients: &clients,
             registry: &registry,
             metrics: &metrics,
             draining: &stops.draining,
@@ -291,7 +321,10 @@ impl Gateway {
             started: watch::Sender::new(false),
             draining: stops.draining.clone(),
             broker,
-            handlers,
+            handlers: clients
+                .into_iter()
+                .map(|(name, clients)| HandlerHealth { name, clients })
+                .collect(),
         });
         tokio::spawn(announce(health.clone(), addresses.clone(), tell));
 
@@ -428,45 +461,41 @@ fn start_shards(
     Ok((shards, threads))
 }
 
-/// Each handler's pools by name, one for each shard.
-type Pools = BTreeMap<String, Vec<Arc<Pool>>>;
+/// Each handler's clients by name, one for each shard.
+type Clients = BTreeMap<String, Vec<Arc<Client>>>;
 
 fn start_handlers(
     config: &Config,
     shards: &[Shard],
     metrics: &Metrics,
     draining: &CancellationToken,
-) -> Result<(Pools, Vec<HandlerLinks>), Error> {
-    let mut pools = Pools::new();
-    let mut all_links = Vec::new();
+    resolver: &Arc<dyn Resolve>,
+) -> Result<Clients, Error> {
+    let mut all = Clients::new();
     for (name, handler) in used_handlers(config) {
         let key = options::handler_key(name);
         let metrics = HandlerMetrics::new(metrics, name);
         let targets = options::targets(&key, handler)?;
-        let mut links_of_shards = Vec::new();
-        let mut pools_of_shards = Vec::new();
-        for shard in shards {
-            let mut links = Vec::new();
-            for target in &targets {
-                let link = Link::new(target.clone(), metrics.clone())
-                    .map_err(|error| options::Error::new(&key, error))?;
-                shard.runtime().spawn(link.clone().run());
-                links.push(link);
-            }
-            let options = options::client(handler, shards.len());
-            let pool = Pool::new(links.clone(), options, metrics.clone(), draining.clone())
-                .map_err(|error| options::Error::new(&key, error))?;
-            links_of_shards.push(links);
-            pools_of_shards.push(Arc::new(pool));
+        let interval = handler.resolve_interval.finite();
+        let directory = Directory::new(targets, resolver.clone(), interval);
+        tokio::spawn(directory.clone().run());
+        let mut clients = Vec::new();
+        for (number, shard) in shards.iter().enumerate() {
+            let client = Client::new(
+                options::client(handler, shards.len()),
+                directory.clone(),
+                metrics.clone(),
+                draining.clone(),
+                number,
+            );
+            let client = client.map_err(|error| options::Error::new(&key, error))?;
+            let client = Arc::new(client);
+            shard.runtime().spawn(client.clone().run());
+            clients.push(client);
         }
-        pools.insert(name.to_owned(), pools_of_shards);
-        all_links.push(HandlerLinks {
-            name: name.to_owned(),
-            addresses: handler.address.iter().map(ToString::to_string).collect(),
-            links: links_of_shards,
-        });
+        all.insert(name.to_owned(), clients);
     }
-    Ok((pools, all_links))
+    Ok(all)
 }
 
 /// The handlers that a listener names; the others need not be there.

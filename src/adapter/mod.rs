@@ -1,5 +1,7 @@
 //! ConnectionAdapter: the gRPC edge. Each call becomes one command to the core.
 
+pub mod tokens;
+
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -12,6 +14,7 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::rustls::ServerConfig;
 use tokio_util::sync::CancellationToken;
+use tonic::service::interceptor::InterceptedService;
 use tonic::{Request, Response, Status};
 
 use crate::auth::Secret;
@@ -22,6 +25,9 @@ use crate::proto::{
     AuthenticateRequest, CloseSocketRequest, CodeResponse, PublishRequest, RawPublishRequest,
     ResultCode, SendBytesRequest, SubscribeRequest, TimerRequest, TimerType, UnsubscribeRequest,
 };
+use crate::reload::Current;
+
+use tokens::{Doorkeeper, Tokens};
 
 /// Calls that one handler connection may have open. A call waits for the broker or
 /// for a slow device; calls beyond wait at the handler, so it must be far more than
@@ -43,26 +49,32 @@ const SILENCE: Duration = Duration::from_secs(20);
 /// Serves handlers' connections. Cheap to clone.
 #[derive(Clone)]
 pub struct Adapter {
-    service: ConnectionAdapterServer<Calls>,
+    service: InterceptedService<ConnectionAdapterServer<Calls>, Doorkeeper>,
     tls: Option<Arc<ServerConfig>>,
     metrics: AdapterMetrics,
 }
 
 impl Adapter {
-    /// `max_message_size` in bytes bounds a request.
+    /// `max_message_size` in bytes bounds a request. Without `tokens` everybody may call.
     pub fn new(
         commands: Commands,
         max_message_size: usize,
         tls: Option<Arc<ServerConfig>>,
+        tokens: Option<Arc<Current<Tokens>>>,
         metrics: AdapterMetrics,
     ) -> Self {
         let calls = Calls {
             commands,
             metrics: metrics.clone(),
         };
+        let server =
+            ConnectionAdapterServer::new(calls).max_decoding_message_size(max_message_size);
+        let doorkeeper = Doorkeeper {
+            tokens,
+            refused: metrics.unauthenticated.clone(),
+        };
         Self {
-            service: ConnectionAdapterServer::new(calls)
-                .max_decoding_message_size(max_message_size),
+            service: InterceptedService::new(server, doorkeeper),
             tls,
             metrics,
         }
