@@ -64,6 +64,10 @@ const AUTHORIZATIONS: &str = "exproto_authorizations_total";
 const LOGIN_ATTEMPTS_LIMITED: &str = "exproto_login_attempts_limited_total";
 const LINKS_UP: &str = "exproto_broker_links_up";
 const LINK_UP: &str = "exproto_broker_link_up";
+const SESSIONS: &str = "exproto_broker_sessions";
+const SESSIONS_UP: &str = "exproto_broker_sessions_up";
+const SESSIONS_REFUSED: &str = "exproto_broker_sessions_refused_total";
+const SESSIONS_KICKED: &str = "exproto_broker_sessions_kicked_total";
 const PUBLISHED: &str = "exproto_broker_published_total";
 const RECEIVED: &str = "exproto_broker_received_total";
 const UNCLAIMED: &str = "exproto_broker_unclaimed_total";
@@ -121,6 +125,10 @@ const TABLE: &[(Kind, &str, Unit, &str, &str)] = &[
     (Kind::Counter, AUTHORIZATIONS, Unit::Count, "outcome", "Publishes and subscriptions checked against rules, by outcome: allow, deny."),
     (Kind::Counter, LOGIN_ATTEMPTS_LIMITED, Unit::Count, "by", "Authentications refused unseen after too many failed ones, by address or clientid."),
     (Kind::Gauge, LINKS_UP, Unit::Count, "", "Pool members connected to the broker."),
+    (Kind::Gauge, SESSIONS, Unit::Count, "", "Devices' own sessions at the broker (broker.mode = per_client), those without a link included."),
+    (Kind::Gauge, SESSIONS_UP, Unit::Count, "", "Those that are connected."),
+    (Kind::Counter, SESSIONS_REFUSED, Unit::Count, "", "Devices refused because broker.max_sessions are open."),
+    (Kind::Counter, SESSIONS_KICKED, Unit::Count, "", "Devices' own sessions that the broker ended."),
     (Kind::Counter, PUBLISHED, Unit::Count, "", "Messages sent to the broker."),
     (Kind::Counter, RECEIVED, Unit::Count, "", "Messages received from the broker."),
     (Kind::Counter, UNCLAIMED, Unit::Count, "", "Messages received that no connection was subscribed to any more."),
@@ -600,6 +608,14 @@ impl AdapterMetrics {
 pub struct BrokerMetrics {
     /// Members connected.
     pub links_up: Gauge,
+    /// Devices' own sessions.
+    pub sessions: Gauge,
+    /// Those that are connected.
+    pub sessions_up: Gauge,
+    /// Devices refused for want of room.
+    pub sessions_refused: Counter,
+    /// Sessions that the broker ended.
+    pub sessions_kicked: Counter,
     /// Messages sent.
     pub published: Counter,
     /// Messages received.
@@ -640,6 +656,10 @@ impl BrokerMetrics {
         let gauge = |name| metrics.gauge(name, Vec::new());
         Self {
             links_up: gauge(LINKS_UP),
+            sessions: gauge(SESSIONS),
+            sessions_up: gauge(SESSIONS_UP),
+            sessions_refused: counter(SESSIONS_REFUSED),
+            sessions_kicked: counter(SESSIONS_KICKED),
             published: counter(PUBLISHED),
             received: counter(RECEIVED),
             unclaimed: counter(UNCLAIMED),

@@ -16,11 +16,12 @@ use crate::admission;
 use crate::auth as authentication;
 use crate::broker;
 use crate::config::{
-    ClientTls, Config, DenyAction, DtlsOptions, Failover, Files, Handler, HandlerAddress, Limit,
-    ListenerView, OnUnavailable, Protocol, ProxyProtocol, QueuePolicy, Rate, ServiceName,
-    SslOptions, TcpOptions, UdpOptions, Verify,
+    BrokerMode, ClientTls, Config, DenyAction, DtlsOptions, Failover, Files, Handler,
+    HandlerAddress, Limit, ListenerView, OnUnavailable, Protocol, ProxyProtocol, QueuePolicy, Rate,
+    ServiceName, SslOptions, TcpOptions, UdpOptions, Verify,
 };
 use crate::connection::machine::Timeouts;
+use crate::connection::own::WillTemplate;
 use crate::connection::{Limits, Policy, Settings};
 use crate::handler::{Pings, client, link, pool, resolve, streaming};
 use crate::tls::{self, Identity, PeerCheck};
@@ -214,7 +215,11 @@ pub fn broker(config: &Config) -> Result<broker::Options, Error> {
             Protocol::V5 => broker::Protocol::V5,
         },
         client_id: format!("{prefix}-{node}"),
-        pool_size: broker.pool_size,
+        // RawPublish has one route, which is one connection.
+        pool_size: match broker.mode {
+            BrokerMode::Pool => broker.pool_size,
+            BrokerMode::PerClient => 1,
+        },
         login: (broker.username.is_some() || broker.password.is_some()).then(|| broker::Login {
             username: broker.username.clone().unwrap_or_default(),
             password: broker
@@ -235,6 +240,34 @@ pub fn broker(config: &Config) -> Result<broker::Options, Error> {
         from_property: name(&broker.from_property),
         id_property: name(&broker.id_property),
         timestamp_property: name(&broker.timestamp_property),
+        will: None,
+        own: false,
+    })
+}
+
+/// What the sessions of devices have in common, and how many there may be; where each
+/// device has its own.
+pub fn own_sessions(config: &Config) -> Result<Option<(broker::Options, usize)>, Error> {
+    let settings = &config.broker;
+    if settings.mode == BrokerMode::Pool {
+        return Ok(None);
+    }
+    let options = broker::Options {
+        outbox_max_messages: settings.session_outbox_max_messages,
+        outbox_max_bytes: settings.session_outbox_max_bytes.bytes(),
+        ..broker(config)?
+    };
+    Ok(Some((options, settings.max_sessions)))
+}
+
+/// The will of each device that has its own session, where there is one.
+pub fn will(config: &Config) -> Option<WillTemplate> {
+    let will = &config.broker.will;
+    (!will.topic.pieces().is_empty()).then(|| WillTemplate {
+        topic: will.topic.clone(),
+        payload: will.payload.clone(),
+        qos: broker::QoS::from_number(will.qos.into()).unwrap_or(broker::QoS::AtMostOnce),
+        retain: will.retain,
     })
 }
 

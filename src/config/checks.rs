@@ -11,9 +11,10 @@ use super::authz::RuleSource;
 use super::layers::Layers;
 use super::paths::Files;
 use super::report::{Fault, Origin};
-use super::template::TemplateTable;
+use super::template::{Piece, Placeholder, TemplateTable};
 use super::types::{
-    ClientTls, Config, Failover, Handler, OnUnavailable, ServerTls, ServiceName, Verify,
+    Broker, BrokerMode, ClientTls, Config, Failover, Handler, OnUnavailable, Protocol, ServerTls,
+    ServiceName, Verify,
 };
 use super::value::ConfigValue;
 use super::values::{Limit, Secret};
@@ -199,7 +200,71 @@ impl Checks<'_> {
         }
     }
 
+    /// What does not go with the mode.
+    fn broker_mode(&mut self, broker: &Broker) {
+        // Where they stand makes no difference: `check` prints the defaults, too.
+        let default = Config::default().broker;
+        let messages = broker.session_outbox_max_messages;
+        let bytes = broker.session_outbox_max_bytes;
+        let per_client = [
+            ("max_sessions", broker.max_sessions != default.max_sessions),
+            (
+                "session_outbox_max_messages",
+                messages != default.session_outbox_max_messages,
+            ),
+            (
+                "session_outbox_max_bytes",
+                bytes != default.session_outbox_max_bytes,
+            ),
+            ("will.topic", !broker.will.topic.pieces().is_empty()),
+        ];
+        if broker.mode == BrokerMode::Pool {
+            for (name, _) in per_client.iter().filter(|(_, is_set)| *is_set) {
+                self.fault(
+                    &format!("broker.{name}"),
+                    "found a value with broker.mode = \"pool\"; allowed: with \"per_client\"",
+                );
+            }
+            return;
+        }
+        if broker.protocol != Protocol::V5 && !self.spoiled("broker.protocol") {
+            self.fault(
+                "broker.protocol",
+                "found 4 with broker.mode = \"per_client\", whose exact fan-out needs subscription \
+                 identifiers; allowed: 5",
+            );
+        }
+        if ![1, default.pool_size].contains(&broker.pool_size) && !self.spoiled("broker.pool_size")
+        {
+            self.fault(
+                "broker.pool_size",
+                format!(
+                    "found {} with broker.mode = \"per_client\", where devices share no connection; \
+                     allowed: 1, or leave it out",
+                    broker.pool_size
+                ),
+            );
+        }
+        let known = |piece: &&Piece| {
+            use Placeholder::{Action, Password, Qos, Topic};
+            matches!(piece, Piece::Fill(Password | Action | Topic | Qos))
+        };
+        for (name, template) in [
+            ("topic", &broker.will.topic),
+            ("payload", &broker.will.payload),
+        ] {
+            if template.pieces().iter().find(known).is_some() {
+                self.fault(
+                    &format!("broker.will.{name}"),
+                    "found a placeholder that a will has no value for; allowed: ${clientid} ${username} \
+                     ${peerhost} ${cert_common_name} ${cert_subject} ${proto_name}",
+                );
+            }
+        }
+    }
+
     fn broker(&mut self, config: &mut Config) {
+        self.broker_mode(&config.broker);
         let broker = &mut config.broker;
         let tls = broker.url.iter().any(|url| url.tls);
         self.client_tls("broker", &broker.ssl_options, tls, "url", "mqtts://");

@@ -14,6 +14,7 @@ use super::authz::Authorization;
 use super::listeners::Listeners;
 use super::names::{ClientIdPrefix, Mountpoint, NodeName, PropertyName, words};
 use super::schema::{Computed, Listed, Named, Nested, Within, section};
+use super::template::Template;
 use super::value::{ConfigValue, Rejected};
 use super::values::{Limit, Secret, Size};
 
@@ -286,7 +287,23 @@ section! {
         /// publishing, and may open further connections for filters that overlap.
         protocol: Protocol = "5",
 
-        /// Connections to the broker, 1 to 64.
+        /// "pool": the devices share the gateway's connections. "per_client": Authenticate opens a
+        /// connection with the device's client id, user name and password; MQTT 5 only.
+        mode: BrokerMode = "pool",
+
+        /// The most devices with a connection of their own at a time (mode per_client), at least 1.
+        max_sessions: usize = Within("10000", 1..),
+
+        /// In place of outbox_max_messages on a device's own connection, at least 1.
+        session_outbox_max_messages: usize = Within("100", 1..),
+
+        /// In place of outbox_max_bytes on a device's own connection. A size.
+        session_outbox_max_bytes: Size = Within("64KiB", Size::new(1)..),
+
+        /// Mode per_client: the will of each device.
+        will: Will = Nested,
+
+        /// Connections to the broker, 1 to 64. Mode per_client has one, for RawPublish.
         pool_size: usize = Within("4", 1..=64),
 
         /// The user name the gateway gives the broker. "" for none.
@@ -348,6 +365,34 @@ section! {
 
         /// TLS towards an mqtts:// broker.
         ssl_options: ClientTls = Nested,
+    }
+}
+
+words! {
+    /// Whose connections to the broker there are.
+    pub enum BrokerMode {
+        /// A few of the gateway's.
+        Pool = "pool",
+        /// One of each device's.
+        PerClient = "per_client",
+    }
+}
+
+section! {
+    /// `[broker.will]`: what the broker publishes when a device's own connection ends abnormally.
+    pub struct Will {
+        /// The topic as the broker sees it, without a mountpoint; ${clientid}, ${username}, ${peerhost},
+        /// ${cert_common_name}, ${cert_subject} and ${proto_name} are filled in. "" for no will.
+        topic: Template = "",
+
+        /// The message, with the same placeholders.
+        payload: Template = "",
+
+        /// Its QoS: 0, 1 or 2.
+        qos: u16 = Within("0", 0..=2),
+
+        /// Whether the broker keeps it for those who subscribe later: true or false.
+        retain: bool = "false",
     }
 }
 

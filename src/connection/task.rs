@@ -212,6 +212,9 @@ impl<S: Socket> Driver<S> {
         if let Some(client) = self.handle.end() {
             let id = self.handle.id();
             self.context.registry.release(&client.clientid, id);
+            if let Some(own) = &client.own {
+                own.end(!self.reason().is_farewell());
+            }
         }
     }
 

@@ -26,10 +26,11 @@ use crate::adapter::Adapter;
 use crate::adapter::tokens::{self, Tokens};
 use crate::admin::{self, Readiness, Status};
 use crate::auth::Auth;
-use crate::broker::{Broker, BrokerTasks, LinkState};
+use crate::broker::{Broker, BrokerTasks, LinkState, OwnSessions};
 use crate::config::{Config, Handler};
 use crate::connection::Registry;
 use crate::connection::command::{Commands, RawPublish};
+use crate::connection::own::Own;
 use crate::handler::client::Client;
 use crate::handler::resolve::{Directory, Resolve, System};
 use crate::id::{NodeTag, ShardId};
@@ -119,6 +120,7 @@ pub struct Gateway {
     registry: Arc<Registry>,
     connections: TaskTracker,
     broker_tasks: BrokerTasks,
+    own_sessions: Option<OwnSessions>,
     adapter_tasks: TaskTracker,
     stops: Stops,
     shutdown_timeout: Duration,
@@ -244,6 +246,7 @@ impl Gateway {
         let metrics = Metrics::new().map_err(|error| Error::Metrics(error.to_string()))?;
         let server_tls = options::server_tls(config)?;
         let broker_options = options::broker(config)?;
+        let own_sessions = options::own_sessions(config)?;
         let stops = Stops::default();
         let auth = Auth::start(
             &options::auth(config)?,
@@ -279,10 +282,15 @@ impl Gateway {
         let runtimes: Vec<_> = shards.iter().map(|shard| shard.runtime().clone()).collect();
         let broker_metrics = BrokerMetrics::new(&metrics);
         let (broker, broker_tasks) = Broker::start(broker_options, &runtimes, &broker_metrics)?;
+        let own_sessions = own_sessions
+            .map(|(options, max)| OwnSessions::new(options, max, &runtimes, &broker_metrics));
+        let own = own_sessions.clone();
+        let own = own.map(|sessions| Own::new(sessions, options::will(config)));
         let commands = Commands::new(
             registry.clone(),
             broker.clone(),
             auth,
+            own,
             match (config.raw_publish, config.authorization.check_raw_publish) {
                 (false, _) => RawPublish::Off,
                 (true, false) => RawPublish::On,
@@ -344,6 +352,7 @@ impl Gateway {
             registry,
             connections,
             broker_tasks,
+            own_sessions,
             adapter_tasks,
             stops,
             shutdown_timeout: config.shutdown_timeout,
@@ -395,6 +404,15 @@ impl Gateway {
         let reserve = BROKER_RESERVE.min(self.shutdown_timeout / 4);
         let all = tokio::time::timeout_at(deadline - reserve, self.connections.wait()).await;
         let connections = if all.is_ok() { 0 } else { self.registry.len() };
+        if let Some(own) = &self.own_sessions {
+            let cut_off = own.drain(deadline).await;
+            if cut_off > 0 {
+                tracing::warn!(
+                    cut_off,
+                    "devices' sessions at the broker were not ended in time"
+                );
+            }
+        }
         let publishes = self.broker_tasks.drain(deadline).await;
         self.stops.adapter.cancel();
         self.adapter_tasks.close();
