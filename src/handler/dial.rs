@@ -27,14 +27,10 @@ const SILENCE: Duration = Duration::from_secs(4);
 /// would do it too, but gRPC's servers take offence at idle ones.
 const PROBE: Duration = Duration::from_secs(10);
 
-/// Flow-control windows in bytes. Answers are empty: they are never the limit.
-///
-/// The channel's has another use. h2 bounds what small frames cost that have come and are
-/// not read yet: an answer counts 251, all of them together may be half of this window,
-/// and beyond it the channel is closed (`too_many_data_frames`). A handler that answers
-/// thousands of calls at once does no wrong; with this 66,000 may come in one burst.
-const STREAM_WINDOW: u32 = 1024 * 1024;
-const CHANNEL_WINDOW: u32 = 32 * 1024 * 1024;
+/// Flow-control window of the channel. Answers are empty: it is never the limit. Half of
+/// it is also h2's bound on what small frames cost that have come and are not read, 251
+/// each: more than twice of the calls that may be under way.
+const WINDOW: u32 = 1024 * 1024;
 
 /// HTTP/2 pings while calls are under way.
 #[derive(Debug, Clone, Copy)]
@@ -99,8 +95,8 @@ where
 {
     let mut builder = Builder::new(TokioExecutor::new());
     builder
-        .initial_stream_window_size(STREAM_WINDOW)
-        .initial_connection_window_size(CHANNEL_WINDOW);
+        .initial_stream_window_size(WINDOW)
+        .initial_connection_window_size(WINDOW);
     if let Some(pings) = pings {
         builder
             .timer(TokioTimer::new())
