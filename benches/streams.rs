@@ -16,16 +16,16 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use exproto_sidecar::handler::client::{Options, Pool};
-use exproto_sidecar::handler::link::{Link, Target};
-use exproto_sidecar::handler::{Caller, Event, EventSink, Handlers, streaming};
+use exproto_sidecar::handler::client::{Client, Options};
+use exproto_sidecar::handler::resolve::{Directory, Place, System, Target};
+use exproto_sidecar::handler::{Caller, Event, EventSink, Handlers, link, pool, streaming};
 use exproto_sidecar::id::{ConnId, NodeTag, ShardId};
 use exproto_sidecar::metrics::{HandlerMetrics, Metrics};
 use exproto_sidecar::proto::connection_handler_server::{
     ConnectionHandler, ConnectionHandlerServer,
 };
 use exproto_sidecar::proto::{
-    EmptySuccess, ReceivedBytesRequest, ReceivedMessagesRequest, SocketClosedRequest,
+    ConnInfo, EmptySuccess, ReceivedBytesRequest, ReceivedMessagesRequest, SocketClosedRequest,
     SocketCreatedRequest, TimerTimeoutRequest,
 };
 use futures_util::StreamExt;
@@ -124,27 +124,34 @@ async fn measure(port: u16, streaming: Option<streaming::Options>, each: usize) 
         "calls"
     };
     let metrics = HandlerMetrics::new(&Metrics::new().unwrap(), "bench");
-    let target = Target {
+    let place = Place::Port {
         host: "127.0.0.1".to_owned(),
         port,
-        tls: None,
-        connect_timeout: Duration::from_secs(5),
     };
-    let link = Link::new(target, metrics.clone()).unwrap();
-    let running = tokio::spawn(link.clone().run());
-    while !link.is_up() {
-        tokio::task::yield_now().await;
-    }
+    let target = Target::new("bench".to_owned(), place, None, Duration::from_secs(5)).unwrap();
+    let directory = Directory::new(vec![target], Arc::new(System), None);
     let options = Options {
         service: "ConnectionHandler",
-        max_in_flight: 900,
         request_timeout: Duration::from_secs(5),
         close_timeout: Duration::from_secs(5),
         max_outage: None,
+        at_least_once: true,
+        grpc_timeout: false,
+        trace_context: false,
+        pool: pool::Options {
+            max_in_flight: 900,
+            failover_after: None,
+            link: link::Options {
+                health: None,
+                pings: None,
+            },
+        },
         streaming,
     };
-    let pool = Pool::new(vec![link], options, metrics, CancellationToken::new()).unwrap();
-    let sink = pool.assign();
+    let client = Client::new(options, directory, metrics, CancellationToken::new(), 0).unwrap();
+    let client = Arc::new(client);
+    let running = tokio::spawn(client.clone().run());
+    let sink = client.assign();
     let times = || [libc::RUSAGE_THREAD, libc::RUSAGE_SELF].map(processor_time);
     let (begun, before) = (Instant::now(), times());
     let devices = (0..CONNECTIONS).map(|_| tokio::spawn(device(sink.clone(), each)));
@@ -165,10 +172,12 @@ async fn measure(port: u16, streaming: Option<streaming::Options>, each: usize) 
 async fn device(sink: Arc<dyn EventSink>, count: usize) {
     let conn = ConnId::generate(NodeTag::of("bench"), ShardId(0)).unwrap();
     let caller = Arc::new(Caller::new(conn));
+    let created = Event::SocketCreated(ConnInfo::default());
+    sink.deliver(caller.clone(), created).await.unwrap();
     let mut under_way = FuturesUnordered::new();
     let mut left = count;
     while left > 0 || !under_way.is_empty() {
-        while left > 0 && (under_way.is_empty() || under_way.len() < sink.window()) {
+        while left > 0 && (under_way.is_empty() || under_way.len() < sink.window(&caller)) {
             let event = Event::ReceivedBytes(Bytes::from_static(&PAYLOAD));
             under_way.push(sink.deliver(caller.clone(), event));
             left -= 1;

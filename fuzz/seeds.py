@@ -5,6 +5,8 @@ Needs openssl, gnutls-cli and mosquitto. A seed that is there stays as it is: wh
 say differs from run to run, and files that change say nothing.
 """
 
+import base64
+import hmac
 import os
 import socket
 import struct
@@ -273,6 +275,31 @@ def texts():
         "wide": "deny ::/0, allow fe80::/10,deny 2001:db8::-2001:db8::ff",
     }.items():
         seed("access_rules", name, text)
+    for name, text in {
+        "order": '[[rules]]\npermission = "deny"\naction = "subscribe"\ntopics = ["$SYS/#", "eq #"]\n'
+        '[[rules]]\npermission = "allow"\ntopics = ["${clientid}/#", "a/+"]\nqos = [0, 1]\n',
+        "who": '[[rules]]\npermission = "allow"\nusername = "ann"\nipaddr = "10.0.0.0/8"\n'
+        '[[rules]]\npermission = "deny"\nclientid = "c1"\nretain = true\n',
+        "typo": '[[rules]]\npermission = "alow"\n',
+    }.items():
+        seed("acl_rules", name, text)
+    acl = '[{"permission":"allow","action":"publish","topic":"a/#","qos":[0]}]'
+    for name, text in {
+        "json": '\0{"result":"allow","is_superuser":false,"expire_at":1700000001,"acl":%s}' % acl,
+        "short-acl": '\0{"result":"allow","acl":{"pub":["a"],"sub":["b/#"]}}',
+        "form": "\1result=%61llow&is_superuser=true&expire_at=1700000001&x=a+b",
+        "html": "\2<html>allow</html>",
+    }.items():
+        seed("http_answer", name, text)
+    for name, claims in {
+        "valid": '{"sub":"c1","exp":1700000001,"nbf":1,"acl":%s}' % acl,
+        "expired": '{"sub":"c1","exp":1,"is_superuser":true}',
+        "another": '{"sub":"c2"}',
+    }.items():
+        part = lambda text: base64.urlsafe_b64encode(text).rstrip(b"=")
+        signed = part(b'{"alg":"HS256","typ":"JWT"}') + b"." + part(claims.encode())
+        key = b"a secret of thirty-two bytes...."
+        seed("token", name, signed + b"." + part(hmac.digest(key, signed, "sha256")))
     for name, lines in {
         "mounted": ["t/${clientid}/${username}/", "c1", "u1", "up/1", "up/+"],
         "shared": ["t/", "", "", "down/x", "$share/g/down/#"],

@@ -123,14 +123,23 @@ impl Admission {
         self.options.proxy_protocol.as_ref()
     }
 
-    /// What the address that opened the connection is worth: a peer's, or a load
-    /// balancer's whose peers are looked at when it has named them.
-    pub fn first_look(&self, address: IpAddr) -> Result<(), Refused> {
-        match self.proxy() {
-            Some(proxy) if proxy.trusted.contains(address) => Ok(()),
-            Some(_) => Err(Refused::Untrusted),
-            None => self.permits(address),
-        }
+    /// Room for a connection that an address has opened: a peer's, or a load balancer's
+    /// whose peers are looked at, each with its address, when it has named them.
+    pub fn admit(
+        &self,
+        address: IpAddr,
+        now: Instant,
+    ) -> Result<(Permit, Option<AddressPermit>), Refused> {
+        let of_address = match self.proxy() {
+            Some(proxy) if proxy.trusted.contains(address) => None,
+            Some(_) => return Err(Refused::Untrusted),
+            None => {
+                self.permits(address)?;
+                // First: an address that is full must not use up the rate of others.
+                Some(self.enter_from(address)?)
+            }
+        };
+        Ok((self.enter(now)?, of_address))
     }
 
     /// Whether the rules let a peer in.
@@ -238,6 +247,23 @@ mod tests {
         drop(permits);
         assert!(admission.enter_from(one).is_ok());
         assert!(lock(&admission.addresses).is_empty());
+    }
+
+    #[test]
+    fn an_address_that_is_full_leaves_the_rate_to_others() {
+        let admission = Admission::new(Options {
+            max_connections_per_address: Some(1),
+            max_conn_rate: Some(2.0),
+            ..options()
+        });
+        let now = Instant::now();
+        let [one, other]: [IpAddr; 2] = ["10.0.0.1", "10.0.0.2"].map(|a| a.parse().unwrap());
+        let _first = admission.admit(one, now).unwrap();
+        for _ in 0..10 {
+            let refused = admission.admit(one, now).unwrap_err();
+            assert_eq!(refused, Refused::ConnectionsPerAddress);
+        }
+        let _second = admission.admit(other, now).unwrap();
     }
 
     #[test]

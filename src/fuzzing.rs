@@ -14,6 +14,7 @@
 mod text;
 mod topics;
 
+pub use crate::auth::fuzzing::{acl_rules, http_answer, token};
 pub use crate::broker::fuzzing::{mqtt5, mqtt311};
 pub use crate::tls::fuzzing::certificate;
 pub use crate::transport::dtls::fuzzing::{
@@ -29,15 +30,18 @@ pub type Target = fn(&[u8]);
 /// Every target by its name, which is that of its file and of its corpus.
 pub const TARGETS: &[(&str, Target)] = &[
     ("access_rules", access_rules),
+    ("acl_rules", acl_rules),
     ("certificate", certificate),
     ("dtls_gate", dtls_gate),
     ("dtls_handshake", dtls_handshake),
     ("dtls_session", dtls_session),
     ("dtls_wire", dtls_wire),
+    ("http_answer", http_answer),
     ("mqtt311", mqtt311),
     ("mqtt5", mqtt5),
     ("proxy_header", proxy_header),
     ("psk_file", psk_file),
+    ("token", token),
     ("topic_trie", topic_trie),
     ("topics", topics),
 ];

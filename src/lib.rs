@@ -28,6 +28,7 @@ pub mod listener;
 mod memory;
 pub mod metrics;
 pub mod options;
+pub mod pace;
 pub mod passwd;
 pub mod proto;
 #[cfg(feature = "quickstart")]

@@ -15,7 +15,7 @@ use exproto_sidecar::{options, passwd, telemetry, tls};
 /// Exit code of a configuration that cannot be used.
 const BAD_CONFIGURATION: u8 = 2;
 
-/// Any device protocol over TCP, handled in any language over gRPC, on any MQTT
+/// Any device protocol over TCP, TLS, UDP or DTLS, handled in any language over gRPC, on any MQTT
 /// broker.
 #[derive(Parser)]
 #[command(name = "exproto-sidecar", version)]

@@ -48,6 +48,9 @@ const STREAMS_ENDED: &str = "exproto_handler_streams_ended_total";
 const UNACKNOWLEDGED: &str = "exproto_handler_stream_unacknowledged";
 const RESENT: &str = "exproto_handler_stream_resent_total";
 const HANDLER_UP: &str = "exproto_handler_channels_up";
+const HANDLER_CHANNELS: &str = "exproto_handler_channels";
+const CONNECTIONS_HELD: &str = "exproto_connections_held";
+const FAILOVERS: &str = "exproto_handler_failovers_total";
 const ADAPTER_CALLS: &str = "exproto_adapter_calls_total";
 const ADAPTER_CALL_SECONDS: &str = "exproto_adapter_call_duration_seconds";
 const ADAPTER_REFUSED: &str = "exproto_adapter_refused_total";
@@ -62,6 +65,10 @@ const AUTHORIZATIONS: &str = "exproto_authorizations_total";
 const LOGIN_ATTEMPTS_LIMITED: &str = "exproto_login_attempts_limited_total";
 const LINKS_UP: &str = "exproto_broker_links_up";
 const LINK_UP: &str = "exproto_broker_link_up";
+const SESSIONS: &str = "exproto_broker_sessions";
+const SESSIONS_UP: &str = "exproto_broker_sessions_up";
+const SESSIONS_REFUSED: &str = "exproto_broker_sessions_refused_total";
+const SESSIONS_KICKED: &str = "exproto_broker_sessions_kicked_total";
 const PUBLISHED: &str = "exproto_broker_published_total";
 const RECEIVED: &str = "exproto_broker_received_total";
 const UNCLAIMED: &str = "exproto_broker_unclaimed_total";
@@ -91,7 +98,7 @@ const TABLE: &[(Kind, &str, Unit, &str, &str)] = &[
     (Kind::Counter, READS_PAUSED, Unit::Count, "listener", "Times that reading from a device paused for max_bytes_rate or max_messages_rate."),
     (Kind::Counter, DATAGRAMS_RECEIVED, Unit::Count, "listener", "Datagrams received, those of handshakes and of strangers too."),
     (Kind::Counter, DATAGRAMS_SENT, Unit::Count, "listener", "Datagrams sent."),
-    (Kind::Counter, DATAGRAMS_DROPPED, Unit::Count, "listener, reason", "Datagrams dropped, by reason. Received: queue_full (the connection's), queues_full (the shard's), rate (max_bytes_rate, max_messages_rate), draining, bad_address. To be sent: too_large, send_failed."),
+    (Kind::Counter, DATAGRAMS_DROPPED, Unit::Count, "listener, reason", "Datagrams dropped, by reason. Received: queue_full (the connection's), queues_full (the shard's), rate (max_bytes_rate, max_messages_rate), closed (they waited when their connection ended), draining, bad_address. To be sent: too_large, send_failed."),
     (Kind::Counter, RECEIVE_ERRORS, Unit::Count, "listener", "Failures of a UDP socket to receive."),
     (Kind::Counter, CALLBACKS, Unit::Count, "handler, method, outcome", "Callbacks to handlers that ended, by outcome: ok, unavailable, or the gRPC status."),
     (Kind::Histogram, CALLBACK_SECONDS, Unit::Seconds, "handler, method", "Time from a callback's first try to its answer."),
@@ -103,7 +110,10 @@ const TABLE: &[(Kind, &str, Unit, &str, &str)] = &[
     (Kind::Gauge, UNACKNOWLEDGED, Unit::Count, "handler", "With handler.streaming: callbacks with bytes and messages that wait to be sent or whose stream is not answered."),
     (Kind::Counter, RESENT, Unit::Count, "handler", "With handler.streaming: callbacks sent again because their stream was not answered with OK; a handler may have had them before."),
     (Kind::Gauge, HANDLER_UP, Unit::Count, "handler", "Connected channels to the handler; each shard keeps one for each address."),
-    (Kind::Counter, ADAPTER_CALLS, Unit::Count, "method, code", "Calls of handlers to the adapter, by result code; DEADLINE_EXCEEDED where the handler's own deadline passed first."),
+    (Kind::Gauge, HANDLER_CHANNELS, Unit::Count, "handler, address, state", "Channels to the handler by the address of the configuration and their state: up, not_serving (new connections go elsewhere), down. Each shard keeps one for each IP address that a host name resolves to."),
+    (Kind::Gauge, CONNECTIONS_HELD, Unit::Count, "handler", "Connections held: a callback of theirs waits for a handler that is away."),
+    (Kind::Counter, FAILOVERS, Unit::Count, "handler", "Connections that moved to another address of their handler."),
+    (Kind::Counter, ADAPTER_CALLS, Unit::Count, "method, code", "Calls of handlers to the adapter, by result code."),
     (Kind::Histogram, ADAPTER_CALL_SECONDS, Unit::Seconds, "method", "Time from a handler's call to its answer; waiting for the broker or for a slow device is in it."),
     (Kind::Counter, ADAPTER_REFUSED, Unit::Count, "reason", "What handlers were refused, by reason: unauthenticated (a call without a token that is known), foreign (with server.isolate_handlers: a call about a connection of another handler, answered with CONN_PROCESS_NOT_ALIVE), max_connections (a connection too many), handshake_failed (TLS)."),
     (Kind::Gauge, ADAPTER_CONNECTIONS, Unit::Count, "", "Connections of handlers to the adapter."),
@@ -117,6 +127,10 @@ const TABLE: &[(Kind, &str, Unit, &str, &str)] = &[
     (Kind::Counter, AUTHORIZATIONS, Unit::Count, "outcome", "Publishes and subscriptions checked against rules, by outcome: allow, deny."),
     (Kind::Counter, LOGIN_ATTEMPTS_LIMITED, Unit::Count, "by", "Authentications refused unseen after too many failed ones, by address or clientid."),
     (Kind::Gauge, LINKS_UP, Unit::Count, "", "Pool members connected to the broker."),
+    (Kind::Gauge, SESSIONS, Unit::Count, "", "Devices' own sessions at the broker (broker.mode = per_client), those without a link included."),
+    (Kind::Gauge, SESSIONS_UP, Unit::Count, "", "Those that are connected."),
+    (Kind::Counter, SESSIONS_REFUSED, Unit::Count, "", "Devices refused because broker.max_sessions are open."),
+    (Kind::Counter, SESSIONS_KICKED, Unit::Count, "", "Devices' own sessions that the broker ended."),
     (Kind::Counter, PUBLISHED, Unit::Count, "", "Messages sent to the broker."),
     (Kind::Counter, RECEIVED, Unit::Count, "", "Messages received from the broker."),
     (Kind::Counter, UNCLAIMED, Unit::Count, "", "Messages received that no connection was subscribed to any more."),
@@ -365,6 +379,10 @@ pub struct HandlerMetrics {
     pub resent: Counter,
     /// Connected channels.
     pub channels_up: Gauge,
+    /// Connections whose callback waits for a handler that is away.
+    pub held: Gauge,
+    /// Connections that moved to another address.
+    pub failovers: Counter,
     ok: [Counter; METHODS.len()],
     seconds: [Histogram; METHODS.len()],
 }
@@ -395,6 +413,8 @@ impl HandlerMetrics {
             unacknowledged: metrics.gauge(UNACKNOWLEDGED, labels()),
             resent: metrics.counter(RESENT, labels()),
             channels_up: metrics.gauge(HANDLER_UP, labels()),
+            held: metrics.gauge(CONNECTIONS_HELD, labels()),
+            failovers: metrics.counter(FAILOVERS, labels()),
             ok: METHODS.map(|method| {
                 let mut labels = by_method(method);
                 labels.push(label("outcome", "ok"));
@@ -442,6 +462,24 @@ impl HandlerMetrics {
         self.metrics.counter(STREAMS_ENDED, labels).increment(1);
     }
 
+    /// Those of the channels to one address of the configuration.
+    pub fn channels(&self, address: &str) -> ChannelMetrics {
+        let gauge = |state: &'static str| {
+            let labels = vec![
+                label("handler", self.handler.clone()),
+                label("address", address.to_owned()),
+                label("state", state),
+            ];
+            self.metrics.gauge(HANDLER_CHANNELS, labels)
+        };
+        ChannelMetrics {
+            all_up: self.channels_up.clone(),
+            up: gauge("up"),
+            not_serving: gauge("not_serving"),
+            down: gauge("down"),
+        }
+    }
+
     /// Records a callback that failed for good.
     pub fn failed(&self, method: usize, outcome: &str) {
         let method = METHODS.get(method).copied().unwrap_or_default();
@@ -451,6 +489,69 @@ impl HandlerMetrics {
             label("outcome", outcome.to_owned()),
         ];
         self.metrics.counter(CALLBACKS, labels).increment(1);
+    }
+}
+
+/// How a channel to a handler is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ChannelState {
+    /// Connected.
+    Up,
+    /// Connected, but for new connections.
+    NotServing,
+    /// Not connected.
+    Down,
+}
+
+/// Metrics of the channels to one address of a handler.
+#[derive(Clone)]
+pub struct ChannelMetrics {
+    all_up: Gauge,
+    up: Gauge,
+    not_serving: Gauge,
+    down: Gauge,
+}
+
+impl ChannelMetrics {
+    /// Counts one more channel, for as long as the value lives; it is down.
+    pub fn presence(&self) -> Presence {
+        self.down.increment(1.0);
+        Presence {
+            metrics: self.clone(),
+            state: ChannelState::Down,
+        }
+    }
+
+    fn count(&self, state: ChannelState, by: f64) {
+        match state {
+            ChannelState::Up => self.up.increment(by),
+            ChannelState::NotServing => self.not_serving.increment(by),
+            ChannelState::Down => self.down.increment(by),
+        }
+        if state != ChannelState::Down {
+            self.all_up.increment(by);
+        }
+    }
+}
+
+/// A channel in the metrics.
+pub struct Presence {
+    metrics: ChannelMetrics,
+    state: ChannelState,
+}
+
+impl Presence {
+    /// The channel is so from now on.
+    pub fn set(&mut self, state: ChannelState) {
+        self.metrics.count(self.state, -1.0);
+        self.metrics.count(state, 1.0);
+        self.state = state;
+    }
+}
+
+impl Drop for Presence {
+    fn drop(&mut self) {
+        self.metrics.count(self.state, -1.0);
     }
 }
 
@@ -526,6 +627,14 @@ impl AdapterMetrics {
 pub struct BrokerMetrics {
     /// Members connected.
     pub links_up: Gauge,
+    /// Devices' own sessions.
+    pub sessions: Gauge,
+    /// Those that are connected.
+    pub sessions_up: Gauge,
+    /// Devices refused for want of room.
+    pub sessions_refused: Counter,
+    /// Sessions that the broker ended.
+    pub sessions_kicked: Counter,
     /// Messages sent.
     pub published: Counter,
     /// Messages received.
@@ -566,6 +675,10 @@ impl BrokerMetrics {
         let gauge = |name| metrics.gauge(name, Vec::new());
         Self {
             links_up: gauge(LINKS_UP),
+            sessions: gauge(SESSIONS),
+            sessions_up: gauge(SESSIONS_UP),
+            sessions_refused: counter(SESSIONS_REFUSED),
+            sessions_kicked: counter(SESSIONS_KICKED),
             published: counter(PUBLISHED),
             received: counter(RECEIVED),
             unclaimed: counter(UNCLAIMED),

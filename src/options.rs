@@ -16,13 +16,14 @@ use crate::admission;
 use crate::auth as authentication;
 use crate::broker;
 use crate::config::{
-    ClientTls, Config, DenyAction, DtlsOptions, Files, Handler, Limit, ListenerView, OnUnavailable,
-    Protocol, ProxyProtocol, QueuePolicy, Rate, ServiceName, SslOptions, TcpOptions, UdpOptions,
-    Verify,
+    BrokerMode, ClientTls, Config, DenyAction, DtlsOptions, Failover, Files, Handler,
+    HandlerAddress, Limit, ListenerView, OnUnavailable, Protocol, ProxyProtocol, QueuePolicy, Rate,
+    ServiceName, SslOptions, TcpOptions, UdpOptions, Verify,
 };
 use crate::connection::machine::Timeouts;
+use crate::connection::own::WillTemplate;
 use crate::connection::{Limits, Policy, Settings};
-use crate::handler::{client, link, streaming};
+use crate::handler::{Pings, client, link, pool, resolve, streaming};
 use crate::id::HandlerName;
 use crate::tls::{self, Identity, PeerCheck};
 use crate::transport::dtls::{self, ClientCertificates};
@@ -150,25 +151,34 @@ pub fn tokens(files: &[TokenFile]) -> Result<Arc<Tokens>, Error> {
 }
 
 /// The addresses of a handler.
-pub fn targets(key: &str, handler: &Handler) -> Result<Vec<link::Target>, Error> {
-    let tls = if handler.address.iter().any(|address| address.tls) {
+pub fn targets(key: &str, handler: &Handler) -> Result<Vec<resolve::Target>, Error> {
+    let tls = if handler.address.iter().any(HandlerAddress::uses_tls) {
         Some(client_tls(key, &handler.ssl_options, &[b"h2"])?)
     } else {
         None
     };
-    let target = |address: &crate::config::HandlerAddress| link::Target {
-        host: address.host.clone(),
-        port: address.port,
-        tls: tls.clone().filter(|_| address.tls),
-        connect_timeout: handler.connect_timeout,
+    let target = |address: &HandlerAddress| {
+        let place = match address {
+            HandlerAddress::Url(url) => resolve::Place::Port {
+                host: url.host.clone(),
+                port: url.port,
+            },
+            HandlerAddress::Unix(path) => resolve::Place::Socket(path.clone()),
+        };
+        let tls = tls.clone().filter(|_| address.uses_tls());
+        resolve::Target::new(address.to_string(), place, tls, handler.connect_timeout)
+            .map_err(|error| Error::new(&format!("{key}.address"), error))
     };
-    Ok(handler.address.iter().map(target).collect())
+    handler.address.iter().map(target).collect()
 }
 
 /// How events are delivered to a handler, by each of so many shards.
 pub fn client(handler: &Handler, shards: usize) -> client::Options {
+    let ping = |interval| Pings {
+        interval,
+        timeout: handler.keepalive_timeout,
+    };
     client::Options {
-        max_in_flight: (handler.max_in_flight / shards.max(1)).max(1),
         service: match handler.service_name {
             ServiceName::ConnectionUnaryHandler => "ConnectionUnaryHandler",
             ServiceName::ConnectionHandler => "ConnectionHandler",
@@ -183,8 +193,22 @@ pub fn client(handler: &Handler, shards: usize) -> client::Options {
             max_messages: handler.stream_max_messages,
             max_bytes: handler.stream_max_bytes.bytes(),
             max_age: handler.stream_max_age,
-            at_least_once: true,
+            at_least_once: handler.at_least_once,
         }),
+        at_least_once: handler.at_least_once,
+        grpc_timeout: handler.grpc_timeout,
+        trace_context: handler.trace_context,
+        pool: pool::Options {
+            max_in_flight: (handler.max_in_flight / shards.max(1)).max(1),
+            failover_after: match handler.failover {
+                Failover::Hold => None,
+                Failover::Recreate => Some(handler.failover_after),
+            },
+            link: link::Options {
+                health: handler.health_check.then_some(handler.health_interval),
+                pings: handler.keepalive_interval.finite().map(ping),
+            },
+        },
     }
 }
 
@@ -213,7 +237,11 @@ pub fn broker(config: &Config) -> Result<broker::Options, Error> {
             Protocol::V5 => broker::Protocol::V5,
         },
         client_id: format!("{prefix}-{node}"),
-        pool_size: broker.pool_size,
+        // RawPublish has one route, which is one connection.
+        pool_size: match broker.mode {
+            BrokerMode::Pool => broker.pool_size,
+            BrokerMode::PerClient => 1,
+        },
         login: (broker.username.is_some() || broker.password.is_some()).then(|| broker::Login {
             username: broker.username.clone().unwrap_or_default(),
             password: broker
@@ -234,6 +262,34 @@ pub fn broker(config: &Config) -> Result<broker::Options, Error> {
         from_property: name(&broker.from_property),
         id_property: name(&broker.id_property),
         timestamp_property: name(&broker.timestamp_property),
+        will: None,
+        own: false,
+    })
+}
+
+/// What the sessions of devices have in common, and how many there may be; where each
+/// device has its own.
+pub fn own_sessions(config: &Config) -> Result<Option<(broker::Options, usize)>, Error> {
+    let settings = &config.broker;
+    if settings.mode == BrokerMode::Pool {
+        return Ok(None);
+    }
+    let options = broker::Options {
+        outbox_max_messages: settings.session_outbox_max_messages,
+        outbox_max_bytes: settings.session_outbox_max_bytes.bytes(),
+        ..broker(config)?
+    };
+    Ok(Some((options, settings.max_sessions)))
+}
+
+/// The will of each device that has its own session, where there is one.
+pub fn will(config: &Config) -> Option<WillTemplate> {
+    let will = &config.broker.will;
+    (!will.topic.pieces().is_empty()).then(|| WillTemplate {
+        topic: will.topic.clone(),
+        payload: will.payload.clone(),
+        qos: broker::QoS::from_number(will.qos.into()).unwrap_or(broker::QoS::AtMostOnce),
+        retain: will.retain,
     })
 }
 

@@ -18,6 +18,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::id::ShardId;
+use crate::pace::Pace;
 
 /// A shard as others see it. Cheap to clone.
 #[derive(Clone)]
@@ -26,6 +27,7 @@ pub struct Shard {
     runtime: Handle,
     load: Arc<AtomicUsize>,
     connections: TaskTracker,
+    pace: Arc<Pace>,
 }
 
 /// The thread behind a [`Shard`]; dropping it stops the thread.
@@ -45,6 +47,7 @@ impl Shard {
             runtime: runtime.handle().clone(),
             load: Arc::new(AtomicUsize::new(0)),
             connections,
+            pace: Arc::default(),
         };
         let stop = CancellationToken::new();
         let stopped = stop.clone();
@@ -70,6 +73,11 @@ impl Shard {
     /// Its runtime.
     pub fn runtime(&self) -> &Handle {
         &self.runtime
+    }
+
+    /// The pace of heavy steps here.
+    pub fn pace(&self) -> &Arc<Pace> {
+        &self.pace
     }
 
     /// Number of connections.

@@ -96,6 +96,25 @@ async fn no_faster_than_max_conn_rate() {
     stage.finish().await;
 }
 
+/// An address that is at its limit does not use up the rate of the others.
+#[tokio::test]
+async fn a_full_address_leaves_the_rate_to_others() {
+    let stage = Stage::with(&[
+        ("LISTENERS__TCP__DEFAULT__MAX_CONNECTIONS_PER_ADDRESS", "1"),
+        ("LISTENERS__TCP__DEFAULT__MAX_CONN_RATE", "2"),
+    ])
+    .await;
+    let first = stage.device().await;
+    for _ in 0..10 {
+        Device::dial(stage.devices()).await.closed().await;
+    }
+    assert_refused(&stage.admin, "max_connections_per_address", 10).await;
+    let mut other = Device::dial_from("127.0.0.5", stage.devices()).await;
+    other.conn = stage.handler.created(other.port()).await;
+    assert_told(&stage, &[&first, &other]);
+    stage.finish().await;
+}
+
 /// `access_rules`: a peer that is denied is refused before any callback.
 #[tokio::test]
 async fn denied_peers_are_refused() {

@@ -30,7 +30,7 @@ fn the_default_file_is_what_the_types_make() {
 fn the_table_of_metrics_is_what_is_registered() {
     let head = "# Metrics\n\nPrometheus text on `/metrics` of the admin server (`admin.bind`, by default \
         127.0.0.1:9180).\nLabels never hold a connection id, a client id or a topic. A listener is named \
-        `<kind>.<name>`, such as\n`tcp.default`. `exproto_connections_closed_total` and \
-        `exproto_connections_refused_total` appear with the first\nevent of a reason.\n\n";
+        `<kind>.<name>`, such as\n`tcp.default`. `exproto_connections_closed_total` appears with \
+        the first event of a reason.\n\n";
     same("docs/metrics.md", &format!("{head}{}", Metrics::markdown()));
 }

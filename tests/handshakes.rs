@@ -12,14 +12,15 @@ mod common;
 
 use std::net::SocketAddr;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 
 use common::{Authority, Call, DtlsDevice, Files, Stage, until, within};
 use exproto_sidecar::tls;
 use tempfile::TempDir;
 use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream};
-use tokio::net::{TcpStream, UdpSocket};
-use tokio::sync::oneshot;
+use tokio::net::{TcpSocket, TcpStream, UdpSocket};
+use tokio::sync::{mpsc, oneshot};
 use tokio_rustls::TlsConnector;
 use tokio_rustls::rustls::pki_types::ServerName;
 
@@ -91,10 +92,23 @@ fn name() -> ServerName<'static> {
 /// Longer than any test waits: nothing is ended by its time.
 const NEVER: (&str, &str) = ("HANDSHAKE_TIMEOUT", "10m");
 
+/// The bytes of a good ClientHello.
+async fn tls_hello(connector: TlsConnector) -> Vec<u8> {
+    let (near, mut far) = tokio::io::duplex(100_000);
+    let task = tokio::spawn(connector.connect(name(), near));
+    let mut hello = vec![0; 5];
+    far.read_exact(&mut hello).await.unwrap();
+    let length = usize::from(u16::from_be_bytes([hello[3], hello[4]]));
+    hello.resize(5 + length, 0);
+    far.read_exact(&mut hello[5..]).await.unwrap();
+    task.abort();
+    hello
+}
+
 /// A TLS handshake that has begun and does not go on.
-async fn tls_silent(to: SocketAddr) -> TcpStream {
+async fn tls_silent(to: SocketAddr, hello: &[u8]) -> TcpStream {
     let mut stream = TcpStream::connect(to).await.unwrap();
-    stream.write_all(&[0x16, 3, 1, 2, 0, 1]).await.unwrap();
+    stream.write_all(hello).await.unwrap();
     stream
 }
 
@@ -105,9 +119,10 @@ async fn silent_peers_over_tls_make_room() {
     let made = Made::new();
     let stage = made.stage("SSL", &[NEVER, ("MAX_HANDSHAKES", "20")]).await;
     let to = address(&stage, "ssl.default");
+    let hello = tls_hello(made.connector()).await;
     let mut silent = Vec::new();
     for _ in 0..60 {
-        silent.push(tls_silent(to).await);
+        silent.push(tls_silent(to, &hello).await);
     }
     let tcp = TcpStream::connect(to).await.unwrap();
     let port = tcp.local_addr().unwrap().port();
@@ -118,6 +133,41 @@ async fn silent_peers_over_tls_make_room() {
     stage.admin.metric_until(&gave_way, |n| n > 0.5).await;
     let failed = refused("ssl.default", "handshake_failed");
     assert!(stage.admin.metric(&failed).await < 0.5);
+    stage.finish().await;
+}
+
+/// Peers that have begun a handshake and go on sending a little of a message that never
+/// becomes whole buy no time with it: a device is let in as if they were silent.
+#[tokio::test]
+async fn peers_that_trickle_over_tls_make_room() {
+    let made = Made::new();
+    let stage = made.stage("SSL", &[NEVER, ("MAX_HANDSHAKES", "5")]).await;
+    let to = address(&stage, "ssl.default");
+    let hello = tls_hello(made.connector()).await;
+    let trickling = (0..8).map(|_| {
+        let hello = hello.clone();
+        tokio::spawn(async move {
+            loop {
+                let mut stream = tls_silent(to, &hello).await;
+                // A record of 16 KiB begins.
+                stream.write_all(&[0x16, 3, 3, 0x40, 0]).await.unwrap();
+                while stream.write_all(&[0; 100]).await.is_ok() {
+                    tokio::time::sleep(Duration::from_millis(200)).await;
+                }
+            }
+        })
+    });
+    let trickling: Vec<_> = trickling.collect();
+    let gave_way = refused("ssl.default", "handshake_silent");
+    stage.admin.metric_until(&gave_way, |n| n > 0.5).await;
+    let tcp = TcpStream::connect(to).await.unwrap();
+    let port = tcp.local_addr().unwrap().port();
+    let connecting = made.connector().connect(name(), tcp);
+    let _device = within("a device to be let in", connecting).await.unwrap();
+    stage.handler.created(port).await;
+    for task in trickling {
+        task.abort();
+    }
     stage.finish().await;
 }
 
@@ -147,8 +197,9 @@ async fn slowly(device: DuplexStream, to: SocketAddr, begun: oneshot::Sender<u16
     }
 }
 
-/// A device on a bad line, whose handshake takes longer than others may be silent, gets
-/// through while silent peers keep asking for its turn.
+/// A device on a bad line, whose handshake takes longer than others may be stuck, gets
+/// through while silent peers keep asking for its turn: it takes none until its first
+/// message is whole.
 #[tokio::test]
 async fn a_slow_handshake_over_tls_is_not_ended() {
     let made = Made::new();
@@ -159,10 +210,11 @@ async fn a_slow_handshake_over_tls_is_not_ended() {
     let line = tokio::spawn(slowly(far, to, begin));
     let connecting = tokio::spawn(made.connector().connect(name(), near));
     let port = within("its first bytes", begun).await.unwrap();
+    let hello = tls_hello(made.connector()).await;
     let pressure = tokio::spawn(async move {
         let mut silent = Vec::new();
         for _ in 0..500 {
-            silent.push(tls_silent(to).await);
+            silent.push(tls_silent(to, &hello).await);
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
     });
@@ -207,6 +259,35 @@ async fn silent_peers_over_dtls_make_room() {
     stage.finish().await;
 }
 
+/// The same over DTLS, where what they send is no message at all.
+#[tokio::test]
+async fn peers_that_send_garbage_over_dtls_make_room() {
+    let made = Made::new();
+    let stage = made.stage("DTLS", &[NEVER, ("MAX_HANDSHAKES", "5")]).await;
+    let to = address(&stage, "dtls.default");
+    let mut noisy = dtls_silent(to, 1..6).await;
+    let sockets: Vec<_> = noisy
+        .iter_mut()
+        .map(|device| device.wire().socket.try_clone().unwrap())
+        .collect();
+    let noise = tokio::spawn(async move {
+        loop {
+            for socket in &sockets {
+                let _ = socket.send(&[0; 64]);
+            }
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+    });
+    // It asks again until it has a turn.
+    let mut device = DtlsDevice::connect([127, 0, 0, 1], to).await;
+    let port = device.wire().socket.local_addr().unwrap().port();
+    stage.handler.created(port).await;
+    let gave_way = refused("dtls.default", "handshake_silent");
+    stage.admin.metric_until(&gave_way, |n| n > 0.5).await;
+    noise.abort();
+    stage.finish().await;
+}
+
 /// Carries datagrams of one device, late both ways. Tells when the answer that comes
 /// after the cookie is on its way.
 async fn late(front: UdpSocket, to: SocketAddr, begun: oneshot::Sender<u16>) {
@@ -216,33 +297,47 @@ async fn late(front: UdpSocket, to: SocketAddr, begun: oneshot::Sender<u16>) {
     let back = UdpSocket::bind("127.0.0.1:0").await.unwrap();
     back.connect(to).await.unwrap();
     let port = back.local_addr().unwrap().port();
-    let (front, back) = (std::sync::Arc::new(front), std::sync::Arc::new(back));
-    let (mut up, mut down) = (vec![0; 65_536], vec![0; 65_536]);
-    let (mut device, mut begun) = (None, Some(begun));
-    loop {
-        tokio::select! {
-            read = front.recv_from(&mut up) => {
-                let (count, from) = read.unwrap();
-                device = Some(from);
-                let (datagram, back) = (up[..count].to_vec(), back.clone());
-                tokio::spawn(async move {
-                    tokio::time::sleep(LATE).await;
-                    let _ = back.send(&datagram).await;
-                });
-            }
-            read = back.recv(&mut down) => {
-                let (datagram, front) = (down[..read.unwrap()].to_vec(), front.clone());
-                let to = device.unwrap();
-                if datagram.len() > FLIGHT && let Some(begun) = begun.take() {
-                    begun.send(port).unwrap();
+    let (front, back) = (Arc::new(front), Arc::new(back));
+    // Datagrams keep their order.
+    let (up, mut to_gateway) = mpsc::unbounded_channel::<(tokio::time::Instant, Vec<u8>)>();
+    let (down, mut to_device) = mpsc::unbounded_channel::<(tokio::time::Instant, _, SocketAddr)>();
+    let (sending, answering) = (back.clone(), front.clone());
+    let carrying = async move {
+        while let Some((due, datagram)) = to_gateway.recv().await {
+            tokio::time::sleep_until(due).await;
+            let _ = sending.send(&datagram).await;
+        }
+    };
+    let answering = async move {
+        while let Some((due, datagram, device)) = to_device.recv().await {
+            tokio::time::sleep_until(due).await;
+            let datagram: Vec<u8> = datagram;
+            let _ = answering.send_to(&datagram, device).await;
+        }
+    };
+    let reading = async move {
+        let (mut device, mut begun) = (None, Some(begun));
+        let (mut said, mut answered) = (vec![0; 65_536], vec![0; 65_536]);
+        loop {
+            tokio::select! {
+                read = front.recv_from(&mut said) => {
+                    let (count, from) = read.unwrap();
+                    device = Some(from);
+                    let due = tokio::time::Instant::now() + LATE;
+                    up.send((due, said[..count].to_vec())).unwrap();
                 }
-                tokio::spawn(async move {
-                    tokio::time::sleep(LATE).await;
-                    let _ = front.send_to(&datagram, to).await;
-                });
+                read = back.recv(&mut answered) => {
+                    let datagram = answered[..read.unwrap()].to_vec();
+                    if datagram.len() > FLIGHT && let Some(begun) = begun.take() {
+                        begun.send(port).unwrap();
+                    }
+                    let due = tokio::time::Instant::now() + LATE;
+                    down.send((due, datagram, device.unwrap())).unwrap();
+                }
             }
         }
-    }
+    };
+    tokio::join!(carrying, answering, reading);
 }
 
 /// A device far away gets through over DTLS while silent ones keep asking for its turn.
@@ -323,6 +418,72 @@ async fn beginning_anew_counts_to_the_rate() {
         .filter(|e| matches!(e.call, Call::Created(_)));
     assert_eq!(created.count(), 1);
     anew.wire();
+    stage.finish().await;
+}
+
+/// `access_rules` hold over TLS and DTLS: who is denied is turned away before anything is
+/// spent on a handshake.
+#[tokio::test]
+async fn access_rules_hold_over_tls_and_dtls() {
+    let made = Made::new();
+    let rules = "deny 127.0.0.0/28, allow 127.0.0.0/8, deny all";
+    let stage = made.stage("SSL", &[("ACCESS_RULES", rules)]).await;
+    let to = address(&stage, "ssl.default");
+    let tcp = TcpStream::connect(to).await.unwrap();
+    let denied = within("the refusal", made.connector().connect(name(), tcp)).await;
+    assert!(denied.is_err());
+    let denied = refused("ssl.default", "access_rules");
+    stage.admin.metric_until(&denied, |n| n > 0.5).await;
+    let socket = TcpSocket::new_v4().unwrap();
+    socket.bind("127.0.0.16:0".parse().unwrap()).unwrap();
+    let tcp = socket.connect(to).await.unwrap();
+    let port = tcp.local_addr().unwrap().port();
+    let _device = within("the handshake", made.connector().connect(name(), tcp)).await;
+    stage.handler.created(port).await;
+    assert_eq!(stage.gateway.connections(), 1);
+    stage.finish().await;
+
+    let stage = made.stage("DTLS", &[("ACCESS_RULES", rules)]).await;
+    let to = address(&stage, "dtls.default");
+    let hello = UdpSocket::bind("127.0.0.1:0").await.unwrap();
+    hello.send_to(b"whatever", to).await.unwrap();
+    let denied = refused("dtls.default", "access_rules");
+    stage.admin.metric_until(&denied, |n| n > 0.5).await;
+    let mut device = DtlsDevice::connect([127, 0, 0, 16], to).await;
+    let port = device.wire().socket.local_addr().unwrap().port();
+    stage.handler.created(port).await;
+    assert_eq!(stage.gateway.connections(), 1);
+    stage.finish().await;
+}
+
+/// `max_bytes_rate` and `max_messages_rate` hold over TLS, where reading pauses and
+/// nothing is lost, and over DTLS, where what is too much is dropped and counted.
+#[tokio::test]
+async fn rates_hold_over_tls_and_dtls() {
+    let made = Made::new();
+    let stage = made.stage("SSL", &[("MAX_BYTES_RATE", "1000")]).await;
+    let tcp = TcpStream::connect(address(&stage, "ssl.default")).await;
+    let tcp = tcp.unwrap();
+    let port = tcp.local_addr().unwrap().port();
+    let connecting = made.connector().connect(name(), tcp);
+    let mut device = within("the handshake", connecting).await.unwrap();
+    let conn = stage.handler.created(port).await;
+    device.write_all(&common::pattern(2500)).await.unwrap();
+    device.flush().await.unwrap();
+    let heard = stage.handler.bytes(&conn, 2500).await;
+    common::assert_same(&heard, &common::pattern(2500));
+    let paused = "exproto_reads_paused_total{listener=\"ssl.default\"}";
+    assert!(stage.admin.metric(paused).await > 0.5);
+    stage.finish().await;
+
+    let stage = made.stage("DTLS", &[("MAX_MESSAGES_RATE", "5")]).await;
+    let to = address(&stage, "dtls.default");
+    let mut device = DtlsDevice::connect([127, 0, 0, 1], to).await;
+    for _ in 0..20 {
+        device.send(b"x");
+    }
+    let dropped = "exproto_datagrams_dropped_total{listener=\"dtls.default\",reason=\"rate\"}";
+    stage.admin.metric_until(dropped, |n| n > 0.5).await;
     stage.finish().await;
 }
 

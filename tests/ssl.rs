@@ -280,6 +280,35 @@ async fn a_device_needs_a_good_certificate() {
     stage.finish().await;
 }
 
+/// A device may come without a certificate where none is demanded, and not with a bad
+/// one; one that was made by an intermediate authority is good with that one's beside it.
+#[tokio::test]
+async fn a_certificate_that_is_shown_must_be_good() {
+    let made = Made::new();
+    let stage = made.stage(&[("SSL_OPTIONS__VERIFY", "verify_peer")]).await;
+    let others = Authority::new(made.dir.path(), "others");
+    let between = made.authority.intermediate("between");
+    let bare = between.client("meter-8");
+    for bad in [
+        others.client("meter-7"),
+        made.authority.expired("meter-7"),
+        bare,
+    ] {
+        if let Ok(mut stream) = try_dial(&stage, &made.client(Some(&bad)), "meters.example").await {
+            let read = within("the refusal", stream.read(&mut [0])).await;
+            assert!(read.is_err(), "{read:?}");
+        }
+    }
+    handshakes_failed(&stage, 3).await;
+    assert!(stage.handler.events().is_empty());
+    let chain = between.client_chain("meter-9");
+    let (_stream, conn) = dial(&stage, &made.client(Some(&chain))).await;
+    assert_eq!(stage.conninfo(&conn).peercert.unwrap().cn, "meter-9");
+    let (_stream, conn) = dial(&stage, &made.client(None)).await;
+    assert_eq!(stage.conninfo(&conn).peercert, None);
+    stage.finish().await;
+}
+
 /// A device's names go to the handler only where they were checked.
 #[tokio::test]
 async fn a_certificate_that_nobody_checks_is_not_asked_for() {

@@ -177,33 +177,53 @@ async fn replies_come_from_where_the_question_went() {
     }
 }
 
-/// `Close` forgets the peer; a later datagram from there makes a new connection.
+/// `Close` forgets the peer at once, however long the handler takes for OnSocketClosed:
+/// every later datagram from there is a new connection's.
 #[tokio::test]
 async fn close_forgets_the_peer() {
     let stage = stage(&[]).await;
     let mut device = Device::hello(&stage).await;
     let port = u32::from(device.port());
     for known in 1..20 {
+        let saying_goodbye = stage.handler.hold("closed");
         stage.adapter.close(&device.conn).await.ok();
         let reason = stage.handler.closed(&device.conn).await;
         assert_eq!(reason, "closed_by_handler");
-        // It may come while the last connection is still about to go.
-        device.conn = until("a new connection", || async {
-            device.send("again").await;
-            let next = stage.handler.wait("one more connection", |log| {
-                let created = log.events.iter().filter(|event| match &event.call {
-                    Call::Created(info) => info.peername.as_ref().unwrap().port == port,
-                    _ => false,
-                });
-                let conns: Vec<_> = created.map(|event| event.conn.clone()).collect();
-                (conns.len() > known).then(|| conns[known].clone())
+        device.send("again").await;
+        let next = stage.handler.wait("one more connection", |log| {
+            let created = log.events.iter().filter(|event| match &event.call {
+                Call::Created(info) => info.peername.as_ref().unwrap().port == port,
+                _ => false,
             });
-            tokio::time::timeout(Duration::from_millis(200), next)
-                .await
-                .ok()
-        })
-        .await;
+            let conns: Vec<_> = created.map(|event| event.conn.clone()).collect();
+            conns.get(known).cloned()
+        });
+        let next = next.await;
+        assert_eq!(datagrams(&stage.handler, &next, 1).await, [b"again"]);
+        saying_goodbye.open();
+        device.conn = next;
     }
+    stage.finish().await;
+}
+
+/// Datagrams that wait for a connection when it is closed are counted.
+#[tokio::test]
+async fn what_waits_at_the_close_is_counted() {
+    let stage = stage(&[]).await;
+    let device = Device::hello(&stage).await;
+    let busy = stage.handler.hold("bytes");
+    let received = "exproto_datagrams_received_total{listener=\"udp.default\"}";
+    let before = stage.admin.metric(received).await;
+    for _ in 0..4 {
+        device.send("x").await;
+    }
+    at_least(&stage, received, before + 4.0).await;
+    stage.adapter.close(&device.conn).await.ok();
+    // The first is in the handler's hands.
+    at_least(&stage, &dropped("closed"), 3.0).await;
+    busy.open();
+    stage.handler.closed(&device.conn).await;
+    assert!((stage.admin.metric(&dropped("closed")).await - 3.0).abs() < 0.5);
     stage.finish().await;
 }
 

@@ -35,9 +35,13 @@ use tokens::{Doorkeeper, Tokens};
 /// the devices that can be slow at once.
 const MAX_STREAMS: u32 = 65_536;
 
-/// Flow-control windows: one large Send must not wait for a round trip.
+/// Flow-control windows in bytes: one large Send must not wait for a round trip.
+///
+/// h2 takes half of the connection's as the bound on what small requests cost, up to 255
+/// each, that have come and are not read yet, and closes the connection beyond: as many
+/// calls as may be open may come in one burst.
 const STREAM_WINDOW: u32 = 1024 * 1024;
-const CONNECTION_WINDOW: u32 = 4 * 1024 * 1024;
+const CONNECTION_WINDOW: u32 = 2 * 256 * MAX_STREAMS;
 
 /// Longest TLS handshake of a handler.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);

@@ -1,35 +1,37 @@
 //! Turns for handshakes: a bounded number at a time, fairly.
 //!
 //! A handshake takes memory and its deadline is long, for honest devices may be slow. So
-//! peers that begin handshakes and say nothing more could keep everybody out. When all
-//! turns are taken, the handshake that has been silent for longest gives way to a
-//! newcomer, if it has been silent for at least [`SILENCE`]: one that makes progress is
-//! never ended.
+//! peers that begin handshakes and never end them could keep everybody out. When all
+//! turns are taken, the handshake that got on for the last time longest ago gives way to
+//! a newcomer, if that was at least [`PATIENCE`] ago.
 //!
-//! Newcomers that find no turn may wait for one, and the newest of them is served first:
-//! under a load that is too much for all, the others have waited for so long that their
-//! devices are about to give up.
+//! Its clock begins with its first step on its thread (see `pace.rs`): nobody gives way for
+//! having waited for us. Only whole messages of the handshake count as getting on, and no handshake has more
+//! than some: bytes that come one at a time, or garbage, buy no time, and one handshake
+//! that leads nowhere can hold its turn for a few times [`PATIENCE`] at most.
+//!
+//! Newcomers that find no turn may wait for one. The newest and the oldest of them are
+//! served in turn: under a load that is too much for all, the newest is the one whose
+//! device will wait long enough, and the oldest must not wait in vain behind peers that
+//! come back as soon as they are sent away.
 //!
 //! Holds no task. Time passes when somebody comes, goes, or looks again.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::future::Future;
-use std::pin::Pin;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
+use futures_util::task::AtomicWaker;
 use tokio::sync::oneshot;
 
-/// How long a handshake must be silent before it gives way. Longer than a round trip
-/// over a satellite or a bad mobile network, with a packet lost and sent again; short
-/// enough that 1,000 turns, the default, let 500 newcomers a second in whatever others
-/// do.
-pub const SILENCE: Duration = Duration::from_secs(2);
-
-/// Bytes that count as progress. Whoever sends one byte now and then is as good as
-/// silent; the shortest flight of a handshake that goes on, or its answer, is longer.
-const PROGRESS: usize = 64;
+/// How long a handshake must not have got on before it gives way. Longer than a round
+/// trip over a satellite or a bad mobile network with a packet lost, and sent again after
+/// the second or two that DTLS waits for it; short enough that 1,000 turns, the default,
+/// let 300 newcomers a second in while others fall silent at once, and 150 while those
+/// are answered first.
+pub const PATIENCE: Duration = Duration::from_secs(3);
 
 /// See the module.
 #[derive(Debug)]
@@ -43,19 +45,26 @@ struct State {
     next: u64,
     /// Handshakes under way, by their number.
     held: HashMap<u64, Held>,
-    /// The same by when they were last heard.
-    silent: BTreeSet<(Instant, u64)>,
+    /// The same by when they last got on.
+    stuck: BTreeSet<(Instant, u64)>,
     /// Who waits, by number: the newest last.
     waiting: BTreeMap<u64, oneshot::Sender<Turn>>,
+    /// Whether the oldest of them is next.
+    oldest_next: bool,
 }
 
 #[derive(Debug)]
 struct Held {
-    heard: Instant,
-    /// Bytes since then.
-    bytes: usize,
-    /// Dropped when the turn is taken away.
-    _mine: oneshot::Sender<()>,
+    /// When it last got on; `None` before its first step.
+    moved: Option<Instant>,
+    fate: Arc<Fate>,
+}
+
+/// Whether the turn was taken away, for its owner.
+#[derive(Debug, Default)]
+struct Fate {
+    lost: AtomicBool,
+    owner: AtomicWaker,
 }
 
 /// The turn of one handshake; given back when dropped.
@@ -63,7 +72,7 @@ struct Held {
 pub struct Turn {
     turns: Arc<Turns>,
     number: u64,
-    lost: oneshot::Receiver<()>,
+    fate: Arc<Fate>,
 }
 
 impl Turns {
@@ -83,9 +92,14 @@ impl Turns {
     /// A turn, if one is free or somebody gives way.
     pub fn take(self: &Arc<Self>, now: Instant) -> Option<Turn> {
         let (turn, gave_way) = self.take_locked(&mut self.lock(), now)?;
-        // Outside of the lock: it wakes somebody.
-        drop(gave_way);
+        take_away(gave_way);
         Some(turn)
+    }
+
+    /// Whether [`take`](Self::take) would give a turn, as far as can be said now.
+    pub fn has_room(&self, now: Instant) -> bool {
+        let state = self.lock();
+        state.held.len() < self.most || state.who_gives_way(now).is_some()
     }
 
     /// Waits for a turn. Cancel safe.
@@ -94,7 +108,7 @@ impl Turns {
             let mut state = self.lock();
             if let Some((turn, gave_way)) = self.take_locked(&mut state, Instant::now()) {
                 drop(state);
-                drop(gave_way);
+                take_away(gave_way);
                 return turn;
             }
             let number = state.number();
@@ -104,8 +118,8 @@ impl Turns {
         };
         let _leaving = Leaving(self, number);
         loop {
-            // Who is silent shows with time alone.
-            match tokio::time::timeout(SILENCE / 4, &mut given).await {
+            // Who gets on no more shows with time alone.
+            match tokio::time::timeout(PATIENCE / 4, &mut given).await {
                 Ok(Ok(turn)) => return turn,
                 Ok(Err(_)) => std::future::pending().await,
                 Err(_) => self.serve(Instant::now()),
@@ -121,26 +135,21 @@ impl Turns {
     ) -> Option<(Turn, Option<Held>)> {
         let mut gave_way = None;
         if state.held.len() >= self.most {
-            let (heard, number) = *state.silent.first()?;
-            if now.saturating_duration_since(heard) < SILENCE {
-                return None;
-            }
+            let number = state.who_gives_way(now)?;
             gave_way = state.remove(number);
         }
         let number = state.number();
-        let (mine, lost) = oneshot::channel();
+        let fate = Arc::<Fate>::default();
         let held = Held {
-            heard: now,
-            bytes: 0,
-            _mine: mine,
+            moved: None,
+            fate: fate.clone(),
         };
         state.held.insert(number, held);
-        state.silent.insert((now, number));
         let turns = self.clone();
         let turn = Turn {
             turns,
             number,
-            lost,
+            fate,
         };
         Some((turn, gave_way))
     }
@@ -155,10 +164,10 @@ impl Turns {
             let Some((turn, gave_way)) = self.take_locked(&mut state, now) else {
                 return;
             };
-            let newest = state.waiting.pop_last();
+            let next = state.next_waiting();
             drop(state);
-            drop(gave_way);
-            if let Some((_, give)) = newest
+            take_away(gave_way);
+            if let Some((_, give)) = next
                 && let Err(mut unwanted) = give.send(turn)
             {
                 // It has just left; the next in the loop has the turn, not its drop.
@@ -168,7 +177,29 @@ impl Turns {
     }
 }
 
+/// Tells the owner. Outside of the lock: it wakes somebody.
+fn take_away(gave_way: Option<Held>) {
+    if let Some(Held { fate, .. }) = gave_way {
+        fate.lost.store(true, Ordering::SeqCst);
+        fate.owner.wake();
+    }
+}
+
 impl State {
+    /// The handshake that would have to give way now.
+    fn who_gives_way(&self, now: Instant) -> Option<u64> {
+        let (moved, number) = *self.stuck.first()?;
+        (now.saturating_duration_since(moved) >= PATIENCE).then_some(number)
+    }
+
+    fn next_waiting(&mut self) -> Option<(u64, oneshot::Sender<Turn>)> {
+        self.oldest_next = !self.oldest_next;
+        match self.oldest_next {
+            true => self.waiting.pop_last(),
+            false => self.waiting.pop_first(),
+        }
+    }
+
     fn number(&mut self) -> u64 {
         self.next += 1;
         self.next
@@ -176,7 +207,9 @@ impl State {
 
     fn remove(&mut self, number: u64) -> Option<Held> {
         let held = self.held.remove(&number)?;
-        self.silent.remove(&(held.heard, number));
+        if let Some(moved) = held.moved {
+            self.stuck.remove(&(moved, number));
+        }
         Some(held)
     }
 }
@@ -192,25 +225,27 @@ impl Drop for Leaving<'_> {
 }
 
 impl Turn {
-    /// Bytes came from the peer, or an answer went there.
-    pub fn heard(&self, bytes: usize, now: Instant) {
+    /// The handshake begins, or got on by a whole message: one came and was right, or was
+    /// answered.
+    pub fn moved(&self, now: Instant) {
         let mut state = self.turns.lock();
         let state = &mut *state;
-        let Some(held) = state.held.get_mut(&self.number) else {
-            return;
-        };
-        held.bytes = held.bytes.saturating_add(bytes);
-        if held.bytes >= PROGRESS {
-            state.silent.remove(&(held.heard, self.number));
-            (held.heard, held.bytes) = (now, 0);
-            state.silent.insert((now, self.number));
+        if let Some(held) = state.held.get_mut(&self.number) {
+            if let Some(moved) = held.moved.replace(now) {
+                state.stuck.remove(&(moved, self.number));
+            }
+            state.stuck.insert((now, self.number));
         }
     }
 
     /// Ready when the turn was taken away: the handshake is to be given up. To be asked
-    /// before anything else is done.
-    pub fn poll_lost(&mut self, cx: &mut Context<'_>) -> Poll<()> {
-        Pin::new(&mut self.lost).poll(cx).map(|_| ())
+    /// before anything else is done, by one task.
+    pub fn poll_lost(&self, cx: &mut Context<'_>) -> Poll<()> {
+        self.fate.owner.register(cx.waker());
+        match self.fate.lost.load(Ordering::SeqCst) {
+            true => Poll::Ready(()),
+            false => Poll::Pending,
+        }
     }
 
     /// Gives the turn back, unless it was taken away.
@@ -230,82 +265,118 @@ impl Drop for Turn {
 
 #[cfg(test)]
 mod tests {
+    use std::future::poll_fn;
+
     use futures_util::FutureExt;
     use futures_util::task::noop_waker_ref;
 
     use super::*;
 
-    fn is_lost(turn: &mut Turn) -> bool {
+    fn is_lost(turn: &Turn) -> bool {
         let mut cx = Context::from_waker(noop_waker_ref());
         turn.poll_lost(&mut cx).is_ready()
     }
 
+    /// A turn whose handshake has begun.
+    fn begun(turns: &Arc<Turns>, now: Instant) -> Option<Turn> {
+        let turn = turns.take(now)?;
+        turn.moved(now);
+        Some(turn)
+    }
+
     #[test]
-    fn who_is_silent_for_longest_gives_way() {
+    fn who_has_not_begun_gives_way_to_nobody() {
+        let turns = Turns::new(1);
+        let start = Instant::now();
+        let turn = turns.take(start).unwrap();
+        let later = start + 10 * PATIENCE;
+        assert!(!turns.has_room(later) && turns.take(later).is_none());
+        turn.moved(later);
+        let later = later + PATIENCE;
+        assert!(turns.has_room(later) && turns.take(later).is_some());
+        assert!(is_lost(&turn));
+    }
+
+    #[test]
+    fn who_has_been_stuck_for_longest_gives_way() {
         let turns = Turns::new(2);
         let start = Instant::now();
         let later = |millis| start + Duration::from_millis(millis);
-        let mut first = turns.take(start).unwrap();
-        let mut second = turns.take(later(100)).unwrap();
-        assert!(turns.take(later(1900)).is_none());
-        let mut third = turns.take(later(2000)).unwrap();
-        assert!(is_lost(&mut first) && !is_lost(&mut second));
-        assert!(turns.take(later(2050)).is_none());
+        let first = begun(&turns, start).unwrap();
+        let second = begun(&turns, later(100)).unwrap();
+        let most = PATIENCE.as_millis() as u64;
+        assert!(turns.take(later(most - 100)).is_none());
+        let third = begun(&turns, later(most)).unwrap();
+        assert!(is_lost(&first) && !is_lost(&second));
+        assert!(turns.take(later(most + 50)).is_none());
         // A turn that was taken away is not given back once more.
         drop(first);
-        assert!(turns.take(later(2050)).is_none());
-        let _fourth = turns.take(later(2100)).unwrap();
-        assert!(is_lost(&mut second) && !is_lost(&mut third));
+        assert!(turns.take(later(most + 50)).is_none());
+        let _fourth = turns.take(later(most + 100)).unwrap();
+        assert!(is_lost(&second) && !is_lost(&third));
         drop(third);
-        assert!(turns.take(later(2100)).is_some());
+        assert!(turns.take(later(most + 100)).is_some());
     }
 
     #[test]
-    fn who_makes_progress_stays() {
+    fn who_gets_on_stays() {
         let turns = Turns::new(1);
         let start = Instant::now();
-        let mut slow = turns.take(start).unwrap();
-        for second in 1..100 {
+        let slow = begun(&turns, start).unwrap();
+        for second in 1..5 {
             let now = start + Duration::from_secs(second);
-            slow.heard(PROGRESS, now);
-            assert!(turns.take(now + Duration::from_millis(1999)).is_none());
+            slow.moved(now);
+            let nearly = now + PATIENCE - Duration::from_millis(1);
+            assert!(!turns.has_room(nearly) && turns.take(nearly).is_none());
         }
-        assert!(!is_lost(&mut slow));
-        // Less than that is none.
-        for tenth in 0..20 {
-            let now = start + Duration::from_secs(99) + Duration::from_millis(100 * tenth);
-            slow.heard(1, now);
-        }
-        assert!(turns.take(start + Duration::from_secs(101)).is_some());
-        assert!(is_lost(&mut slow));
+        assert!(!is_lost(&slow));
+        let now = start + Duration::from_secs(4) + PATIENCE;
+        assert!(turns.has_room(now) && turns.take(now).is_some());
+        assert!(is_lost(&slow));
+    }
+
+    /// It is woken, wherever it waits.
+    #[tokio::test]
+    async fn who_loses_the_turn_is_told() {
+        let turns = Turns::new(1);
+        let start = Instant::now();
+        let turn = begun(&turns, start).unwrap();
+        let told = tokio::spawn(async move { poll_fn(|cx| turn.poll_lost(cx)).await });
+        tokio::task::yield_now().await;
+        let _other = turns.take(start + PATIENCE).unwrap();
+        told.await.unwrap();
     }
 
     #[tokio::test]
-    async fn the_newest_of_those_who_wait_is_next() {
+    async fn the_newest_and_the_oldest_of_those_who_wait_are_next() {
         let turns = Turns::new(1);
-        let held = turns.take(Instant::now()).unwrap();
-        let mut waiting: Vec<_> = (0..3).map(|_| Box::pin(turns.wait())).collect();
-        for wait in &mut waiting {
+        let mut held = turns.take(Instant::now()).unwrap();
+        let mut waiting: Vec<_> = (0..6).map(|_| Some(Box::pin(turns.wait()))).collect();
+        for wait in waiting.iter_mut().flatten() {
             assert!(wait.now_or_never().is_none());
         }
         // Whoever has left is not waited for.
-        drop(waiting.pop());
+        waiting[5] = None;
+        for next in [4, 0, 3, 1, 2] {
+            drop(held);
+            held = waiting[next].take().unwrap().now_or_never().unwrap();
+            for wait in waiting.iter_mut().flatten() {
+                assert!(wait.now_or_never().is_none());
+            }
+        }
         drop(held);
-        let newest = waiting.pop().unwrap().now_or_never();
-        assert!(waiting.pop().unwrap().now_or_never().is_none());
-        drop(newest.unwrap());
         assert!(turns.lock().held.is_empty() && turns.lock().waiting.is_empty());
     }
 
     #[tokio::test]
-    async fn who_waits_is_served_when_somebody_falls_silent() {
+    async fn who_waits_is_served_when_somebody_is_stuck() {
         let turns = Turns::new(1);
-        let nearly = SILENCE - Duration::from_millis(100);
+        let nearly = PATIENCE - Duration::from_millis(100);
         let since = Instant::now().checked_sub(nearly).unwrap();
-        let mut silent = turns.take(since).unwrap();
+        let stuck = begun(&turns, since).unwrap();
         assert!(turns.take(Instant::now()).is_none());
         let _turn = turns.wait().await;
-        assert!(is_lost(&mut silent));
-        assert_eq!(turns.lock().silent.len(), 1);
+        assert!(is_lost(&stuck));
+        assert_eq!(turns.lock().held.len(), 1);
     }
 }

@@ -167,6 +167,7 @@ impl UserFile {
                 is_superuser: user.is_superuser,
                 expire_at: None,
                 rules: None,
+                rules_until: None,
             }),
         }
     }

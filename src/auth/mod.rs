@@ -15,6 +15,7 @@ pub mod acl;
 pub mod chain;
 pub mod file;
 pub mod fill;
+pub(crate) mod fuzzing;
 pub mod hash;
 pub mod http;
 pub mod jwt;
@@ -82,6 +83,8 @@ pub struct Grant {
     pub expire_at: Option<SystemTime>,
     /// What it may do, where who vouches for it says so.
     pub rules: Option<acl::Rules>,
+    /// Until when they count; beyond it may do nothing.
+    pub rules_until: Option<SystemTime>,
 }
 
 /// What an authenticator says.
@@ -273,18 +276,30 @@ impl Auth {
         if self.is_open() {
             return Ok(Grant::default());
         }
-        if let Err(limited) = self.limits.admit(attempt, Instant::now()) {
-            self.metrics.limited(limited.by == limits::By::Address);
-            return Err(Denial::Limited(limited));
-        }
+        self.admit(attempt)?;
         let _place = self.places.try_acquire().map_err(|_| Denial::Busy)?;
         let _in_flight = self.metrics.begin();
         let asked = tokio::time::timeout(LONGEST, self.chain.ask(attempt)).await;
         let decided = asked.unwrap_or(Err(Denial::Late));
         if matches!(decided, Err(Denial::Refused(_))) {
-            self.limits.failed(attempt, Instant::now());
+            self.failed(attempt);
         }
         decided
+    }
+
+    /// Whether there were not too many failed attempts.
+    pub fn admit(&self, attempt: &Attempt) -> Result<(), Denial> {
+        self.limits
+            .admit(attempt, Instant::now())
+            .map_err(|limited| {
+                self.metrics.limited(limited.by == limits::By::Address);
+                Denial::Limited(limited)
+            })
+    }
+
+    /// Counts an attempt that somebody else refused.
+    pub fn failed(&self, attempt: &Attempt) {
+        self.limits.failed(attempt, Instant::now());
     }
 }
 

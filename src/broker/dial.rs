@@ -8,7 +8,7 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 
-use super::wire::{Decoder, Hello, Inbound, Protocol, Welcome, WireError};
+use super::wire::{Decoder, DisconnectNotice, Hello, Inbound, Protocol, Welcome, WireError};
 use super::{Address, Options, Refusal};
 
 /// A broker that takes none of our bytes, or answers no ping, for this long is
@@ -58,8 +58,8 @@ pub(super) enum LinkError {
     Refused(Refusal),
     #[error("the broker closed the connection")]
     Closed,
-    #[error("the broker ended the connection: {0}")]
-    Ended(String),
+    #[error("the broker ended the connection: {}", .0.reason)]
+    Ended(DisconnectNotice),
     #[error(
         "another client connected as {0}: does a second gateway run with the same node_name and client_id_prefix?"
     )]
@@ -225,6 +225,7 @@ async fn shake(
             session_expiry: seconds(options.session_expiry),
             receive_maximum: options.receive_maximum,
             max_packet_size: options.max_packet_size,
+            will: options.will.as_ref(),
         },
         &mut out,
     );
@@ -236,7 +237,7 @@ async fn shake(
             return match packet {
                 Inbound::ConnAck(Err(refusal)) => Err(LinkError::Refused(refusal)),
                 Inbound::ConnAck(Ok(welcome)) => Ok(welcome),
-                Inbound::Disconnect(notice) => Err(LinkError::Ended(notice.reason)),
+                Inbound::Disconnect(notice) => Err(LinkError::Ended(notice)),
                 _ => Err(LinkError::Unexpected("a packet before its CONNACK")),
             };
         }
@@ -258,7 +259,7 @@ pub(super) async fn wipe(
     let input = &mut BytesMut::new();
     handshake(options, address, client_id, true, &mut stream, input).await?;
     let mut out = BytesMut::new();
-    options.protocol.disconnect(&mut out);
+    options.protocol.disconnect(false, &mut out);
     stream.write_all(&out).await?;
     stream.shutdown().await?;
     // The broker closes the connection when it is done with it (MQTT 3.1.1, 3.14.4). The

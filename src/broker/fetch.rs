@@ -325,7 +325,7 @@ impl Task {
                 Inbound::UnsubAck(pkid) if self.queue.unsubscribed(pkid, now) => {}
                 Inbound::PkidInUse(pkid) if self.queue.in_use(pkid, now) => {}
                 Inbound::PingResp => {}
-                Inbound::Disconnect(notice) => return Err(LinkError::Ended(notice.reason)),
+                Inbound::Disconnect(notice) => return Err(LinkError::Ended(notice)),
                 _ => return Err(LinkError::Unexpected("an answer to nothing")),
             }
         }
@@ -390,7 +390,7 @@ impl Task {
 
     async fn goodbye(&self, mut connection: Connection) -> Result<(), LinkError> {
         let mut output = BytesMut::new();
-        self.options.protocol.disconnect(&mut output);
+        self.options.protocol.disconnect(false, &mut output);
         // A link that breaks now takes nothing with it.
         let bye = async {
             connection.writer.write_all(&output).await?;

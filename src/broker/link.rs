@@ -28,6 +28,9 @@ use crate::telemetry::Seldom;
 /// Bytes read from the broker at once.
 const READ_CHUNK: usize = 64 * 1024;
 
+/// The same for a device's own connection, of which there are thousands.
+const OWN_READ_CHUNK: usize = 1024;
+
 /// How often the clock is looked at.
 const TICK: Duration = Duration::from_secs(1);
 
@@ -118,7 +121,7 @@ pub(super) async fn run(member: Arc<Member>) {
 /// Not every broker says that another client has taken the session (Mosquitto 2.0
 /// does not): so many links in a row that it closed soon after they were up look
 /// like it. More than it takes to find a single packet guilty.
-const CONTESTED: u32 = 4;
+pub(super) const CONTESTED: u32 = 4;
 
 /// Longest pause before a session that another gateway has taken is taken back. It
 /// doubles each time until then, from `reconnect_max` on: of two with one identity each
@@ -130,7 +133,7 @@ const YIELD: Duration = Duration::from_secs(60);
 const YIELD_TO_NOBODY: Duration = Duration::from_secs(10);
 
 /// A link that has lived for longer was not contested.
-const SOON: Duration = Duration::from_secs(2);
+pub(super) const SOON: Duration = Duration::from_secs(2);
 
 /// A broker that still has a session after it was ended so often in a row has some
 /// other reason to say so.
@@ -138,13 +141,13 @@ const MAX_WIPES: u32 = 3;
 
 /// Where the session is.
 #[derive(Default)]
-struct Place {
+pub(super) struct Place {
     /// The address it was last continued at. `None` asks for a clean start: at the
     /// gateway's own, and when somebody else has taken it over. Else the broker keeps
     /// our session.
     url: Option<Arc<str>>,
     /// Whether the broker took the last connection.
-    welcomed: bool,
+    pub(super) welcomed: bool,
     /// How often in a row that happened soon after the link was up, the broker being
     /// there all the time and knowing the session.
     hang_ups: u32,
@@ -157,7 +160,7 @@ struct Place {
 }
 
 /// One connection, from dialling to its end. `Ok` when the member is drained.
-async fn serve(
+pub(super) async fn serve(
     member: &Arc<Member>,
     address: &Address,
     session: &mut Session,
@@ -169,11 +172,14 @@ async fn serve(
     // With MQTT 3.1.1 only a CONNECT that is not clean begins a session that is kept, and
     // Mosquitto (2.0.11) saves no other to disk with MQTT 5 either.
     let kept = !options.session_expiry.is_zero();
-    let wiped = kept && place.url.is_none();
+    // A device's own session begins with the one CONNECT: thousands begin, and what is at
+    // stake for each is little.
+    let begins = place.url.is_none();
+    let wiped = kept && begins && !options.own;
     if wiped {
         dial::wipe(options, address, client_id).await?;
     }
-    let clean = !kept;
+    let clean = !kept || (options.own && begins);
     let connected = dial::connect(options, address).await;
     let mut stream = connected.inspect_err(|_| place.hang_ups = 0)?;
     let mut input = BytesMut::new();
@@ -184,7 +190,7 @@ async fn serve(
         return Err(LinkError::NotWiped);
     }
     place.wiped_in_vain = 0;
-    if options.protocol == Protocol::V5 && !welcome.subscription_ids {
+    if options.protocol == Protocol::V5 && !welcome.subscription_ids && !options.own {
         // The topic decides then, which is exact where the broker sends one copy.
         tracing::warn!(
             address = &*address.url,
@@ -301,12 +307,13 @@ impl Link<'_> {
             .set_state(LinkState::Up(self.address.url.clone()))
         {
             self.member.metrics().links_up.increment(1.0);
-            tracing::info!(
-                client_id = self.member.client_id(),
-                address = %self.address.url,
-                filters = self.member.filters(),
-                "broker link is up"
-            );
+            let (client_id, address) = (self.member.client_id(), &*self.address.url);
+            let filters = self.member.filters();
+            if self.member.options().own {
+                tracing::debug!(client_id, address, filters, "a device's broker link is up");
+            } else {
+                tracing::info!(client_id, address, filters, "broker link is up");
+            }
         }
     }
 
@@ -357,9 +364,22 @@ impl Link<'_> {
 
     /// Reads once and digests the packets that are whole; true if bytes came.
     fn poll_read(&mut self, cx: &mut Context<'_>) -> Result<bool, LinkError> {
-        self.input.reserve(READ_CHUNK);
+        let own = self.member.options().own;
+        self.input.reserve(match own {
+            true => OWN_READ_CHUNK,
+            false => READ_CHUNK,
+        });
         match poll_read_buf(Pin::new(&mut self.stream), cx, &mut self.input) {
-            Poll::Pending => return Ok(false),
+            Poll::Pending => {
+                // One that is idle holds no memory for what once went through it.
+                if own && self.input.is_empty() {
+                    self.input = BytesMut::new();
+                }
+                if own && self.output.is_empty() {
+                    self.output = BytesMut::new();
+                }
+                return Ok(false);
+            }
             Poll::Ready(Ok(0)) => return Err(LinkError::Closed),
             Poll::Ready(result) => result?,
         };
@@ -389,7 +409,7 @@ impl Link<'_> {
                 Event::Ended(notice) if notice.taken_over => {
                     return Err(LinkError::TakenOver(self.member.client_id().to_owned()));
                 }
-                Event::Ended(notice) => return Err(LinkError::Ended(notice.reason)),
+                Event::Ended(notice) => return Err(LinkError::Ended(notice)),
                 Event::Unexpected(packet) => return Err(LinkError::Unexpected(packet)),
             }
         }
@@ -481,7 +501,8 @@ impl Link<'_> {
     /// Ends the session at the broker: nothing of it is needed any more.
     async fn goodbye(&mut self) -> Result<(), LinkError> {
         let options = self.member.options();
-        options.protocol.disconnect(&mut self.output);
+        let with_will = self.member.leaves_with_will();
+        options.protocol.disconnect(with_will, &mut self.output);
         self.stream.write_all(&self.output).await?;
         self.stream.shutdown().await?;
         if options.protocol == Protocol::V4 && !options.session_expiry.is_zero() {

@@ -48,7 +48,7 @@ pub async fn try_login(
         return match welcome {
             Ok(_) => {
                 let mut out = BytesMut::new();
-                options.protocol.disconnect(&mut out);
+                options.protocol.disconnect(false, &mut out);
                 // It has said yes, whatever becomes of the farewell.
                 if stream.write_all(&out).await.is_ok() {
                     let _ = stream.shutdown().await;

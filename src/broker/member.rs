@@ -79,6 +79,10 @@ struct Shared {
     /// When the whole outbox was last searched for publishes whose callers have left.
     searched: Option<Instant>,
     waker: Option<Waker>,
+    /// Whether the farewell is to bring about the will.
+    with_will: bool,
+    /// Of a device's own connection: told of the first CONNACK.
+    first: Option<oneshot::Sender<()>>,
 }
 
 /// See the module.
@@ -119,6 +123,8 @@ impl Member {
                 unacknowledged_bytes: 0,
                 searched: None,
                 waker: None,
+                with_will: false,
+                first: None,
             }),
         }))
     }
@@ -175,6 +181,39 @@ impl Member {
     /// Nothing new is accepted; the link ends when everything is confirmed.
     pub(super) fn close(&self) {
         self.change(|shared| shared.closing = true);
+    }
+
+    /// Like [`Member::close`]; `with_will` has the broker publish the will.
+    pub(super) fn leave_broker(&self, with_will: bool) {
+        self.change(|shared| {
+            if !shared.closing {
+                shared.with_will = with_will;
+            }
+            shared.closing = true;
+        });
+    }
+
+    /// Accepts nothing more and forgets what waits to be sent: there will be no link.
+    pub(super) fn abandon(&self) {
+        let outbox = self.change(|shared| {
+            shared.closing = true;
+            shared.outbox_bytes = 0;
+            std::mem::take(&mut shared.outbox)
+        });
+        let left = outbox.len() as f64;
+        self.metrics.outbox_messages.decrement(left);
+    }
+
+    /// Whether the farewell is to bring about the will.
+    pub(super) fn leaves_with_will(&self) -> bool {
+        self.lock().with_will
+    }
+
+    /// What is returned resolves with the first CONNACK to come.
+    pub(super) fn first_welcome(&self) -> oneshot::Receiver<()> {
+        let (first, welcome) = oneshot::channel();
+        self.lock().first = Some(first);
+        welcome
     }
 
     pub(super) fn is_closing(&self) -> bool {
@@ -308,6 +347,10 @@ impl Member {
         let mut shared = self.lock();
         shared.welcome = Some(welcome.clone());
         shared.filters.welcomed(welcome, Instant::now());
+        if let Some(first) = shared.first.take() {
+            // Who waited may have left.
+            let _ = first.send(());
+        }
     }
 
     /// The broker hangs up whenever it is asked to restore this one: it is asked no more

@@ -21,6 +21,7 @@ mod group;
 mod link;
 mod login;
 mod member;
+mod own;
 pub mod plan;
 mod pool;
 mod session;
@@ -39,6 +40,7 @@ use crate::id::MessageId;
 pub use group::SubscriptionKey;
 pub use login::{LoginError, try_login};
 pub use member::{AckOnDrop, LinkState};
+pub use own::{Ended, Identity, OpenError, OwnSession, OwnSessions};
 pub use pool::{Broker, BrokerTasks, Subscription};
 use topic::TopicName;
 pub use wire::Protocol;
@@ -198,6 +200,19 @@ pub struct Address {
     pub tls: Option<Arc<tokio_rustls::rustls::ClientConfig>>,
 }
 
+/// What the broker publishes when a device's connection ends without a farewell.
+#[derive(Debug, Clone)]
+pub struct Will {
+    /// As the broker sees it.
+    pub topic: TopicName,
+    /// The message.
+    pub payload: Bytes,
+    /// Quality of service.
+    pub qos: QoS,
+    /// Whether it stays for those who subscribe later.
+    pub retain: bool,
+}
+
 /// How the broker is reached and used.
 #[derive(Debug, Clone)]
 pub struct Options {
@@ -235,6 +250,11 @@ pub struct Options {
     pub id_property: Option<String>,
     /// User property with the time of publishing.
     pub timestamp_property: Option<String>,
+    /// Said at each connection.
+    pub will: Option<Will>,
+    /// Whether the connection is one device's own: one of thousands, so that it holds no
+    /// memory while it is idle, and writes no line above `debug`.
+    pub own: bool,
 }
 
 /// A login at the broker; its Debug shows no password.

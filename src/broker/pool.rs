@@ -125,6 +125,30 @@ impl Broker {
         Ok((broker, tasks))
     }
 
+    /// A pool of one member, whose task is started elsewhere.
+    ///
+    /// # Errors
+    /// Fails only where the system has no randomness for message ids.
+    pub(super) fn of_one(
+        member: Arc<Member>,
+        options: Arc<Options>,
+        metrics: BrokerMetrics,
+    ) -> std::io::Result<Self> {
+        Ok(Self {
+            pool: Arc::new(Pool {
+                options,
+                metrics,
+                members: vec![member],
+                spread: 1,
+                hasher: RandomState::new(),
+                ids: MessageIds::new()?,
+                overlaps: None,
+                runtimes: Vec::new(),
+                tasks: Mutex::default(),
+            }),
+        })
+    }
+
     /// Publishes a message and waits for its confirmation: QoS 0 until it is
     /// written towards the broker, QoS 1 until PUBACK, QoS 2 until PUBCOMP.
     /// Publishes of one `route` keep their order.

@@ -13,7 +13,7 @@ use bytes::{Buf, Bytes, BytesMut};
 
 use fit::Fit;
 
-use super::{PublishError, QoS, Refusal};
+use super::{PublishError, QoS, Refusal, Will};
 
 /// The version of MQTT.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -62,6 +62,8 @@ pub(super) struct Hello<'a> {
     pub receive_maximum: u16,
     /// Bytes.
     pub max_packet_size: u32,
+    /// Published by the broker when the connection ends without a farewell.
+    pub will: Option<&'a Will>,
 }
 
 /// What a CONNACK granted.
@@ -169,6 +171,8 @@ pub(super) struct DisconnectNotice {
     pub reason: String,
     /// Another client connected with our client id (MQTT 5, 3.14.2.1: 0x8E).
     pub taken_over: bool,
+    /// An operator ended it (0x98).
+    pub administrative: bool,
 }
 
 /// A publish to the broker, made once and kept until it is acknowledged.
@@ -349,11 +353,12 @@ impl Protocol {
     }
 
     /// Ends the connection and, with MQTT 5, the session too (expiry 0). With 3.1.1
-    /// only another CONNECT ends a session.
-    pub(super) fn disconnect(self, out: &mut BytesMut) {
+    /// only another CONNECT ends a session. `with_will` has the broker publish the will,
+    /// which 3.1.1 cannot say.
+    pub(super) fn disconnect(self, with_will: bool, out: &mut BytesMut) {
         match self {
             Self::V4 => v4::disconnect(out),
-            Self::V5 => v5::disconnect(out),
+            Self::V5 => v5::disconnect(with_will, out),
         }
     }
 

@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::path::PathBuf;
 
 use figment::value::Value;
 
@@ -169,10 +170,66 @@ macro_rules! url {
 }
 
 url! {
-    /// The address of a user's handler service.
-    HandlerAddress, ("http", 80), ("https", 443),
-    allowed: "http://HOST:PORT or https://HOST:PORT, IPv6 in brackets, without path or query",
+    /// The address of a user's handler service on the network.
+    HandlerUrl, ("http", 80), ("https", 443),
+    allowed: "http://HOST:PORT or https://HOST:PORT, IPv6 in brackets, without path or query, or unix:/PATH",
     user_info: "user and password are not supported here"
+}
+
+/// The longest path of a Unix socket, in bytes: `sun_path` of unix(7) without its NUL.
+const MAX_SOCKET_PATH: usize = 107;
+
+/// The address of a user's handler service.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum HandlerAddress {
+    /// A TCP port, perhaps with TLS.
+    Url(HandlerUrl),
+    /// The path of a Unix socket.
+    Unix(PathBuf),
+}
+
+impl HandlerAddress {
+    /// Whether the channel is encrypted.
+    pub fn uses_tls(&self) -> bool {
+        matches!(self, Self::Url(url) if url.tls)
+    }
+}
+
+impl fmt::Display for HandlerAddress {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Url(url) => url.fmt(f),
+            Self::Unix(path) => write!(f, "unix:{}", path.display()),
+        }
+    }
+}
+
+impl ConfigValue for HandlerAddress {
+    fn allowed() -> String {
+        HandlerUrl::allowed()
+    }
+
+    fn from_text(text: &str) -> Result<Self, Rejected> {
+        let Some(path) = text.trim().strip_prefix("unix:") else {
+            return HandlerUrl::from_text(text).map(Self::Url);
+        };
+        // gRPC writes an absolute path either way.
+        let path = match path.strip_prefix("//") {
+            Some(absolute) if absolute.starts_with('/') => absolute,
+            _ => path,
+        };
+        let is_path = path.starts_with('/') && !path.starts_with("//") && !path.ends_with('/');
+        if !is_path || path.len() > MAX_SOCKET_PATH || path.contains('\0') {
+            return Err(Rejected::new(format!(
+                "unix:/PATH with an absolute path of at most {MAX_SOCKET_PATH} bytes"
+            )));
+        }
+        Ok(Self::Unix(path.into()))
+    }
+
+    fn to_text(&self) -> String {
+        self.to_string()
+    }
 }
 
 url! {
@@ -206,6 +263,20 @@ mod tests {
         );
         let handler = HandlerAddress::from_text("https://my_svc").unwrap();
         assert_eq!(handler.to_string(), "https://my_svc:443");
+    }
+
+    #[test]
+    fn handlers_may_listen_on_a_path() {
+        let text = |text: &str| HandlerAddress::from_text(text).map(|a| a.to_string());
+        for same in ["unix:/run/x.sock", " unix:///run/x.sock "] {
+            assert_eq!(text(same).as_deref(), Ok("unix:/run/x.sock"));
+        }
+        let long = format!("unix:/{}", "x".repeat(MAX_SOCKET_PATH));
+        for bad in ["unix:", "unix:x", "unix://x", "unix:/", "unix:/x/", &long] {
+            let refused = HandlerAddress::from_text(bad).unwrap_err();
+            assert!(refused.allowed.starts_with("unix:/PATH"), "{bad:?}");
+        }
+        assert!(text("unix").is_err());
     }
 
     #[test]

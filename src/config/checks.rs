@@ -5,16 +5,19 @@ use std::io;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
-use super::address::collide;
+use super::address::{HandlerAddress, collide};
 use super::auth::Authenticator;
 use super::authz::RuleSource;
 use super::layers::Layers;
 use super::paths::Files;
 use super::report::{Fault, Origin};
-use super::template::TemplateTable;
-use super::types::{ClientTls, Config, Handler, ServerTls, ServiceName, Verify};
+use super::template::{Piece, Placeholder, TemplateTable};
+use super::types::{
+    Broker, BrokerMode, ClientTls, Config, Failover, Handler, OnUnavailable, Protocol, ServerTls,
+    ServiceName, Verify,
+};
 use super::value::ConfigValue;
-use super::values::Secret;
+use super::values::{Limit, Secret};
 
 /// Looks at what the sections cannot see by themselves, and reads the password file.
 pub(crate) fn check(config: &mut Config, layers: &Layers, faults: &mut Vec<Fault>) {
@@ -127,7 +130,7 @@ impl Checks<'_> {
     }
 
     fn handler(&mut self, table: &str, handler: &Handler) {
-        let tls = handler.address.iter().any(|address| address.tls);
+        let tls = handler.address.iter().any(HandlerAddress::uses_tls);
         self.client_tls(table, &handler.ssl_options, tls, "address", "https://");
         let service_name = format!("{table}.service_name");
         if handler.streaming
@@ -140,6 +143,124 @@ impl Checks<'_> {
                     "found true with {service_name} = \"ConnectionUnaryHandler\"; allowed: with \"ConnectionHandler\", or false"
                 ),
             );
+        }
+        let repeated = handler.address.iter().enumerate().find(|(index, address)| {
+            let mut earlier = handler.address.iter().take(*index);
+            earlier.any(|other| other == *address)
+        });
+        if let Some((_, address)) = repeated {
+            let key = format!("{table}.address");
+            self.fault(
+                &key,
+                format!("found {address} twice; allowed: each address once"),
+            );
+        }
+        if handler.failover == Failover::Recreate {
+            self.failover(table, handler);
+            if handler.streaming && !self.spoiled(&format!("{table}.streaming")) {
+                let failover = format!("{table}.failover");
+                self.fault(
+                    &failover,
+                    format!(
+                        "found \"recreate\", but {table}.streaming is true; allowed: with false only"
+                    ),
+                );
+            }
+        }
+    }
+
+    /// A connection that is closed before it may move never does.
+    fn failover(&mut self, table: &str, handler: &Handler) {
+        let [failover, after, outage] =
+            ["failover", "failover_after", "max_outage"].map(|name| format!("{table}.{name}"));
+        if handler.on_unavailable == OnUnavailable::Close {
+            self.fault(
+                &failover,
+                format!(
+                    "found \"recreate\", but {table}.on_unavailable is \"close\"; allowed: with \"hold\" only"
+                ),
+            );
+        } else if let Limit::Finite(limit) = handler.max_outage
+            && handler.failover_after >= limit
+            && !self.spoiled(&after)
+            && !self.spoiled(&outage)
+        {
+            let (found, limit) = (handler.failover_after.to_text(), limit.to_text());
+            // The default is rarely the one to change.
+            if self.layers.origin_of(&after) == Origin::Default {
+                self.fault(
+                    &outage,
+                    format!("found {limit}; allowed: more than {after}, which is {found}"),
+                );
+            } else {
+                self.fault(
+                    &after,
+                    format!("found {found}; allowed: less than {outage}, which is {limit}"),
+                );
+            }
+        }
+    }
+
+    /// What does not go with the mode.
+    fn broker_mode(&mut self, broker: &Broker) {
+        // Where they stand makes no difference: `check` prints the defaults, too.
+        let default = Config::default().broker;
+        let messages = broker.session_outbox_max_messages;
+        let bytes = broker.session_outbox_max_bytes;
+        let per_client = [
+            ("max_sessions", broker.max_sessions != default.max_sessions),
+            (
+                "session_outbox_max_messages",
+                messages != default.session_outbox_max_messages,
+            ),
+            (
+                "session_outbox_max_bytes",
+                bytes != default.session_outbox_max_bytes,
+            ),
+            ("will.topic", !broker.will.topic.pieces().is_empty()),
+        ];
+        if broker.mode == BrokerMode::Pool {
+            for (name, _) in per_client.iter().filter(|(_, is_set)| *is_set) {
+                self.fault(
+                    &format!("broker.{name}"),
+                    "found a value with broker.mode = \"pool\"; allowed: with \"per_client\"",
+                );
+            }
+            return;
+        }
+        if broker.protocol != Protocol::V5 && !self.spoiled("broker.protocol") {
+            self.fault(
+                "broker.protocol",
+                "found 4 with broker.mode = \"per_client\", whose exact fan-out needs subscription \
+                 identifiers; allowed: 5",
+            );
+        }
+        if ![1, default.pool_size].contains(&broker.pool_size) && !self.spoiled("broker.pool_size")
+        {
+            self.fault(
+                "broker.pool_size",
+                format!(
+                    "found {} with broker.mode = \"per_client\", where devices share no connection; \
+                     allowed: 1, or leave it out",
+                    broker.pool_size
+                ),
+            );
+        }
+        let known = |piece: &&Piece| {
+            use Placeholder::{Action, Password, Qos, Topic};
+            matches!(piece, Piece::Fill(Password | Action | Topic | Qos))
+        };
+        for (name, template) in [
+            ("topic", &broker.will.topic),
+            ("payload", &broker.will.payload),
+        ] {
+            if template.pieces().iter().find(known).is_some() {
+                self.fault(
+                    &format!("broker.will.{name}"),
+                    "found a placeholder that a will has no value for; allowed: ${clientid} ${username} \
+                     ${peerhost} ${cert_common_name} ${cert_subject} ${proto_name}",
+                );
+            }
         }
     }
 
@@ -175,6 +296,7 @@ impl Checks<'_> {
     }
 
     fn broker(&mut self, config: &mut Config) {
+        self.broker_mode(&config.broker);
         let broker = &mut config.broker;
         let tls = broker.url.iter().any(|url| url.tls);
         self.client_tls("broker", &broker.ssl_options, tls, "url", "mqtts://");

@@ -284,7 +284,7 @@ section! {
         handshake_timeout: Duration = Within("15s", TICK..),
 
         /// The most handshakes under way at a time, at least 1. Beyond it the one that has been
-        /// silent for longest, two seconds at least, gives way; else further ones wait.
+        /// stuck for longest, three seconds at least, gives way; else further ones wait.
         max_handshakes: usize = Within("1000", 1..),
     }
 }
@@ -318,7 +318,7 @@ section! {
         handshake_timeout: Duration = Within("15s", TICK..),
 
         /// The most handshakes under way at a time, at least 1. Beyond it the one that has been
-        /// silent for longest, two seconds at least, gives way; else a device's attempts are
+        /// stuck for longest, three seconds at least, gives way; else a device's attempts are
         /// dropped, and it tries again.
         max_handshakes: usize = Within("1000", 1..),
     }

@@ -45,7 +45,7 @@ mod values;
 use figment::value::Dict;
 
 pub use access::{AccessRule, AccessRules, Action, PeerList, Peers};
-pub use address::{BrokerUrl, HandlerAddress};
+pub use address::{BrokerUrl, HandlerAddress, HandlerUrl};
 pub use auth::{
     Authenticator, Backend, BrokerLogin, ClientInfoOverride, From, HttpMethod, HttpService,
     JwtOptions, Mechanism, OnError, UserFile, UserIdType,
@@ -63,8 +63,9 @@ pub use paths::Files;
 pub use report::{Fault, Origin, Report};
 pub use template::{HttpUrl, Piece, Placeholder, Template, TemplateTable};
 pub use types::{
-    Admin, Broker, ClientTls, Config, Handler, Log, LogFormat, LogLevel, LoginAttempts,
-    OnUnavailable, Protocol, Queue, QueuePolicy, Server, ServerTls, ServiceName, Verify,
+    Admin, Broker, BrokerMode, ClientTls, Config, Failover, Handler, Log, LogFormat, LogLevel,
+    LoginAttempts, OnUnavailable, Protocol, Queue, QueuePolicy, Server, ServerTls, ServiceName,
+    Verify, Will,
 };
 pub use values::{Limit, Rate, Secret, Size};
 

@@ -14,6 +14,7 @@ use super::authz::Authorization;
 use super::listeners::Listeners;
 use super::names::{ClientIdPrefix, Mountpoint, NodeName, PropertyName, words};
 use super::schema::{Computed, Listed, Named, Nested, Within, section};
+use super::template::Template;
 use super::value::{ConfigValue, Rejected};
 use super::values::{Limit, Secret, Size};
 
@@ -183,7 +184,10 @@ section! {
 section! {
     /// `[handler]` and `[handlers.NAME]`: a user's ConnectionHandler.
     pub struct Handler {
-        /// Where the service listens: "http://HOST:PORT", https:// for TLS, or a list of them.
+        /// Where the service listens: "http://HOST:PORT", https:// for TLS, "unix:/PATH" for a Unix
+        /// socket, or a list of them. A host name counts as all the addresses that it resolves to.
+        /// A connection stays with the address that saw its OnSocketCreated; new ones go in turn
+        /// over those that are there.
         address: Vec<HandlerAddress> = "http://127.0.0.1:9001",
 
         /// The gRPC service it implements: "ConnectionUnaryHandler", or "ConnectionHandler", the
@@ -234,6 +238,47 @@ section! {
         /// which it may show as well as those. "" for none.
         adapter_token_file: Option<PathBuf> = "",
 
+        /// Where a connection is held: "hold" waits for its own address to come back, "recreate"
+        /// moves it to another one that is there, with an OnSocketCreated of the same conn first.
+        failover: Failover = "hold",
+
+        /// With "recreate": how long a connection's address must be away before it moves. Less than
+        /// max_outage. A duration.
+        failover_after: Duration = Within("5s", TICK..),
+
+        /// Whether a callback is sent again when it is unknown whether the handler took it: the
+        /// channel broke, or the answer was UNAVAILABLE. false: it is not, and the connection is
+        /// closed, reason handler_unavailable; only what was never sent is tried again.
+        at_least_once: bool = "true",
+
+        /// How often host names are resolved; they also are when connecting fails.
+        /// A duration or "infinity".
+        resolve_interval: Limit<Duration> = Within("30s", Limit::Finite(TICK)..),
+
+        /// Whether a handler is asked for its health (grpc.health.v1, the server as a whole). One
+        /// that says NOT_SERVING gets no new connections; one without that service is healthy.
+        health_check: bool = "true",
+
+        /// How often it is asked. A duration.
+        health_interval: Duration = Within("10s", TICK..),
+
+        /// While callbacks are under way and nothing comes: how often an HTTP/2 ping is sent. Most
+        /// gRPC servers hang up on the third ping within five minutes unless they are told to
+        /// permit more. A duration or "infinity".
+        keepalive_interval: Limit<Duration> = Within("infinity", Limit::Finite(TICK)..),
+
+        /// How long the answer to such a ping may take before the channel counts as broken.
+        /// A duration.
+        keepalive_timeout: Duration = Within("3s", TICK..),
+
+        /// Whether request_timeout goes along with every callback as grpc-timeout. The handler's own
+        /// library then ends a callback at that time, also one that waits for the gateway.
+        grpc_timeout: bool = "false",
+
+        /// Whether every callback carries a new trace id in a traceparent header (W3C Trace
+        /// Context), which the log tells at level debug.
+        trace_context: bool = "false",
+
         /// TLS towards an https:// address.
         ssl_options: ClientTls = Nested,
     }
@@ -251,7 +296,23 @@ section! {
         /// publishing, and may open further connections for filters that overlap.
         protocol: Protocol = "5",
 
-        /// Connections to the broker, 1 to 64.
+        /// "pool": the devices share the gateway's connections. "per_client": Authenticate opens a
+        /// connection with the device's client id, user name and password; MQTT 5 only.
+        mode: BrokerMode = "pool",
+
+        /// The most devices with a connection of their own at a time (mode per_client), at least 1.
+        max_sessions: usize = Within("10000", 1..),
+
+        /// In place of outbox_max_messages on a device's own connection, at least 1.
+        session_outbox_max_messages: usize = Within("100", 1..),
+
+        /// In place of outbox_max_bytes on a device's own connection. A size.
+        session_outbox_max_bytes: Size = Within("64KiB", Size::new(1)..),
+
+        /// Mode per_client: the will of each device.
+        will: Will = Nested,
+
+        /// Connections to the broker, 1 to 64. Mode per_client has one, for RawPublish.
         pool_size: usize = Within("4", 1..=64),
 
         /// The user name the gateway gives the broker. "" for none.
@@ -313,6 +374,34 @@ section! {
 
         /// TLS towards an mqtts:// broker.
         ssl_options: ClientTls = Nested,
+    }
+}
+
+words! {
+    /// Whose connections to the broker there are.
+    pub enum BrokerMode {
+        /// A few of the gateway's.
+        Pool = "pool",
+        /// One of each device's.
+        PerClient = "per_client",
+    }
+}
+
+section! {
+    /// `[broker.will]`: what the broker publishes when a device's own connection ends abnormally.
+    pub struct Will {
+        /// The topic as the broker sees it, without a mountpoint; ${clientid}, ${username}, ${peerhost},
+        /// ${cert_common_name}, ${cert_subject} and ${proto_name} are filled in. "" for no will.
+        topic: Template = "",
+
+        /// The message, with the same placeholders.
+        payload: Template = "",
+
+        /// Its QoS: 0, 1 or 2.
+        qos: u16 = Within("0", 0..=2),
+
+        /// Whether the broker keeps it for those who subscribe later: true or false.
+        retain: bool = "false",
     }
 }
 
@@ -390,6 +479,14 @@ words! {
         Hold = "hold",
         /// They are closed.
         Close = "close",
+    }
+
+    /// What becomes of connections whose own handler address is away while another is there.
+    pub enum Failover {
+        /// They wait for it.
+        Hold = "hold",
+        /// They move.
+        Recreate = "recreate",
     }
 
     /// What happens when a connection's queue is full.

@@ -10,12 +10,13 @@ use bytes::Bytes;
 use metrics::Counter;
 
 use super::handle::{Authentication, Client, Handle, Refused};
+use super::own::Own;
 use super::reason::CloseReason;
 use super::registry::{NotFound, Registry};
 use crate::auth::acl::{Permission, Wish};
 use crate::auth::{Attempt, Auth, Denial, Grant, Secret};
 use crate::broker::topic::{Mountpoint, TopicError, TopicFilter, TopicName, is_mqtt_text};
-use crate::broker::{Broker, Publication, PublishError, QoS, SubscribeError};
+use crate::broker::{Broker, OwnSession, Publication, PublishError, QoS, SubscribeError};
 use crate::id::HandlerName;
 use crate::proto::ResultCode;
 
@@ -214,6 +215,7 @@ pub struct Commands {
     registry: Arc<Registry>,
     broker: Broker,
     auth: Arc<Auth>,
+    own: Option<Own>,
     raw_publish: RawPublish,
     foreign: Counter,
 }
@@ -250,6 +252,12 @@ pub enum RawPublish {
     Checked,
 }
 
+/// What came of an authentication.
+struct Known {
+    grant: Grant,
+    own: Option<OwnSession>,
+}
+
 /// No rule allows it.
 fn denied(wish: Wish<'_>) -> Refusal {
     let text = format!("the rules of access do not allow to {} here", wish.action);
@@ -257,13 +265,14 @@ fn denied(wish: Wish<'_>) -> Refusal {
 }
 
 impl Commands {
-    /// Over these connections and this broker, with `auth` to say who is who;
-    /// `raw_publish` allows [`Commands::raw_publish`]; `foreign` counts calls about connections
-    /// out of the caller's reach.
+    /// Over these connections and this broker, with `auth` to say who is who; `own` gives
+    /// each device a session of its own; `raw_publish` allows [`Commands::raw_publish`];
+    /// `foreign` counts calls about connections out of the caller's reach.
     pub fn new(
         registry: Arc<Registry>,
         broker: Broker,
         auth: Arc<Auth>,
+        own: Option<Own>,
         raw_publish: RawPublish,
         foreign: Counter,
     ) -> Self {
@@ -271,6 +280,7 @@ impl Commands {
             registry,
             broker,
             auth,
+            own,
             raw_publish,
             foreign,
         }
@@ -325,7 +335,7 @@ impl Commands {
                     from: Some(client.clientid.clone()),
                 };
                 let route = handle.id().route();
-                self.broker.publish(route, publication).await?;
+                self.broker_of(&client).publish(route, publication).await?;
             }
             Command::Subscribe {
                 filter,
@@ -417,7 +427,27 @@ impl Commands {
         } else {
             Grant::default()
         };
-        self.make_client(handle, &attempt, &template, grant, authentication)
+        let own = match &self.own {
+            None => None,
+            Some(own) => {
+                // The broker authenticates here, and is guarded like everybody who does.
+                self.auth.admit(&attempt)?;
+                let opened = own.open(&self.registry, handle, &attempt);
+                let opened = Box::pin(authentication.run(opened)).await?;
+                Some(opened.inspect_err(|refusal| {
+                    if refusal.code == ResultCode::PermissionDeny {
+                        self.auth.failed(&attempt);
+                    }
+                })?)
+            }
+        };
+        let known = Known { grant, own };
+        self.make_client(handle, &attempt, &template, known, authentication)
+    }
+
+    /// The device's own session, or the pool.
+    fn broker_of<'a>(&'a self, client: &'a Client) -> &'a Broker {
+        client.own.as_ref().map_or(&self.broker, OwnSession::broker)
     }
 
     fn make_client(
@@ -425,7 +455,7 @@ impl Commands {
         handle: &Handle,
         attempt: &Attempt,
         asked_mountpoint: &str,
-        grant: Grant,
+        Known { grant, own }: Known,
         authentication: Authentication<'_>,
     ) -> Result<(), Refusal> {
         let settings = &handle.context().settings;
@@ -444,6 +474,7 @@ impl Commands {
             username: attempt.username.clone(),
             mountpoint,
             person: self.auth.acl().person(attempt, grant),
+            own,
         });
         if let Some(older) = self.registry.claim(&client.clientid, handle.clone()) {
             tracing::debug!(conn = %older.id(), clientid = %client.clientid, "client id taken over");
@@ -496,7 +527,7 @@ impl Commands {
         self.authorize(handle, &client, wish).await?;
         let replaced = handle.may_subscribe(&filter)?;
         let subscription = self
-            .broker
+            .broker_of(&client)
             .subscribe(&mounted, qos, handle.subscriber(), replaced)
             .await?;
         Ok(handle.subscribed(filter, subscription)?)

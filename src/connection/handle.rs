@@ -19,7 +19,7 @@ use super::queue::{MessageQueue, Pushed};
 use super::reason::CloseReason;
 use crate::auth::acl::Person;
 use crate::broker::topic::Mountpoint;
-use crate::broker::{Delivery, Subscriber, Subscription, SubscriptionKey};
+use crate::broker::{Delivery, OwnSession, Subscriber, Subscription, SubscriptionKey};
 use crate::handler::Caller;
 use crate::id::ConnId;
 use crate::tls::Subject;
@@ -40,6 +40,8 @@ pub struct Client {
     pub mountpoint: Mountpoint,
     /// Whose wishes are checked, unless it may do everything.
     pub person: Option<Box<Person>>,
+    /// Its own session at the broker; without one it shares the pool.
+    pub own: Option<OwnSession>,
 }
 
 /// Why a request to a connection is refused.

@@ -19,6 +19,7 @@ mod context;
 mod handle;
 mod linger;
 pub mod machine;
+pub mod own;
 mod queue;
 mod rates;
 mod reason;

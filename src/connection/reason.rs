@@ -54,6 +54,14 @@ impl CloseReason {
     }
 }
 
+impl CloseReason {
+    /// Whether the device has gone on purpose, as far as anybody can tell, so that nobody
+    /// is to hear of a will.
+    pub fn is_farewell(&self) -> bool {
+        matches!(self, Self::Normal | Self::ClosedByHandler)
+    }
+}
+
 impl fmt::Display for CloseReason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {

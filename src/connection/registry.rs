@@ -74,6 +74,11 @@ impl Registry {
         lock(self.clients(clientid)).insert(clientid.clone(), handle)
     }
 
+    /// The connection that has a client id.
+    pub(super) fn holder(&self, clientid: &str) -> Option<Handle> {
+        lock(self.clients(clientid)).get(clientid).cloned()
+    }
+
     /// Takes a client id back, unless another connection has it by now.
     pub(super) fn release(&self, clientid: &str, id: ConnId) {
         let mut clients = lock(self.clients(clientid));

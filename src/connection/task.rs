@@ -212,6 +212,9 @@ impl<S: Socket> Driver<S> {
         if let Some(client) = self.handle.end() {
             let id = self.handle.id();
             self.context.registry.release(&client.clientid, id);
+            if let Some(own) = &client.own {
+                own.end(!self.reason().is_farewell());
+            }
         }
     }
 
@@ -223,8 +226,11 @@ impl<S: Socket> Driver<S> {
             return Poll::Ready(Input::CallEnded(self.call_ended(result, deliveries)));
         }
         let room = self.calls.size() < MAX_AHEAD;
-        self.machine
-            .set_window(if room { self.sink.window() } else { 1 });
+        self.machine.set_window(if room {
+            self.sink.window(&self.caller)
+        } else {
+            1
+        });
         let wishes = self.handle.look(cx, &mut self.outgoing);
         let authenticated = wishes.authenticated.map(Input::Authenticated);
         let keepalive = wishes.keepalive.map(Input::KeepaliveSet);
@@ -341,6 +347,11 @@ impl<S: Socket> Driver<S> {
             && let Poll::Ready(result) = socket.poll_finish(cx)
         {
             self.flushing = false;
+            if !S::STREAM {
+                // Forgotten as soon as it is closed, not once the handler knows: what the
+                // peer sends next is a new connection's.
+                self.socket = None;
+            }
             return Poll::Ready(match result {
                 Ok(()) => Input::Flushed,
                 // The device has gone already: there is nobody to tell.

@@ -10,7 +10,7 @@ use bytes::Bytes;
 use tokio::net::TcpListener as Acceptors;
 use tokio_util::sync::CancellationToken;
 
-use super::{BindError, Error, Pools};
+use super::{BindError, Clients, Error};
 use crate::admission::Admission;
 use crate::admission::turns::Turns;
 use crate::config::{
@@ -18,6 +18,7 @@ use crate::config::{
     TcpListener, TcpOptions, UdpListener, UdpOptions,
 };
 use crate::connection::{ListenerContext, Registry, Settings};
+use crate::handler::client::Client;
 use crate::id::HandlerName;
 use crate::listener::{DatagramListener, Dtls, Protocol, StreamListener, Tls};
 use crate::metrics::{ListenerMetrics, Metrics};
@@ -135,7 +136,7 @@ impl<'a> Sockets<'a> {
 pub(super) struct Build<'a> {
     pub config: &'a Config,
     pub shards: &'a [Shard],
-    pub pools: &'a Pools,
+    pub clients: &'a Clients,
     pub registry: &'a Arc<Registry>,
     pub metrics: &'a Metrics,
     pub draining: &'a CancellationToken,
@@ -239,6 +240,7 @@ impl Build<'_> {
                 receive_errors,
                 queue_full: dropped("queue_full"),
                 queues_full: dropped("queues_full"),
+                closed: dropped("closed"),
                 draining: dropped("draining"),
                 bad_address: dropped("bad_address"),
                 too_large: dropped("too_large"),
@@ -259,21 +261,21 @@ impl Build<'_> {
     ) -> Vec<Arc<ListenerContext>> {
         let handler: &str = &listener.common.handler;
         let name = HandlerName::new(handler);
-        let pools = self.pools.get(handler).into_iter().flatten();
-        let context = |(shard, pool): (&Shard, &Arc<_>)| {
+        let clients = self.clients.get(handler).into_iter().flatten();
+        let context = |(shard, client): (&Shard, &Arc<Client>)| {
             Arc::new(ListenerContext {
                 name: listener.full_name(),
                 shard: shard.id(),
                 settings: settings.clone(),
                 handler: name.clone(),
-                handlers: Arc::clone(pool) as Arc<_>,
+                handlers: Arc::new(client.clone()),
                 registry: self.registry.clone(),
                 metrics: metrics.clone(),
                 draining: self.draining.clone(),
                 complaints: Seldom::default(),
             })
         };
-        self.shards.iter().zip(pools).map(context).collect()
+        self.shards.iter().zip(clients).map(context).collect()
     }
 
     fn tls(

@@ -26,12 +26,13 @@ use tokio_util::task::TaskTracker;
 use crate::adapter::Adapter;
 use crate::admin::{self, Readiness, Status};
 use crate::auth::Auth;
-use crate::broker::{Broker, BrokerTasks, LinkState};
+use crate::broker::{Broker, BrokerTasks, LinkState, OwnSessions};
 use crate::config::{Config, Handler};
 use crate::connection::Registry;
 use crate::connection::command::{Commands, RawPublish};
-use crate::handler::client::Pool;
-use crate::handler::link::Link;
+use crate::connection::own::Own;
+use crate::handler::client::Client;
+use crate::handler::resolve::{Directory, Resolve, System};
 use crate::id::{NodeTag, ShardId};
 use crate::memory;
 use crate::metrics::{AdapterMetrics, AuthMetrics, BrokerMetrics, HandlerMetrics, Metrics};
@@ -113,6 +114,7 @@ pub struct Gateway {
     registry: Arc<Registry>,
     connections: TaskTracker,
     broker_tasks: BrokerTasks,
+    own_sessions: Option<OwnSessions>,
     adapter_tasks: TaskTracker,
     stops: Stops,
     shutdown_timeout: Duration,
@@ -132,11 +134,10 @@ struct Stops {
     admin: CancellationToken,
 }
 
-/// The links of one handler on all shards: `links[shard][address]`.
-struct HandlerLinks {
+/// One handler as all shards see it.
+struct HandlerHealth {
     name: String,
-    addresses: Vec<String>,
-    links: Vec<Vec<Arc<Link>>>,
+    clients: Vec<Arc<Client>>,
 }
 
 struct Health {
@@ -144,7 +145,7 @@ struct Health {
     started: watch::Sender<bool>,
     draining: CancellationToken,
     broker: Broker,
-    handlers: Vec<HandlerLinks>,
+    handlers: Vec<HandlerHealth>,
 }
 
 impl Health {
@@ -158,7 +159,7 @@ impl Health {
                 LinkState::Connecting | LinkState::Down(_) => Status::missing(text),
             });
         }
-        statuses.extend(self.handlers.iter().map(HandlerLinks::status));
+        statuses.extend(self.handlers.iter().map(HandlerHealth::status));
         statuses
     }
 }
@@ -175,24 +176,18 @@ impl Readiness for Health {
     }
 }
 
-impl HandlerLinks {
-    /// Good when every shard can reach one of the handler's addresses.
+impl HandlerHealth {
+    /// Good when every shard can tell new connections to one of the handler's addresses.
     fn status(&self) -> Status {
-        let down = self
-            .links
-            .iter()
-            .find(|links| !links.iter().any(|link| link.is_up()));
         let name = &self.name;
-        let Some(down) = down else {
-            return Status::good(format!("handler {name}: connected"));
-        };
-        let troubles: Vec<String> = self
-            .addresses
-            .iter()
-            .zip(down)
-            .map(|(address, link)| format!("{address}: {}", link.trouble()))
-            .collect();
-        Status::missing(format!("handler {name}: {}", troubles.join(", ")))
+        let mut pools = self.clients.iter().map(|client| client.pool());
+        match pools.find(|pool| !pool.is_open()) {
+            None => Status::good(format!("handler {name}: connected")),
+            Some(away) => {
+                let troubles = away.troubles().join(", ");
+                Status::missing(format!("handler {name}: {troubles}"))
+            }
+        }
     }
 }
 
@@ -209,9 +204,20 @@ impl Gateway {
         config: &Config,
         tell: impl FnOnce(&Addresses) + Send + 'static,
     ) -> Result<Self, Error> {
+        Self::start_resolving(config, Arc::new(System), tell).await
+    }
+
+    /// Like [`Gateway::start_and_tell`], with a resolver of host names other than the
+    /// system's.
+    pub async fn start_resolving(
+        config: &Config,
+        resolver: Arc<dyn Resolve>,
+        tell: impl FnOnce(&Addresses) + Send + 'static,
+    ) -> Result<Self, Error> {
         let metrics = Metrics::new().map_err(|error| Error::Metrics(error.to_string()))?;
         let server_tls = options::server_tls(config)?;
         let broker_options = options::broker(config)?;
+        let own_sessions = options::own_sessions(config)?;
         let stops = Stops::default();
         let auth = Auth::start(
             &options::auth(config)?,
@@ -242,15 +248,21 @@ impl Gateway {
         let (shards, shard_threads) = start_shards(config, &connections)?;
         let node = NodeTag::of(&config.node_name);
         let registry = Arc::new(Registry::new(node, shards.len()));
-        let (pools, handlers) = start_handlers(config, &shards, &metrics, &stops.draining)?;
+        let draining = &stops.draining;
+        let clients = start_handlers(config, &shards, &metrics, draining, &resolver)?;
         let runtimes: Vec<_> = shards.iter().map(|shard| shard.runtime().clone()).collect();
         let broker_metrics = BrokerMetrics::new(&metrics);
         let (broker, broker_tasks) = Broker::start(broker_options, &runtimes, &broker_metrics)?;
         let adapter_metrics = AdapterMetrics::new(&metrics);
+        let own_sessions = own_sessions
+            .map(|(options, max)| OwnSessions::new(options, max, &runtimes, &broker_metrics));
+        let own = own_sessions.clone();
+        let own = own.map(|sessions| Own::new(sessions, options::will(config)));
         let commands = Commands::new(
             registry.clone(),
             broker.clone(),
             auth,
+            own,
             match (config.raw_publish, config.authorization.check_raw_publish) {
                 (false, _) => RawPublish::Off,
                 (true, false) => RawPublish::On,
@@ -269,7 +281,7 @@ impl Gateway {
         let build = Build {
             config,
             shards: &shards,
-            pools: &pools,
+            clients: &clients,
             registry: &registry,
             metrics: &metrics,
             draining: &stops.draining,
@@ -283,7 +295,10 @@ impl Gateway {
             started: watch::Sender::new(false),
             draining: stops.draining.clone(),
             broker,
-            handlers,
+            handlers: clients
+                .into_iter()
+                .map(|(name, clients)| HandlerHealth { name, clients })
+                .collect(),
         });
         tokio::spawn(announce(health.clone(), addresses.clone(), tell));
 
@@ -312,6 +327,7 @@ impl Gateway {
             registry,
             connections,
             broker_tasks,
+            own_sessions,
             adapter_tasks,
             stops,
             shutdown_timeout: config.shutdown_timeout,
@@ -363,6 +379,15 @@ impl Gateway {
         let reserve = BROKER_RESERVE.min(self.shutdown_timeout / 4);
         let all = tokio::time::timeout_at(deadline - reserve, self.connections.wait()).await;
         let connections = if all.is_ok() { 0 } else { self.registry.len() };
+        if let Some(own) = &self.own_sessions {
+            let cut_off = own.drain(deadline).await;
+            if cut_off > 0 {
+                tracing::warn!(
+                    cut_off,
+                    "devices' sessions at the broker were not ended in time"
+                );
+            }
+        }
         let publishes = self.broker_tasks.drain(deadline).await;
         self.stops.adapter.cancel();
         self.adapter_tasks.close();
@@ -411,45 +436,41 @@ fn start_shards(
     Ok((shards, threads))
 }
 
-/// Each handler's pools by name, one for each shard.
-type Pools = BTreeMap<String, Vec<Arc<Pool>>>;
+/// Each handler's clients by name, one for each shard.
+type Clients = BTreeMap<String, Vec<Arc<Client>>>;
 
 fn start_handlers(
     config: &Config,
     shards: &[Shard],
     metrics: &Metrics,
     draining: &CancellationToken,
-) -> Result<(Pools, Vec<HandlerLinks>), Error> {
-    let mut pools = Pools::new();
-    let mut all_links = Vec::new();
+    resolver: &Arc<dyn Resolve>,
+) -> Result<Clients, Error> {
+    let mut all = Clients::new();
     for (name, handler) in used_handlers(config) {
         let key = options::handler_key(name);
         let metrics = HandlerMetrics::new(metrics, name);
         let targets = options::targets(&key, handler)?;
-        let mut links_of_shards = Vec::new();
-        let mut pools_of_shards = Vec::new();
-        for shard in shards {
-            let mut links = Vec::new();
-            for target in &targets {
-                let link = Link::new(target.clone(), metrics.clone())
-                    .map_err(|error| options::Error::new(&key, error))?;
-                shard.runtime().spawn(link.clone().run());
-                links.push(link);
-            }
-            let options = options::client(handler, shards.len());
-            let pool = Pool::new(links.clone(), options, metrics.clone(), draining.clone())
-                .map_err(|error| options::Error::new(&key, error))?;
-            links_of_shards.push(links);
-            pools_of_shards.push(Arc::new(pool));
+        let interval = handler.resolve_interval.finite();
+        let directory = Directory::new(targets, resolver.clone(), interval);
+        tokio::spawn(directory.clone().run());
+        let mut clients = Vec::new();
+        for (number, shard) in shards.iter().enumerate() {
+            let client = Client::new(
+                options::client(handler, shards.len()),
+                directory.clone(),
+                metrics.clone(),
+                draining.clone(),
+                number,
+            );
+            let client = client.map_err(|error| options::Error::new(&key, error))?;
+            let client = Arc::new(client);
+            shard.runtime().spawn(client.clone().run());
+            clients.push(client);
         }
-        pools.insert(name.to_owned(), pools_of_shards);
-        all_links.push(HandlerLinks {
-            name: name.to_owned(),
-            addresses: handler.address.iter().map(ToString::to_string).collect(),
-            links: links_of_shards,
-        });
+        all.insert(name.to_owned(), clients);
     }
-    Ok((pools, all_links))
+    Ok(all)
 }
 
 /// The handlers that a listener names; the others need not be there.

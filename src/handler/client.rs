@@ -5,24 +5,28 @@
 //! so this speaks to `ConnectionUnaryHandler` and to `ConnectionHandler` alike.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use bytes::{BufMut, Bytes};
 use futures_util::future::BoxFuture;
 use http::uri::PathAndQuery;
+use metrics::Gauge;
+use tokio::sync::OwnedSemaphorePermit;
 use tokio::sync::mpsc::UnboundedReceiver;
-use tokio::sync::{AcquireError, Semaphore, SemaphorePermit};
-use tokio::time::{Instant, timeout, timeout_at};
+use tokio::time::{Instant, sleep, sleep_until, timeout, timeout_at};
 use tokio_util::sync::CancellationToken;
 use tonic::client::Grpc;
 use tonic::codec::{Codec, EncodeBuf, Encoder};
-use tonic::{Code, Request, Status};
+use tonic::{Request, Status};
 use tonic_prost::{ProstCodec, ProstDecoder};
 
 use super::link::{Channel, Link};
+use super::pool::{self, Pool};
+use super::resolve::Directory;
+use super::seat::{Member, Standing};
+use super::status::{Miss, miss};
 use super::streaming::{self, Streaming};
-use super::{CallFailure, Caller, Event, EventSink, Handlers};
+use super::{CallFailure, Caller, Event, EventSink, Handlers, trace};
 use crate::metrics::{HandlerMetrics, METHODS};
 use crate::proto;
 
@@ -38,106 +42,87 @@ pub(super) const MAX_WAIT: Duration = Duration::from_secs(120);
 pub struct Options {
     /// The gRPC service: `ConnectionUnaryHandler` or `ConnectionHandler`.
     pub service: &'static str,
-    /// Most callbacks under way at each address at a time.
-    pub max_in_flight: usize,
     /// Longest time for one callback.
     pub request_timeout: Duration,
     /// Longest time in which OnSocketClosed is tried.
     pub close_timeout: Duration,
     /// Longest outage that is borne; `None` without end, zero not at all.
     pub max_outage: Option<Duration>,
-    /// Streams that carry many events, if they are wanted.
+    /// Whether a call is repeated when nobody knows whether the handler took it.
+    pub at_least_once: bool,
+    /// Whether `request_timeout` is sent along.
+    pub grpc_timeout: bool,
+    /// Whether calls carry a trace id.
+    pub trace_context: bool,
+    /// How the addresses are used.
+    pub pool: pool::Options,
+    /// Streams that carry many events, if they are wanted. Only where connections stay
+    /// at their address.
     pub streaming: Option<streaming::Options>,
 }
+
+/// The handler as one shard sees it.
+#[derive(Clone)]
+pub struct Client(pub(super) Arc<Shared>);
 
 pub(super) struct Shared {
     pub(super) options: Options,
     paths: [PathAndQuery; METHODS.len()],
+    pool: Arc<Pool>,
     pub(super) metrics: HandlerMetrics,
     /// Cancelled when the gateway drains: nobody is waited for any more.
     pub(super) draining: CancellationToken,
 }
 
-/// The handler as one shard sees it: a link for each address, new connections in
-/// turn over those that are up.
-pub struct Pool {
-    clients: Vec<(Arc<Client>, Arc<dyn EventSink>)>,
-    next: AtomicUsize,
-}
+/// An address to call, and the room for it.
+type Turn = (Arc<Member>, OwnedSemaphorePermit);
 
-/// One address of the handler.
-pub struct Client {
-    pub(super) link: Arc<Link>,
-    /// Room for callbacks, given in turn.
-    room: Arc<Semaphore>,
-    pub(super) shared: Arc<Shared>,
-}
-
-impl Pool {
-    /// A pool over links that run already. `links` must not be empty.
+impl Client {
+    /// A client that reaches nobody until [`Client::run`] runs. `shard` is the number
+    /// of the shard that it is for.
     ///
     /// # Errors
     /// A service name that cannot stand in a path.
     pub fn new(
-        links: Vec<Arc<Link>>,
         options: Options,
+        directory: Arc<Directory>,
         metrics: HandlerMetrics,
         draining: CancellationToken,
+        shard: usize,
     ) -> Result<Self, http::uri::InvalidUri> {
         let mut paths = [const { PathAndQuery::from_static("/") }; METHODS.len()];
         for (path, method) in paths.iter_mut().zip(METHODS) {
             *path = format!("/emqx.exproto.v1.{}/{method}", options.service).parse()?;
         }
-        let shared = Arc::new(Shared {
+        let pool = Pool::new(options.pool.clone(), directory, metrics.clone(), shard);
+        Ok(Self(Arc::new(Shared {
             options,
             paths,
+            pool,
             metrics,
             draining,
-        });
-        let clients = links
-            .into_iter()
-            .map(|link| {
-                let client = Arc::new(Client {
-                    link,
-                    room: Arc::new(Semaphore::new(shared.options.max_in_flight)),
-                    shared: shared.clone(),
-                });
-                let sink: Arc<dyn EventSink> = match &shared.options.streaming {
-                    Some(options) => Arc::new(Streaming::new(client.clone(), options.clone())),
-                    None => client.clone(),
-                };
-                (client, sink)
-            })
-            .collect();
-        Ok(Self {
-            clients,
-            next: AtomicUsize::new(0),
-        })
+        })))
+    }
+
+    /// Keeps the channels to the handler's addresses up, for ever, with tasks of the
+    /// runtime that it runs on.
+    pub async fn run(self: Arc<Self>) {
+        self.0.pool.clone().run().await;
+    }
+
+    /// Its addresses.
+    pub fn pool(&self) -> &Pool {
+        &self.0.pool
     }
 }
 
-impl Handlers for Pool {
+/// The sink of every connection; which address it is at is the caller's.
+impl Handlers for Arc<Client> {
     fn assign(&self) -> Arc<dyn EventSink> {
-        let turn = self.next.fetch_add(1, Ordering::Relaxed);
-        let count = self.clients.len().max(1);
-        let in_turn = (0..count).filter_map(|i| self.clients.get((turn + i) % count));
-        let mut in_turn = in_turn.peekable();
-        let first = in_turn.peek().copied();
-        let chosen = in_turn.find(|(client, _)| client.link.is_up()).or(first);
-        match chosen {
-            Some((_, sink)) => sink.clone(),
-            None => Arc::new(Nowhere),
+        match &self.0.options.streaming {
+            Some(_) => Arc::new(Streaming::new(Client::clone(self))),
+            None => self.clone(),
         }
-    }
-}
-
-/// The handler of an empty list, which the configuration does not allow.
-struct Nowhere;
-
-impl EventSink for Nowhere {
-    fn deliver(&self, _: Arc<Caller>, _: Event) -> BoxFuture<'static, Result<(), CallFailure>> {
-        let failure = CallFailure::Unavailable("no address".to_owned());
-        Box::pin(std::future::ready(Err(failure)))
     }
 }
 
@@ -147,71 +132,8 @@ impl EventSink for Client {
         caller: Arc<Caller>,
         event: Event,
     ) -> BoxFuture<'static, Result<(), CallFailure>> {
-        let (link, room) = (self.link.clone(), self.room.clone());
-        let shared = self.shared.clone();
-        Box::pin(async move {
-            let method = event.method_index();
-            let started = Instant::now();
-            shared.metrics.in_flight.increment(1.0);
-            let in_flight = InFlight(&shared.metrics);
-            // Waiting for its turn is not the handler's time: of thousands that end
-            // together each is told, and those who are late would break the channel
-            // (HTTP/2 servers hang up on who cancels many calls at once).
-            let turn = room.acquire().await;
-            let persisting = shared.persist(turn, &link, &room, &caller, &event);
-            let result = if matches!(event, Event::SocketClosed(_)) {
-                let limit = shared.options.close_timeout;
-                timeout(limit, persisting)
-                    .await
-                    .unwrap_or_else(|_| Err(late(limit)))
-            } else {
-                persisting.await
-            };
-            drop(in_flight);
-            match &result {
-                Ok(()) => shared.metrics.succeeded(method, started.elapsed()),
-                Err(failure) => {
-                    shared.metrics.failed(method, failure.outcome());
-                    if matches!(event, Event::SocketClosed(_)) {
-                        shared.metrics.closed_lost.increment(1);
-                    }
-                }
-            }
-            result
-        })
-    }
-}
-
-impl Client {
-    /// Makes one call for an event that others count.
-    pub(super) async fn call_alone(
-        &self,
-        caller: &Caller,
-        event: &Event,
-    ) -> Result<(), CallFailure> {
-        let (link, room) = (&self.link, &self.room);
-        let turn = room.acquire().await;
-        self.shared.persist(turn, link, room, caller, event).await
-    }
-
-    /// Makes one call with many requests, encoded, which ends with their channel.
-    pub(super) async fn stream(
-        self: Arc<Self>,
-        method: usize,
-        mut requests: UnboundedReceiver<Bytes>,
-    ) -> Result<(), Status> {
-        let Some(channel) = self.link.channel() else {
-            return Err(Status::unavailable(self.link.trouble()));
-        };
-        let Some(path) = self.shared.paths.get(method).cloned() else {
-            return Err(Status::internal("no such callback"));
-        };
-        let mut grpc = Grpc::with_origin(channel, self.link.origin());
-        grpc.ready().await?;
-        let requests = futures_util::stream::poll_fn(move |cx| requests.poll_recv(cx));
-        grpc.client_streaming(Request::new(requests), path, Encoded)
-            .await
-            .map(drop)
+        let shared = self.0.clone();
+        Box::pin(async move { shared.deliver(&caller, &event).await })
     }
 }
 
@@ -243,12 +165,26 @@ impl Encoder for Encoded {
     }
 }
 
-/// Takes a callback off the gauge also when it is abandoned.
-struct InFlight<'a>(&'a HandlerMetrics);
+/// Waits for room at an address.
+async fn turn(member: Arc<Member>) -> Option<Turn> {
+    // The semaphore is never closed.
+    let permit = member.room.clone().acquire_owned().await.ok()?;
+    Some((member, permit))
+}
 
-impl Drop for InFlight<'_> {
+/// One more on a gauge, also when its work is abandoned.
+struct Counted<'a>(&'a Gauge);
+
+impl<'a> Counted<'a> {
+    fn one(gauge: &'a Gauge) -> Self {
+        gauge.increment(1.0);
+        Self(gauge)
+    }
+}
+
+impl Drop for Counted<'_> {
     fn drop(&mut self) {
-        self.0.in_flight.decrement(1.0);
+        self.0.decrement(1.0);
     }
 }
 
@@ -259,67 +195,239 @@ pub(super) fn late(limit: Duration) -> CallFailure {
     }
 }
 
+/// What one event has met with so far.
+struct Outage {
+    give_up: Option<Instant>,
+    /// Since when calls have failed at the address that the connection is at.
+    missed: Option<Instant>,
+    pause: Duration,
+}
+
 impl Shared {
+    async fn deliver(&self, caller: &Caller, event: &Event) -> Result<(), CallFailure> {
+        let method = event.method_index();
+        let started = Instant::now();
+        let in_flight = Counted::one(&self.metrics.in_flight);
+        // Waiting for its turn is not the handler's time: of thousands that end
+        // together each is told, and those who are late would break the channel
+        // (HTTP/2 servers hang up on who cancels many calls at once).
+        let turn = self.first_turn(caller, event).await;
+        let persisting = self.persist(turn, caller, event);
+        let is_last = matches!(event, Event::SocketClosed(_));
+        let result = if is_last {
+            let limit = self.options.close_timeout;
+            timeout(limit, persisting)
+                .await
+                .unwrap_or_else(|_| Err(late(limit)))
+        } else {
+            persisting.await
+        };
+        drop(in_flight);
+        match &result {
+            Ok(()) => self.metrics.succeeded(method, started.elapsed()),
+            Err(failure) => {
+                self.metrics.failed(method, failure.outcome());
+                if is_last {
+                    self.metrics.closed_lost.increment(1);
+                }
+            }
+        }
+        if is_last {
+            caller.leave();
+        }
+        result
+    }
+
+    /// Makes one call for an event that others count.
+    pub(super) async fn call_alone(
+        &self,
+        caller: &Caller,
+        event: &Event,
+    ) -> Result<(), CallFailure> {
+        let turn = self.first_turn(caller, event).await;
+        self.persist(turn, caller, event).await
+    }
+
+    /// Makes one call with many requests, encoded, which ends with their channel.
+    pub(super) async fn stream(
+        &self,
+        link: &Link,
+        method: usize,
+        mut requests: UnboundedReceiver<Bytes>,
+    ) -> Result<(), Status> {
+        let Some(channel) = link.channel() else {
+            return Err(super::link::not_sent(link.trouble()));
+        };
+        let Some(path) = self.paths.get(method).cloned() else {
+            return Err(Status::internal("no such callback"));
+        };
+        let heard = channel.clone();
+        let mut grpc = Grpc::with_origin(channel, link.origin());
+        grpc.ready().await?;
+        let requests = futures_util::stream::poll_fn(move |cx| requests.poll_recv(cx));
+        grpc.client_streaming(Request::new(requests), path, Encoded)
+            .await?;
+        heard.answered();
+        Ok(())
+    }
+
+    /// The turn at the connection's address, if that is there.
+    async fn first_turn(&self, caller: &Caller, event: &Event) -> Option<Turn> {
+        match self.pool.place(caller, event, None) {
+            Some(member) => turn(member).await,
+            None => None,
+        }
+    }
+
     /// Calls until the handler takes the event, refuses it, or has been away for
     /// longer than is borne. The first call is made in the turn that was waited for.
     async fn persist(
         &self,
-        turn: Result<SemaphorePermit<'_>, AcquireError>,
-        link: &Link,
-        room: &Semaphore,
+        mut turn: Option<Turn>,
         caller: &Caller,
         event: &Event,
     ) -> Result<(), CallFailure> {
-        let mut pause = PAUSES.0;
-        let mut give_up: Option<Option<Instant>> = None;
-        let mut first_turn = Some(turn);
+        let mut outage: Option<(Outage, Counted<'_>)> = None;
         loop {
-            // Only a call takes room, not the wait for a handler that is away. The
-            // semaphore is never closed.
-            let turn = match first_turn.take() {
-                Some(turn) => turn,
-                None => room.acquire().await,
-            };
-            let trouble = match link.channel() {
-                Some(channel) => match self.attempt(link, channel, caller, event).await {
-                    Err(CallFailure::Unavailable(trouble)) => trouble,
-                    done => return done,
-                },
-                None => link.trouble(),
-            };
-            drop(turn);
-            let give_up = *give_up.get_or_insert_with(|| {
-                let limit = self.options.max_outage?;
-                Some(Instant::now() + limit)
-            });
-            let wait = async {
-                if link.is_up() {
-                    tokio::time::sleep(pause).await;
-                } else {
-                    link.up().await;
-                }
-            };
-            let waited = async {
-                match give_up {
-                    Some(instant) => timeout_at(instant, wait).await.is_ok(),
-                    None => {
-                        wait.await;
-                        true
+            let called = turn.is_some();
+            let trouble = match &turn {
+                // Only a call takes room, not the wait for a handler that is away.
+                Some((member, _room)) => match self.tell(member, caller, event).await {
+                    Ok(()) => return Ok(()),
+                    Err(Miss::Refused(failure)) => return Err(failure),
+                    Err(Miss::Away { sent: true, why }) if !self.options.at_least_once => {
+                        return Err(CallFailure::Unavailable(why));
                     }
+                    Err(Miss::Away { why, .. }) => why,
+                },
+                None => caller.trouble(),
+            };
+            drop(turn.take());
+            let (outage, _held) = outage.get_or_insert_with(|| {
+                let now = Instant::now();
+                let outage = Outage {
+                    give_up: self.options.max_outage.map(|limit| now + limit),
+                    missed: None,
+                    pause: PAUSES.0,
+                };
+                (outage, Counted::one(&self.metrics.held))
+            });
+            if called {
+                outage.missed.get_or_insert_with(Instant::now);
+            }
+            let give_up = outage.give_up;
+            let chance = self.chance(called, caller, event, outage);
+            let chance = async {
+                match give_up {
+                    Some(instant) => timeout_at(instant, chance).await.ok(),
+                    None => Some(chance.await),
                 }
             };
-            let again = tokio::select! {
+            let chance = tokio::select! {
                 // A gateway that drains waits for nobody.
                 biased;
-                () = self.draining.cancelled() => false,
-                again = waited => again,
+                () = self.draining.cancelled() => None,
+                chance = chance => chance,
             };
-            if !again {
+            let Some(member) = chance else {
                 return Err(CallFailure::Unavailable(trouble));
-            }
+            };
             self.metrics.retried.increment(1);
-            pause = (pause * 2).min(PAUSES.1);
+            turn = self::turn(member).await;
         }
+    }
+
+    /// Waits for an address that the event can be told to.
+    async fn chance(
+        &self,
+        called: bool,
+        caller: &Caller,
+        event: &Event,
+        outage: &mut Outage,
+    ) -> Arc<Member> {
+        let mut changes = self.pool.changes();
+        if called && caller.member().is_some_and(|m| m.link.is_up()) {
+            sleep(outage.pause).await;
+            outage.pause = (outage.pause * 2).min(PAUSES.1);
+        }
+        loop {
+            let before = caller.member();
+            if let Some(member) = self.pool.place(caller, event, outage.missed) {
+                if before.is_some_and(|before| !Arc::ptr_eq(&before, &member)) {
+                    outage.missed = None;
+                }
+                return member;
+            }
+            let moves_at = before.and_then(|m| self.pool.moves_at(&m, outage.missed));
+            let due = async {
+                match moves_at.filter(|at| *at > Instant::now()) {
+                    Some(at) => sleep_until(at).await,
+                    None => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                // The sender lives in the pool, so this cannot fail.
+                _ = changes.changed() => {}
+                () = due => {}
+            }
+        }
+    }
+
+    /// Tells the handler at an address; of the connection first, where it may not know
+    /// of it.
+    async fn tell(&self, member: &Member, caller: &Caller, event: &Event) -> Result<(), Miss> {
+        let link = &member.link;
+        let Some(channel) = link.channel() else {
+            return Err(Miss::Away {
+                sent: false,
+                why: link.trouble(),
+            });
+        };
+        match event {
+            Event::SocketCreated(conninfo) => {
+                self.introduce(link, channel, caller, event).await?;
+                if self.options.pool.failover_after.is_some() {
+                    caller.seat().conninfo = Some(Box::new(conninfo.clone()));
+                }
+                return Ok(());
+            }
+            Event::SocketClosed(_) if caller.seat().standing == Standing::New => {
+                // Those who knew of it are away for good: nobody waits for this word.
+                return Err(Miss::Refused(CallFailure::Unavailable(
+                    "the connection was moving to another address".to_owned(),
+                )));
+            }
+            Event::SocketClosed(_) => {}
+            _ if caller.seat().standing == Standing::Known => {}
+            _ => {
+                let conninfo = caller.seat().conninfo.as_deref().cloned();
+                let created = Event::SocketCreated(conninfo.unwrap_or_default());
+                let started = Instant::now();
+                let introduced = self.introduce(link, channel.clone(), caller, &created);
+                introduced.await?;
+                let method = created.method_index();
+                self.metrics.succeeded(method, started.elapsed());
+            }
+        }
+        self.attempt(link, channel, caller, event).await
+    }
+
+    /// OnSocketCreated.
+    async fn introduce(
+        &self,
+        link: &Link,
+        channel: Channel,
+        caller: &Caller,
+        created: &Event,
+    ) -> Result<(), Miss> {
+        let result = self.attempt(link, channel, caller, created).await;
+        caller.seat().standing = match &result {
+            // Who refuses it knows of it: OnSocketClosed is to follow.
+            Ok(()) | Err(Miss::Refused(_)) => Standing::Known,
+            Err(Miss::Away { sent: true, .. }) => Standing::Sent,
+            Err(Miss::Away { sent: false, .. }) => return result,
+        };
+        result
     }
 
     /// One call. Time that the handler spends waiting for us is not the handler's.
@@ -329,20 +437,33 @@ impl Shared {
         channel: Channel,
         caller: &Caller,
         event: &Event,
-    ) -> Result<(), CallFailure> {
+    ) -> Result<(), Miss> {
         let limit = self.options.request_timeout;
         let (started, waited) = (Instant::now(), caller.waited());
+        let (heard, answers) = (channel.clone(), channel.answers());
         let mut deadline = started + limit;
         let mut call = std::pin::pin!(self.call(link, channel, caller, event));
         loop {
             match timeout_at(deadline, &mut call).await {
-                Ok(Ok(())) => return Ok(()),
-                Ok(Err(status)) => return Err(failure(&status)),
+                Ok(Ok(())) => {
+                    heard.answered();
+                    return Ok(());
+                }
+                Ok(Err(status)) => {
+                    let miss = miss(&status);
+                    if matches!(miss, Miss::Refused(_)) {
+                        heard.answered();
+                    }
+                    return Err(miss);
+                }
                 Err(_) => {
                     let wait = (caller.waited() - waited).min(MAX_WAIT);
                     let extended = started + limit + wait;
                     if extended <= Instant::now() {
-                        return Err(late(limit));
+                        if heard.answers() == answers {
+                            heard.doubt();
+                        }
+                        return Err(Miss::Refused(late(limit)));
                     }
                     deadline = extended;
                 }
@@ -401,45 +522,16 @@ impl Shared {
         let mut grpc = Grpc::with_origin(channel, link.origin());
         grpc.ready().await?;
         let codec = ProstCodec::<M, proto::EmptySuccess>::default();
-        grpc.unary(Request::new(message), path.clone(), codec)
-            .await
-            .map(drop)
-    }
-}
-
-pub(super) fn failure(status: &Status) -> CallFailure {
-    // A status with a cause was made on this side: the channel broke in the middle
-    // of an answer.
-    let broke = std::error::Error::source(status).is_some();
-    if broke || status.code() == Code::Unavailable {
-        CallFailure::Unavailable(status.message().to_owned())
-    } else {
-        CallFailure::Failed {
-            code: code_name(status.code()),
-            message: status.message().to_owned(),
+        let mut request = Request::new(message);
+        if self.options.grpc_timeout {
+            request.set_timeout(self.options.request_timeout);
         }
-    }
-}
-
-/// The name of a gRPC status code as the gRPC documents spell it.
-fn code_name(code: Code) -> &'static str {
-    match code {
-        Code::Ok => "OK",
-        Code::Cancelled => "CANCELLED",
-        Code::Unknown => "UNKNOWN",
-        Code::InvalidArgument => "INVALID_ARGUMENT",
-        Code::DeadlineExceeded => "DEADLINE_EXCEEDED",
-        Code::NotFound => "NOT_FOUND",
-        Code::AlreadyExists => "ALREADY_EXISTS",
-        Code::PermissionDenied => "PERMISSION_DENIED",
-        Code::ResourceExhausted => "RESOURCE_EXHAUSTED",
-        Code::FailedPrecondition => "FAILED_PRECONDITION",
-        Code::Aborted => "ABORTED",
-        Code::OutOfRange => "OUT_OF_RANGE",
-        Code::Unimplemented => "UNIMPLEMENTED",
-        Code::Internal => "INTERNAL",
-        Code::Unavailable => "UNAVAILABLE",
-        Code::DataLoss => "DATA_LOSS",
-        Code::Unauthenticated => "UNAUTHENTICATED",
+        if self.options.trace_context
+            && let Some(parent) = trace::parent()
+        {
+            tracing::debug!(callback = METHODS.get(method), traceparent = ?parent, "calling");
+            request.metadata_mut().insert(trace::KEY, parent);
+        }
+        grpc.unary(request, path.clone(), codec).await.map(drop)
     }
 }

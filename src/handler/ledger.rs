@@ -64,6 +64,8 @@ pub(super) enum End {
     Taken,
     /// The channel broke, or the handler is unavailable; why.
     Broken(String),
+    /// The channel broke before anything of it was sent; why.
+    NotSent(String),
     /// The handler answered with an error.
     Refused,
     /// It did not answer in time.
@@ -260,13 +262,14 @@ impl<E> Ledger<E> {
                     out.settle(item.entry, Ok(()));
                 }
             }
+            End::NotSent(_) => self.again(stream.items, now),
             End::Broken(trouble) => self.broke(stream.items, &trouble, now, out),
             // An answer before the end: nobody can know what the handler has read.
             End::Taken | End::Refused | End::Late => {
                 match end {
                     End::Late => self.most = (self.most / 4).max(1),
                     End::Taken => (self.cautious, self.most) = (true, 1),
-                    End::Broken(_) | End::Refused => {}
+                    End::Broken(_) | End::NotSent(_) | End::Refused => {}
                 }
                 stream.state = State::Trying;
                 let items = std::mem::take(&mut stream.items).into_iter();
@@ -481,7 +484,19 @@ impl<E> Ledger<E> {
         }
     }
 
-    /// What was on a stream that broke goes before what waits.
+    /// What was on a stream goes before what waits.
+    fn again(&mut self, items: Vec<Item<E>>, now: Instant) {
+        self.suspend(now);
+        self.outage.get_or_insert(now);
+        for mut item in items.into_iter().rev() {
+            item.again = true;
+            self.conns.entry(item.conn).or_default().waiting += 1;
+            self.release(item.conn);
+            self.waiting.push_front(item);
+        }
+    }
+
+    /// What was on a stream that broke is sent again, or fails.
     fn broke(
         &mut self,
         items: Vec<Item<E>>,
@@ -489,17 +504,11 @@ impl<E> Ledger<E> {
         now: Instant,
         out: &mut impl Output<E>,
     ) {
+        if self.limits.at_least_once {
+            return self.again(items, now);
+        }
         self.suspend(now);
         self.outage.get_or_insert(now);
-        if self.limits.at_least_once {
-            for mut item in items.into_iter().rev() {
-                item.again = true;
-                self.conns.entry(item.conn).or_default().waiting += 1;
-                self.release(item.conn);
-                self.waiting.push_front(item);
-            }
-            return;
-        }
         let mut failed = HashMap::new();
         for item in items {
             let failure = CallFailure::Unavailable(trouble.to_owned());

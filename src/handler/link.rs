@@ -3,74 +3,84 @@
 //! One HTTP/2 connection, no balancing: the calls of a connection stay on it, and
 //! whether the handler is there is known without calling it.
 
-use std::io;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::future::pending;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
 use futures_util::future::BoxFuture;
 use http::{Request, Response, Uri};
 use hyper::body::Incoming;
-use hyper::client::conn::http2::{Builder, SendRequest};
-use hyper_util::rt::{TokioExecutor, TokioIo};
-use socket2::TcpKeepalive;
-use tokio::net::TcpStream;
-use tokio::sync::watch;
+use hyper::client::conn::http2::SendRequest;
+use tokio::sync::{Notify, watch};
+use tokio::time::{Instant, sleep, timeout};
 use tonic::body::Body;
 use tonic::codegen::Service;
 
-use crate::metrics::HandlerMetrics;
-
-/// A handler whose machine has gone silent is given up after so long without an
-/// acknowledgement of what was sent to it (`TCP_USER_TIMEOUT`). Less than the default
-/// `request_timeout`: a broken network is an outage, which is borne, and not the
-/// handler's fault.
-const SILENCE: Duration = Duration::from_secs(4);
-
-/// An idle channel is probed by TCP after so long, and as often again. HTTP/2 pings
-/// would do it too, but gRPC's servers take offence at idle ones.
-const PROBE: Duration = Duration::from_secs(10);
-
-/// Flow-control window of the channel. Answers are empty: it is never the limit.
-const WINDOW: u32 = 1024 * 1024;
+use super::dial::{Pings, dial};
+use super::health::{self, Health};
+use super::resolve::{Directory, Endpoint, Target};
+use crate::metrics::{ChannelMetrics, ChannelState};
 
 /// First and longest pause before connecting again. Short, for devices wait.
 const PAUSES: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(1));
 
-/// Where a handler listens.
-#[derive(Clone)]
-pub struct Target {
-    /// Host name or address.
-    pub host: String,
-    /// TCP port.
-    pub port: u16,
-    /// Encrypts the channel.
-    pub tls: Option<Arc<tokio_rustls::rustls::ClientConfig>>,
-    /// Longest time for connecting, TLS included.
-    pub connect_timeout: Duration,
-}
+/// How long a new channel waits for the handler's first word about its health. One that
+/// does not speak in time is taken for healthy.
+const FIRST_WORD: Duration = Duration::from_secs(1);
 
-impl Target {
-    /// The origin of the requests' URIs.
-    fn origin(&self) -> Result<Uri, http::Error> {
-        let scheme = if self.tls.is_some() { "https" } else { "http" };
-        let authority = if self.host.contains(':') {
-            format!("[{}]:{}", self.host, self.port)
-        } else {
-            format!("{}:{}", self.host, self.port)
-        };
-        Uri::builder()
-            .scheme(scheme)
-            .authority(authority)
-            .path_and_query("/")
-            .build()
-    }
+/// Longest time for which a channel that was replaced goes on with its calls: more
+/// than any call may take.
+const LAST_CALLS: Duration = Duration::from_secs(600);
+
+/// How a link behaves.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// How often the handler is asked for its health, if it is.
+    pub health: Option<Duration>,
+    /// HTTP/2 pings while calls are under way.
+    pub pings: Option<Pings>,
 }
 
 /// An open channel. Cheap to clone.
 #[derive(Clone)]
 pub struct Channel {
     sender: SendRequest<Body>,
+    heard: Arc<Heard>,
+}
+
+#[derive(Default)]
+struct Heard {
+    /// Calls that the handler answered, in whatever way.
+    answers: AtomicU64,
+    doubted: Notify,
+}
+
+impl Channel {
+    fn new(sender: SendRequest<Body>) -> Self {
+        Self {
+            sender,
+            heard: Arc::default(),
+        }
+    }
+
+    /// How many calls were answered over it.
+    pub(super) fn answers(&self) -> u64 {
+        self.heard.answers.load(Ordering::Relaxed)
+    }
+
+    /// Notes that a call was answered.
+    pub(super) fn answered(&self) {
+        self.heard.answers.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Says that a call found no answer in time, nor did any other meanwhile: nothing
+    /// may come through any more. New calls then go over a new channel, those under way
+    /// stay, for the handler may as well be slow.
+    pub(super) fn doubt(&self) {
+        self.heard.doubted.notify_one();
+    }
 }
 
 impl Service<Request<Body>> for Channel {
@@ -79,163 +89,298 @@ impl Service<Request<Body>> for Channel {
     type Future = BoxFuture<'static, Result<Self::Response, Self::Error>>;
 
     fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
-        self.sender.poll_ready(cx).map_err(unavailable)
+        self.sender
+            .poll_ready(cx)
+            .map_err(|error| unavailable(&error, false))
     }
 
     fn call(&mut self, request: Request<Body>) -> Self::Future {
-        let answer = self.sender.send_request(request);
-        Box::pin(async move { answer.await.map_err(unavailable) })
+        let answer = self.sender.try_send_request(request);
+        Box::pin(async move {
+            answer.await.map_err(|mut error| {
+                let sent = error.take_message().is_none() && !refused(error.error());
+                unavailable(error.error(), sent)
+            })
+        })
     }
 }
 
-/// Whatever breaks below gRPC says nothing about the call.
-fn unavailable(error: hyper::Error) -> tonic::Status {
+/// Whether the handler hung up and said that it has not looked at this call: its GOAWAY
+/// names the last one that it has (RFC 9113, 6.8). A stream reset with REFUSED_STREAM
+/// says as much by the standard, but C++ and Python servers that stop reset calls so that
+/// they work on.
+fn refused(error: &hyper::Error) -> bool {
+    let source = std::error::Error::source(error);
+    let cause = source.and_then(|source| source.downcast_ref::<h2::Error>());
+    cause.is_some_and(|cause| cause.is_go_away() && cause.is_remote())
+}
+
+/// Marks a status of a call that the handler cannot have seen.
+#[derive(Debug, thiserror::Error)]
+#[error("the call was not sent")]
+pub(super) struct NotSent;
+
+/// The status of a call that was not sent.
+pub(super) fn not_sent(trouble: String) -> tonic::Status {
+    let mut status = tonic::Status::unavailable(trouble);
+    status.set_source(Arc::new(NotSent));
+    status
+}
+
+/// Whatever breaks below gRPC says nothing about the call, unless it never was sent.
+fn unavailable(error: &hyper::Error, sent: bool) -> tonic::Status {
     let mut text = error.to_string();
-    let mut cause = std::error::Error::source(&error);
+    let mut cause = std::error::Error::source(error);
     while let Some(inner) = cause {
         text = format!("{text}: {inner}");
         cause = inner.source();
     }
-    tonic::Status::unavailable(text)
+    if sent {
+        tonic::Status::unavailable(text)
+    } else {
+        not_sent(text)
+    }
 }
 
 /// See the module.
 pub struct Link {
-    target: Target,
-    origin: Uri,
-    channel: watch::Sender<Option<Channel>>,
-    trouble: Mutex<String>,
-    metrics: HandlerMetrics,
+    target: Arc<Target>,
+    endpoint: Endpoint,
+    options: Options,
+    directory: Arc<Directory>,
+    /// Told whenever the state has changed.
+    changes: Arc<watch::Sender<()>>,
+    metrics: ChannelMetrics,
+    state: Mutex<State>,
+}
+
+struct State {
+    channel: Option<Channel>,
+    /// The handler asks for no new connections.
+    declines: bool,
+    /// When the channel was lost; when it began, as long as there has been none.
+    lost: Instant,
+    trouble: String,
 }
 
 impl Link {
     /// A link that is down until [`Link::run`] has connected it.
-    ///
-    /// # Errors
-    /// A host that cannot stand in a URI.
-    pub fn new(target: Target, metrics: HandlerMetrics) -> Result<Arc<Self>, http::Error> {
-        let origin = target.origin()?;
-        Ok(Arc::new(Self {
+    pub(super) fn new(
+        target: Arc<Target>,
+        endpoint: Endpoint,
+        options: Options,
+        directory: Arc<Directory>,
+        changes: Arc<watch::Sender<()>>,
+        metrics: ChannelMetrics,
+    ) -> Arc<Self> {
+        Arc::new(Self {
             target,
-            origin,
-            channel: watch::Sender::new(None),
-            trouble: Mutex::new("not connected yet".to_owned()),
+            endpoint,
+            options,
+            directory,
+            changes,
             metrics,
-        }))
+            state: Mutex::new(State {
+                channel: None,
+                declines: false,
+                lost: Instant::now(),
+                trouble: "not connected yet".to_owned(),
+            }),
+        })
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        // No code under the lock can leave it half changed.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The address that it connects to.
+    pub fn endpoint(&self) -> &Endpoint {
+        &self.endpoint
+    }
+
+    /// The address of the configuration that it is of.
+    pub fn target(&self) -> &Arc<Target> {
+        &self.target
     }
 
     /// The origin of the requests' URIs.
     pub(super) fn origin(&self) -> Uri {
-        self.origin.clone()
+        self.target.origin.clone()
     }
 
     /// The channel, if it is up.
     pub(super) fn channel(&self) -> Option<Channel> {
-        self.channel.borrow().clone()
+        self.state().channel.clone()
     }
 
     /// Whether the channel is up.
     pub fn is_up(&self) -> bool {
-        self.channel.borrow().is_some()
+        self.state().channel.is_some()
     }
 
-    /// Resolves when the channel is up. Cancel safe.
-    pub(super) async fn up(&self) {
-        // The sender lives as long as the link, so this cannot fail.
-        let _ = self.channel.subscribe().wait_for(Option::is_some).await;
+    /// Resolves when the channel is up.
+    pub(super) async fn back(&self) {
+        let mut changes = self.changes.subscribe();
+        // The sender lives in the link, so this cannot fail.
+        while !self.is_up() && changes.changed().await.is_ok() {}
     }
 
-    /// Why the channel is down.
+    /// Whether new connections may be told to it.
+    pub fn is_open(&self) -> bool {
+        let state = self.state();
+        state.channel.is_some() && !state.declines
+    }
+
+    /// Since when the channel has been down, if it is.
+    pub(super) fn down_since(&self) -> Option<Instant> {
+        let state = self.state();
+        state.channel.is_none().then_some(state.lost)
+    }
+
+    /// Why the channel is down, or takes no new connections.
     pub fn trouble(&self) -> String {
-        self.trouble
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clone()
+        let state = self.state();
+        match state.channel {
+            Some(_) if state.declines => "it says NOT_SERVING".to_owned(),
+            _ => state.trouble.clone(),
+        }
     }
 
     /// Keeps the channel connected, for ever.
-    pub async fn run(self: Arc<Self>) {
+    pub(super) async fn run(self: Arc<Self>) {
         let mut pause = PAUSES.0;
+        let mut pings = self.options.pings;
+        let mut presence = self.metrics.presence();
         loop {
-            match self.connect().await {
-                Ok((sender, connection)) => {
-                    pause = PAUSES.0;
-                    tracing::info!(handler = %self.origin, "handler channel is up");
-                    self.metrics.channels_up.increment(1.0);
-                    self.channel.send_replace(Some(Channel { sender }));
-                    let error = match connection.await {
-                        Ok(()) => "the handler closed the connection".to_owned(),
-                        Err(error) => error.to_string(),
-                    };
-                    self.metrics.channels_up.decrement(1.0);
-                    self.note(&error);
-                    self.channel.send_replace(None);
+            let (sender, mut connection) = match dial(&self.target, &self.endpoint, pings).await {
+                Ok(dialled) => dialled,
+                Err(error) => {
+                    self.note(&error.to_string());
+                    self.directory.doubt();
+                    sleep(pause).await;
+                    pause = (pause * 2).min(PAUSES.1);
+                    continue;
                 }
-                Err(error) => self.note(&error.to_string()),
+            };
+            pause = PAUSES.0;
+            let channel = Channel::new(sender);
+            let serve = async {
+                let first = self.ask(&channel, FIRST_WORD).await;
+                presence.set(self.up(&channel, first == Health::NotServing));
+                self.watch_health(&channel, first, &mut presence).await;
+            };
+            let ended = tokio::select! {
+                biased;
+                result = &mut connection => Some(result),
+                () = channel.heard.doubted.notified() => None,
+                () = serve => None,
+            };
+            presence.set(ChannelState::Down);
+            let Some(result) = ended else {
+                self.lost("callbacks got no answer over it");
+                // Its calls may yet be answered.
+                tokio::spawn(timeout(LAST_CALLS, connection));
+                continue;
+            };
+            match result {
+                Ok(()) => self.lost("the handler closed the connection"),
+                Err(error) => {
+                    if pings.is_some() && offended(&error) {
+                        tracing::warn!(handler = %self.target.name, "the handler forbids pings: it gets no more");
+                        pings = None;
+                    }
+                    self.lost(&error.to_string());
+                }
             }
-            tokio::time::sleep(pause).await;
-            pause = (pause * 2).min(PAUSES.1);
+            self.directory.doubt();
+            sleep(pause).await;
         }
+    }
+
+    /// Asks for the handler's health, if that is wished.
+    async fn ask(&self, channel: &Channel, limit: Duration) -> Health {
+        match self.options.health {
+            Some(_) => health::check(channel.clone(), self.origin(), limit).await,
+            None => Health::NotOffered,
+        }
+    }
+
+    /// Asks for the handler's health again and again, for ever.
+    async fn watch_health(
+        &self,
+        channel: &Channel,
+        first: Health,
+        presence: &mut crate::metrics::Presence,
+    ) {
+        let mut last = first;
+        loop {
+            let Some(interval) = self.options.health.filter(|_| last != Health::NotOffered) else {
+                return pending().await;
+            };
+            sleep(interval).await;
+            last = self.ask(channel, interval).await;
+            let declines = match last {
+                Health::Serving | Health::NotOffered => false,
+                Health::NotServing => true,
+                Health::NoWord => continue,
+            };
+            if self.state().declines != declines {
+                presence.set(self.up(channel, declines));
+            }
+        }
+    }
+
+    /// The channel is there, or the handler has changed its mind.
+    fn up(&self, channel: &Channel, declines: bool) -> ChannelState {
+        let mut state = self.state();
+        let (address, handler) = (&self.endpoint, &self.target.name);
+        if state.channel.is_none() {
+            tracing::info!(%handler, %address, "handler channel is up");
+        }
+        if declines {
+            tracing::warn!(%handler, %address, "the handler says NOT_SERVING: it gets no new connections");
+        } else if state.declines {
+            tracing::info!(%handler, %address, "the handler says SERVING");
+        }
+        state.channel = Some(channel.clone());
+        state.declines = declines;
+        drop(state);
+        self.changes.send_replace(());
+        if declines {
+            ChannelState::NotServing
+        } else {
+            ChannelState::Up
+        }
+    }
+
+    /// The channel is gone.
+    fn lost(&self, error: &str) {
+        self.note(error);
+        let mut state = self.state();
+        // One that accepts and hangs up at once has not been there.
+        if state.channel.take().is_some() {
+            state.lost = Instant::now();
+        }
+        state.declines = false;
+        drop(state);
+        self.changes.send_replace(());
     }
 
     /// Logs a trouble once, however often it comes back.
     fn note(&self, error: &str) {
-        let mut trouble = self.trouble.lock().unwrap_or_else(PoisonError::into_inner);
-        if self.is_up() || *trouble != error {
-            tracing::warn!(handler = %self.origin, error, "handler channel is down");
+        let mut state = self.state();
+        if state.channel.is_some() || state.trouble != error {
+            let (address, handler) = (&self.endpoint, &self.target.name);
+            tracing::warn!(%handler, %address, error, "handler channel is down");
         }
-        error.clone_into(&mut trouble);
+        error.clone_into(&mut state.trouble);
     }
+}
 
-    async fn connect(
-        &self,
-    ) -> io::Result<(
-        SendRequest<Body>,
-        BoxFuture<'static, Result<(), hyper::Error>>,
-    )> {
-        let limit = self.target.connect_timeout;
-        tokio::time::timeout(limit, self.dial())
-            .await
-            .unwrap_or_else(|_| {
-                Err(io::Error::new(
-                    io::ErrorKind::TimedOut,
-                    format!("no connection within {limit:?}"),
-                ))
-            })
-    }
-
-    async fn dial(
-        &self,
-    ) -> io::Result<(
-        SendRequest<Body>,
-        BoxFuture<'static, Result<(), hyper::Error>>,
-    )> {
-        let target = &self.target;
-        let tcp = TcpStream::connect((target.host.as_str(), target.port)).await?;
-        tcp.set_nodelay(true)?;
-        let socket = socket2::SockRef::from(&tcp);
-        socket.set_tcp_user_timeout(Some(SILENCE))?;
-        socket.set_tcp_keepalive(&TcpKeepalive::new().with_time(PROBE).with_interval(PROBE))?;
-        let mut builder = Builder::new(TokioExecutor::new());
-        builder
-            .initial_stream_window_size(WINDOW)
-            .initial_connection_window_size(WINDOW);
-        match &target.tls {
-            None => {
-                let handshake = builder.handshake(TokioIo::new(tcp));
-                let (sender, connection) = handshake.await.map_err(io::Error::other)?;
-                Ok((sender, Box::pin(connection)))
-            }
-            Some(tls) => {
-                let name =
-                    tokio_rustls::rustls::pki_types::ServerName::try_from(target.host.clone())
-                        .map_err(io::Error::other)?;
-                let connector = tokio_rustls::TlsConnector::from(tls.clone());
-                let stream = connector.connect(name, tcp).await?;
-                let handshake = builder.handshake(TokioIo::new(stream));
-                let (sender, connection) = handshake.await.map_err(io::Error::other)?;
-                Ok((sender, Box::pin(connection)))
-            }
-        }
-    }
+/// Whether the handler hung up because of too many pings.
+fn offended(error: &hyper::Error) -> bool {
+    let source = std::error::Error::source(error);
+    let cause = source.and_then(|source| source.downcast_ref::<h2::Error>());
+    cause.is_some_and(|cause| cause.reason() == Some(h2::Reason::ENHANCE_YOUR_CALM))
 }

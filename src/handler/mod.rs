@@ -1,14 +1,30 @@
 //! The user's service, seen from a connection.
 //!
 //! What happens to a connection is an [`Event`]; how it travels to the handler is
-//! an [`EventSink`]. There are two ways over a channel that a task keeps connected
-//! ([`link::Link`]): a call for each event ([`client::Client`]), and streams that
-//! carry the events of many connections ([`streaming::Streaming`]).
+//! an [`EventSink`]. There are two ways: a call for each event ([`client::Client`]), and
+//! streams that carry the events of many connections ([`streaming::Streaming`]).
+//!
+//! ```text
+//! streaming  many events on one call, and what is not known to be taken (ledger)
+//! client     retries, deadlines, OnSocketCreated before anything else
+//! pool       the addresses of a handler, and which of them a connection is at (seat)
+//! link       a channel to one of them: up, down, or not serving (dial, health)
+//! resolve    from the configuration's addresses to those that can be dialled
+//! ```
 
 pub mod client;
+mod dial;
+mod health;
 mod ledger;
 pub mod link;
+pub mod pool;
+pub mod resolve;
+mod seat;
+mod status;
 pub mod streaming;
+mod trace;
+
+pub use dial::Pings;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -16,6 +32,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use futures_util::future::BoxFuture;
 
+use self::seat::{Member, Seat};
 use crate::id::ConnId;
 use crate::metrics::METHODS;
 use crate::proto;
@@ -96,12 +113,14 @@ impl CallFailure {
 ///
 /// It also keeps the time that the handler spends waiting in calls about this very
 /// connection: for the broker's word, or for a device that takes nothing. That time
-/// is not the handler's, who must not be blamed for it.
+/// is not the handler's, who must not be blamed for it. And it knows which of its
+/// handler's addresses the connection is at.
 #[derive(Debug)]
 pub struct Caller {
     /// The `conn` of the interface; written as text for each call.
     pub conn: ConnId,
     waits: Mutex<Waits>,
+    seat: Mutex<Seat>,
 }
 
 #[derive(Debug, Default)]
@@ -123,7 +142,39 @@ impl Caller {
         Self {
             conn,
             waits: Mutex::default(),
+            seat: Mutex::default(),
         }
+    }
+
+    fn seat(&self) -> MutexGuard<'_, Seat> {
+        // No code under the lock can leave it half changed.
+        self.seat.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The address that the connection is at, if it is at one.
+    fn member(&self) -> Option<Arc<Member>> {
+        self.seat().at.clone()
+    }
+
+    /// Why there is nobody to tell.
+    fn trouble(&self) -> String {
+        let away = || "no address takes new connections".to_owned();
+        self.member()
+            .map_or_else(away, |member| member.link.trouble())
+    }
+
+    /// Gives its place at an address up: there is nothing more to be told.
+    fn leave(&self) {
+        let left = std::mem::take(&mut *self.seat());
+        drop(left);
+    }
+
+    /// The address that the handler was told of this connection at, as it is configured,
+    /// and as it was dialled.
+    pub fn address(&self) -> Option<(String, String)> {
+        let member = self.member()?;
+        let link = &member.link;
+        Some((link.target().name.clone(), link.endpoint().to_string()))
     }
 
     fn waits(&self) -> MutexGuard<'_, Waits> {
@@ -177,7 +228,8 @@ pub trait EventSink: Send + Sync {
 
     /// How many events with bytes or messages of one connection may be under way at this
     /// moment. Whoever finds more of its own under way waits until one ends.
-    fn window(&self) -> usize {
+    fn window(&self, caller: &Caller) -> usize {
+        let _ = caller;
         1
     }
 }

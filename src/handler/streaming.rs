@@ -56,11 +56,14 @@ pub struct Options {
     pub at_least_once: bool,
 }
 
-/// A channel with streams.
+/// A handler with streams.
 pub struct Streaming {
-    client: Arc<Client>,
-    options: Options,
-    lanes: [Mutex<Option<mpsc::UnboundedSender<Entry>>>; 2],
+    client: Client,
+}
+
+/// The streams to one address.
+pub(super) struct Lanes {
+    tasks: [Mutex<Option<mpsc::UnboundedSender<Entry>>>; 2],
     load: Arc<Load>,
 }
 
@@ -109,27 +112,23 @@ impl Drop for Held {
     }
 }
 
-impl Streaming {
-    /// Over this channel.
-    pub fn new(client: Arc<Client>, options: Options) -> Self {
-        let load = Arc::new(Load {
-            events: AtomicUsize::new(0),
-            bytes: AtomicUsize::new(0),
-            metrics: client.shared.metrics.clone(),
-        });
+impl Lanes {
+    pub(super) fn new(metrics: HandlerMetrics) -> Self {
         Self {
-            client,
-            options,
-            lanes: Default::default(),
-            load,
+            tasks: Default::default(),
+            load: Arc::new(Load {
+                events: AtomicUsize::new(0),
+                bytes: AtomicUsize::new(0),
+                metrics,
+            }),
         }
     }
 
     /// Hands an entry to the task of its kind, which is begun where there is none. The
     /// queue has no bound of its own: a connection may hand over [`WINDOW`] events, and
     /// one when all connections together have handed over too much.
-    fn enqueue(&self, kind: Kind, entry: Entry) {
-        let [bytes, messages] = &self.lanes;
+    fn enqueue(&self, begin: impl FnOnce() -> Lane, kind: Kind, entry: Entry) {
+        let [bytes, messages] = &self.tasks;
         let lane = match kind {
             Kind::Bytes => bytes,
             Kind::Messages => messages,
@@ -146,8 +145,14 @@ impl Streaming {
         // It is received by the task below, or its end is told by being dropped.
         let _ = sender.send(entry);
         *lane = Some(sender);
-        let task = Lane::new(self.client.clone(), kind, &self.options);
-        tokio::spawn(task.run(entries));
+        tokio::spawn(begin().run(entries));
+    }
+}
+
+impl Streaming {
+    /// Over the channels of this client.
+    pub fn new(client: Client) -> Self {
+        Self { client }
     }
 }
 
@@ -157,6 +162,11 @@ impl EventSink for Streaming {
         caller: Arc<Caller>,
         event: Event,
     ) -> BoxFuture<'static, Result<(), CallFailure>> {
+        // The streams are those to the address that took OnSocketCreated.
+        let (Some(member), Some(options)) = (caller.member(), &self.client.0.options.streaming)
+        else {
+            return self.client.deliver(caller, event);
+        };
         let conn = caller.conn;
         let (kind, request) = match event {
             Event::ReceivedBytes(bytes) => {
@@ -172,7 +182,7 @@ impl EventSink for Streaming {
             event => return self.client.deliver(caller, event),
         };
         let (done, ended) = oneshot::channel();
-        let held = Held::new(&self.load, request.len());
+        let held = Held::new(&member.lanes.load, request.len());
         let entry = Entry {
             caller,
             request: request.into(),
@@ -181,16 +191,21 @@ impl EventSink for Streaming {
             waited: Duration::ZERO,
             held,
         };
-        self.enqueue(kind, entry);
+        let begin = || Lane::new(self.client.clone(), member.link.clone(), kind, options);
+        member.lanes.enqueue(begin, kind, entry);
         Box::pin(async move {
             let gone = || CallFailure::Unavailable("the streams have ended".to_owned());
             ended.await.unwrap_or_else(|_| Err(gone()))
         })
     }
 
-    fn window(&self) -> usize {
-        let events = self.load.events.load(Ordering::Relaxed);
-        let bytes = self.load.bytes.load(Ordering::Relaxed);
+    fn window(&self, caller: &Caller) -> usize {
+        let Some(member) = caller.member() else {
+            return 1;
+        };
+        let load = &member.lanes.load;
+        let events = load.events.load(Ordering::Relaxed);
+        let bytes = load.bytes.load(Ordering::Relaxed);
         if events < MAX_EVENTS && bytes < MAX_BYTES {
             WINDOW
         } else {

@@ -19,7 +19,7 @@ use crate::shard::Shard;
 use crate::telemetry::Seldom;
 use crate::tls::Subject;
 use crate::transport::dtls::{
-    self, DtlsSocket, Gate, HandshakeError, Handshakes, Look, Restarts, Session,
+    self, DtlsSocket, Gate, HandshakeError, Handshakes, Look, Restarts, Succession,
 };
 use crate::transport::udp::{self, Demux, Door, Stranger, UdpSocket, Verdict};
 use crate::transport::{Kind, PeerInfo};
@@ -99,6 +99,7 @@ impl DatagramListener {
                     let handshakes = Handshakes {
                         gate: Mutex::new(gate),
                         context: dtls.context,
+                        pace: shard.pace().clone(),
                         complaints: Seldom::default(),
                         restarts: Box::new(again),
                         limit: dtls.handshake_timeout,
@@ -148,7 +149,9 @@ struct Room {
 impl Entrance {
     fn permits(&self, stranger: &Stranger<'_>) -> bool {
         let permitted = self.admission.permits(stranger.peer.ip());
-        permitted.map_err(|refused| self.refuse(refused)).is_ok()
+        permitted
+            .map_err(|refused| self.refuse(stranger, refused))
+            .is_ok()
     }
 
     fn enter(&self, stranger: &Stranger<'_>, now: Instant) -> Option<Room> {
@@ -160,11 +163,15 @@ impl Entrance {
                 _address: address,
             })
         };
-        enter().map_err(|refused| self.refuse(refused)).ok()
+        enter()
+            .map_err(|refused| self.refuse(stranger, refused))
+            .ok()
     }
 
-    fn refuse(&self, refused: Refused) {
-        self.context.metrics.refused(refused.word());
+    fn refuse(&self, stranger: &Stranger<'_>, refused: Refused) {
+        let (listener, peer, reason) = (&*self.context.name, stranger.peer, refused.word());
+        self.context.metrics.refused(reason);
+        tracing::debug!(listener, %peer, reason, "connection refused");
     }
 }
 
@@ -205,6 +212,9 @@ impl Door for PlainDoor {
     }
 }
 
+/// Why a handshake does not begin, as it is counted.
+const NO_TURN: &str = "max_handshakes";
+
 /// The rules for a device that begins anew: it keeps its room, and has to be let in.
 struct Again {
     admission: Arc<Admission>,
@@ -214,15 +224,13 @@ struct Again {
 
 impl Restarts for Again {
     fn begin(&self, now: Instant) -> Option<Turn> {
-        let begun = self.admission.begin(now);
-        begun
-            .map_err(|refused| self.metrics.refused(refused.word()))
-            .ok()?;
-        let turn = self.turns.take(now);
-        if turn.is_none() {
-            self.metrics.refused("max_handshakes");
-        }
-        turn
+        // Looked at first: who finds no turn must not use up the rate of others.
+        let begun = match self.turns.has_room(now) {
+            true => self.admission.begin(now).map_err(Refused::word),
+            false => Err(NO_TURN),
+        };
+        let turn = begun.and_then(|()| self.turns.take(now).ok_or(NO_TURN));
+        turn.map_err(|reason| self.metrics.refused(reason)).ok()
     }
 
     fn failed(&self, error: &HandshakeError) {
@@ -236,57 +244,57 @@ struct DtlsDoor {
     handshakes: Arc<Handshakes>,
 }
 
-/// A device that has shown its address.
-struct Accepted {
-    session: Box<Session>,
+/// What a device has that has shown its address.
+struct Shown {
     room: Room,
     turn: Turn,
+    /// Since when it waits.
+    since: Instant,
 }
 
 impl Door for DtlsDoor {
-    type Token = Accepted;
+    type Token = Shown;
 
-    fn admit(&mut self, stranger: &Stranger<'_>, now: Instant) -> Verdict<Accepted> {
+    /// Costs some microseconds: the signature is made by the peer's own task.
+    fn admit(&mut self, stranger: &Stranger<'_>, now: Instant) -> Verdict<Shown> {
         if !self.entrance.permits(stranger) {
             return Verdict::Refuse;
         }
-        let mut gate = self.handshakes.gate();
-        let shown = match gate.look(now, stranger.peer, stranger.datagram) {
+        let look = self
+            .handshakes
+            .gate()
+            .look(now, stranger.peer, stranger.datagram);
+        match look {
             Look::Answer(answer) => return Verdict::Answer(answer),
             Look::Ignored => return Verdict::Refuse,
-            Look::Shown(shown) => shown,
-        };
+            Look::Shown(_) => {}
+        }
         let metrics = &self.entrance.context.metrics;
+        // Looked at first: who finds no turn must not use up the rate of others.
+        if !self.turns.has_room(now) {
+            metrics.refused(NO_TURN);
+            return Verdict::Refuse;
+        }
         let Some(room) = self.entrance.enter(stranger, now) else {
             return Verdict::Refuse;
         };
         // Last: nobody is to give way for somebody who does not come in.
         let Some(turn) = self.turns.take(now) else {
-            metrics.refused("max_handshakes");
+            metrics.refused(NO_TURN);
             return Verdict::Refuse;
         };
-        match self.handshakes.accept(&mut gate, &shown) {
-            Some(session) => Verdict::Admit(Accepted {
-                session,
-                room,
-                turn,
-            }),
-            None => {
-                metrics.refused("handshake_failed");
-                Verdict::Refuse
-            }
-        }
+        Verdict::Admit(Shown {
+            room,
+            turn,
+            since: now,
+        })
     }
 
-    fn enter(&mut self, socket: UdpSocket, accepted: Accepted) {
+    fn enter(&mut self, socket: UdpSocket, shown: Shown) {
         let context = self.entrance.context.clone();
-        let Accepted {
-            session,
-            room,
-            mut turn,
-        } = accepted;
-        let mut socket = DtlsSocket::new(socket, session, self.handshakes.clone());
-        let succession = socket.succession();
+        let Shown { room, turn, since } = shown;
+        let handshakes = self.handshakes.clone();
+        let succession = Succession::default();
         let begin = |socket: DtlsSocket, context: Arc<ListenerContext>| {
             let (peer, local) = socket.addresses()?;
             let certificate = socket.certificate().and_then(|der| Subject::of(der));
@@ -298,21 +306,24 @@ impl Door for DtlsDoor {
             };
             Some(connection::serve(socket, &info, context, ()))
         };
-        let context_of_enter = context.clone();
+        let (context_of_enter, successors) = (context.clone(), succession.clone());
         let enter = async move {
             let context = context_of_enter;
+            let peer = socket.peer_addr();
             // Somebody who has not become a connection is not waited for.
             let done = tokio::select! {
                 biased;
                 () = context.draining.cancelled() => return None,
-                done = socket.handshake(&mut turn) => done,
+                done = handshakes.shake(socket, &turn, since, successors) => done,
             };
-            let Err(error) = done else {
-                return begin(socket, context);
+            let error = match done {
+                Ok(socket) => return begin(socket, context),
+                Err(error) => error,
             };
-            context.metrics.refused(error.word());
-            let (listener, addresses) = (&context.name, socket.addresses());
-            tracing::debug!(listener, ?addresses, %error, "connection refused");
+            let (listener, reason) = (&*context.name, error.word());
+            context.metrics.refused(reason);
+            let error = error.to_string();
+            tracing::debug!(listener, %peer, reason, error, "connection refused");
             None
         };
         // What the handshake takes is given back before the connection begins.

@@ -8,25 +8,26 @@ use std::future::poll_fn;
 use std::io;
 use std::net::SocketAddr;
 use std::os::fd::{AsRawFd, RawFd};
-use std::pin::Pin;
+use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::task::Poll;
 use std::time::{Duration, Instant};
 
-use tokio::time::timeout;
+use tokio::time::{timeout, timeout_at};
 use tokio_rustls::rustls::ServerConfig;
 use tokio_util::sync::CancellationToken;
 
-use crate::admission::turns::Turns;
-use crate::admission::{AddressPermit, Admission, Permit};
+use crate::admission::turns::{Turn, Turns};
+use crate::admission::{AddressPermit, Admission, Permit, Refused};
 use crate::connection::{self, Connection, ListenerContext};
 use crate::metrics::ListenerMetrics;
+use crate::pace::{Pace, Stage};
 use crate::reload::Current;
 use crate::shard::Shard;
 use crate::telemetry::Seldom;
 use crate::tls::Subject;
 use crate::transport::tcp::{self, Acceptor, Stream};
-use crate::transport::tls::{Handshake, TlsSocket};
+use crate::transport::tls::{Handshake, TlsSocket, first_message};
 use crate::transport::{Kind, PeerInfo, proxy_protocol};
 
 /// Pause after a failure to accept, such as no free file descriptor: the condition
@@ -42,7 +43,8 @@ const RESERVED: u64 = 64;
 pub struct Tls {
     /// Replaced when its files change.
     pub config: Arc<Current<ServerConfig>>,
-    /// The longest that a handshake may take, waiting for its turn included.
+    /// The longest that a handshake may take, from the moment that the stream is accepted
+    /// or its PROXY header read. Waiting for its turn and for this thread is included.
     pub handshake_timeout: Duration,
     /// Turns for handshakes.
     pub handshakes: Arc<Turns>,
@@ -121,11 +123,17 @@ impl StreamListener {
             if std::mem::take(&mut in_trouble) {
                 tracing::info!(listener = name, "accepting again");
             }
-            let admitted = admission
-                .first_look(peer.ip())
-                .and_then(|()| admission.enter(Instant::now()));
-            match admitted {
-                Ok(permit) => self.hand_over(stream, peer, permit, &shards),
+            let accepted = Instant::now();
+            match admission.admit(peer.ip(), accepted) {
+                Ok((permit, address)) => {
+                    let incoming = Accepted {
+                        stream,
+                        peer,
+                        address,
+                        at: accepted,
+                    };
+                    self.hand_over(incoming, permit, &shards);
+                }
                 Err(refused) => {
                     let reason = refused.word();
                     self.metrics.refused(reason);
@@ -149,20 +157,14 @@ impl StreamListener {
     }
 
     /// Gives the connection to the shard that has the fewest.
-    fn hand_over(
-        &self,
-        stream: std::net::TcpStream,
-        peer: SocketAddr,
-        permit: Permit,
-        shards: &[Shard],
-    ) {
+    fn hand_over(&self, accepted: Accepted, permit: Permit, shards: &[Shard]) {
         let pairs = shards.iter().zip(&self.contexts);
         let Some((shard, context)) = pairs.min_by_key(|(shard, _)| shard.load()) else {
             return;
         };
         let task = Incoming {
-            stream,
-            peer,
+            accepted,
+            pace: shard.pace().clone(),
             entrance: self.entrance.clone(),
             context: context.clone(),
         };
@@ -199,21 +201,31 @@ fn is_the_peers_fault(error: &io::Error) -> bool {
     )
 }
 
-/// A stream on its way to becoming a connection.
-struct Incoming {
+/// A stream as the loop has it.
+struct Accepted {
     stream: std::net::TcpStream,
     peer: SocketAddr,
+    /// `None` where a load balancer has to say first whose address it is.
+    address: Option<AddressPermit>,
+    at: Instant,
+}
+
+/// A stream on its way to becoming a connection.
+struct Incoming {
+    accepted: Accepted,
+    pace: Arc<Pace>,
     entrance: Arc<Entrance>,
     context: Arc<ListenerContext>,
 }
 
-/// Why a stream did not become a connection: the word it is counted under, and more.
+/// Why a stream did not become a connection: the word it is counted under, and more, such
+/// as the device that a load balancer has named.
 type Failure = (&'static str, String);
 
 impl Incoming {
     /// The connection; `None` when the stream does not become one.
     async fn enter(self) -> Option<Connection> {
-        let (context, peer) = (self.context.clone(), self.peer);
+        let (context, peer) = (self.context.clone(), self.accepted.peer);
         let draining = context.draining.clone();
         // Somebody who has not become a connection is not waited for.
         let entered = tokio::select! {
@@ -230,16 +242,16 @@ impl Incoming {
 
     async fn try_enter(self) -> Result<Connection, Failure> {
         let Self {
-            stream,
+            accepted,
+            pace,
             entrance,
             context,
-            ..
         } = self;
-        let (stream, mut info, room) = entrance.prepare(stream).await?;
+        let (stream, mut info, room, since) = entrance.prepare(accepted).await?;
         Ok(match &entrance.tls {
             None => connection::serve(stream, &info, context, room),
             Some(tls) => {
-                let socket = tls.secure(stream).await?;
+                let socket = tls.secure(stream, since, &pace).await?;
                 info.certificate = socket.certificate().and_then(Subject::of);
                 connection::serve(socket, &info, context, room)
             }
@@ -248,15 +260,17 @@ impl Incoming {
 }
 
 impl Entrance {
-    /// The stream, who is at its other end, and room for that address.
+    /// The stream, who is at its other end, room for that address, and since when the
+    /// device itself is waited for.
     async fn prepare(
         &self,
-        stream: std::net::TcpStream,
-    ) -> Result<(Stream, PeerInfo, AddressPermit), Failure> {
+        accepted: Accepted,
+    ) -> Result<(Stream, PeerInfo, AddressPermit, Instant), Failure> {
         let setup = |error: io::Error| ("setup", error.to_string());
-        let mut stream = Stream::adopt(stream, &self.tcp).map_err(setup)?;
+        let mut since = accepted.at;
+        let mut stream = Stream::adopt(accepted.stream, &self.tcp).map_err(setup)?;
         let (mut peer, mut local) = stream.addresses().map_err(setup)?;
-        let denied = |refused: crate::admission::Refused| (refused.word(), "denied".to_owned());
+        let denied = |refused: Refused, device: SocketAddr| (refused.word(), device.to_string());
         if let Some(proxy) = self.admission.proxy() {
             let limit = proxy.timeout;
             let header = proxy_protocol::read(stream.tcp_mut());
@@ -269,9 +283,17 @@ impl Entrance {
                 (peer, local) = (client, reached);
             }
             stream.unread(announced.rest);
-            self.admission.permits(peer.ip()).map_err(denied)?;
+            let permitted = self.admission.permits(peer.ip());
+            permitted.map_err(|refused| denied(refused, peer))?;
+            since = Instant::now();
         }
-        let permit = self.admission.enter_from(peer.ip()).map_err(denied)?;
+        let permit = match accepted.address {
+            Some(permit) => permit,
+            None => {
+                let entered = self.admission.enter_from(peer.ip());
+                entered.map_err(|refused| denied(refused, peer))?
+            }
+        };
         let info = PeerInfo {
             kind: match self.tls {
                 None => Kind::Tcp,
@@ -281,40 +303,81 @@ impl Entrance {
             local,
             certificate: None,
         };
-        Ok((stream, info, permit))
+        Ok((stream, info, permit, since))
     }
 }
 
 impl Tls {
-    /// Does the handshake. A peer that says nothing takes no turn, and one that falls
-    /// silent gives way to others.
-    async fn secure(&self, stream: Stream) -> Result<TlsSocket, Failure> {
+    /// Does the handshake. A peer whose first message is not whole takes no turn, and one
+    /// that does not get on gives way to others.
+    async fn secure(
+        &self,
+        stream: Stream,
+        since: Instant,
+        pace: &Arc<Pace>,
+    ) -> Result<TlsSocket, Failure> {
         let failed = |error: String| ("handshake_failed", error);
         let handshake = async {
-            let readable = stream.readable().await;
-            readable.map_err(|error| failed(error.to_string()))?;
-            let mut turn = self.handshakes.wait().await;
-            let mut handshake = Handshake::new(stream, self.config.get());
-            let mut known = 0;
-            poll_fn(|cx| {
-                if turn.poll_lost(cx).is_ready() {
-                    let silent = "silent while others waited for a turn".to_owned();
-                    return Poll::Ready(Err(("handshake_silent", silent)));
+            let whole = stream.whole(first_message).await;
+            whole.map_err(|error| failed(error.to_string()))?;
+            let turn = self.handshakes.wait().await;
+            let mut steps = pin!(paced(
+                Handshake::new(stream, self.config.get()),
+                &turn,
+                pace
+            ));
+            poll_fn(|cx| match turn.poll_lost(cx) {
+                Poll::Ready(()) => {
+                    let stuck = "did not get on while others waited for a turn".to_owned();
+                    Poll::Ready(Err(("handshake_silent", stuck)))
                 }
-                let done = Pin::new(&mut handshake).poll(cx);
-                // Ours count too: there is an answer only where a message was whole.
-                let carried = handshake.carried();
-                if carried > known {
-                    let bytes = usize::try_from(carried - known).unwrap_or(usize::MAX);
-                    turn.heard(bytes, Instant::now());
-                    known = carried;
+                Poll::Pending => {
+                    let done = steps.as_mut().poll(cx);
+                    done.map_err(|error| failed(error.to_string()))
                 }
-                done.map_err(|error| failed(error.to_string()))
             })
             .await
         };
         let limit = self.handshake_timeout;
         let late = |_| Err(failed(format!("not done within {limit:?}")));
-        timeout(limit, handshake).await.unwrap_or_else(late)
+        // One that is late already has had no step, and costs no signature.
+        let done = timeout_at((since + limit).into(), handshake).await;
+        done.unwrap_or_else(late)
     }
+}
+
+/// Does the handshake, each part of it when it is its turn on this thread.
+async fn paced(mut handshake: Handshake, turn: &Turn, pace: &Arc<Pace>) -> io::Result<TlsSocket> {
+    let mut answered = 0;
+    loop {
+        let stage = match answered {
+            0 => Stage::Beginning,
+            _ => Stage::GoingOn,
+        };
+        let step = pace.step(stage).await;
+        if stage == Stage::Beginning {
+            turn.moved(Instant::now());
+        }
+        let polled = poll_fn(|cx| Poll::Ready(Pin::new(&mut handshake).poll(cx))).await;
+        drop(step);
+        if let Poll::Ready(done) = polled {
+            return done;
+        }
+        let sent = handshake.sent();
+        if sent > answered {
+            turn.moved(Instant::now());
+            answered = sent;
+        }
+        woken().await;
+    }
+}
+
+/// Ready once this task, whose wakers are out already, is woken by one of them.
+async fn woken() {
+    let mut again = false;
+    poll_fn(|_| match std::mem::replace(&mut again, true) {
+        true => Poll::Ready(()),
+        false => Poll::Pending,
+    })
+    .await;
 }

@@ -6,7 +6,7 @@ use std::fmt::Write;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener};
 
-use crate::config::{Config, Kind, ServiceName};
+use crate::config::{Config, HandlerAddress, Kind, ServiceName};
 use crate::options;
 
 /// How far from a taken port another is suggested, and how many are tried.
@@ -169,9 +169,13 @@ fn handlers(config: &Config, faults: &mut Vec<Fault>) -> Vec<Need> {
         let Some(first) = handler.address.first() else {
             continue;
         };
-        match loopback(&first.host).filter(|_| !first.tls) {
-            Some(ip) => {
-                let address = SocketAddr::new(ip, first.port);
+        let plain = match first {
+            HandlerAddress::Url(url) if !url.tls => Some(url),
+            HandlerAddress::Url(_) | HandlerAddress::Unix(_) => None,
+        };
+        match plain.and_then(|url| Some((loopback(&url.host)?, url.port))) {
+            Some((ip, port)) => {
+                let address = SocketAddr::new(ip, port);
                 needs.push(Need::new(address, "handler", &key, "http://"));
             }
             None => faults.push(Fault {
@@ -290,7 +294,9 @@ mod tests {
             config.server.ssl_options.enable = true;
             config.handler.service_name = ServiceName::ConnectionHandler;
             for address in &mut config.handler.address {
-                address.tls = true;
+                if let HandlerAddress::Url(url) = address {
+                    url.tls = true;
+                }
             }
             for listener in config.listeners.tcp.values_mut() {
                 listener.proxy.proxy_protocol = true;

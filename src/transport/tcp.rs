@@ -7,8 +7,9 @@ use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 
 use bytes::Bytes;
+use rustix::net::RecvFlags;
 use socket2::{Domain, Protocol, SockRef, Socket as RawSocket, Type};
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
 
 use super::{Received, Socket};
@@ -81,14 +82,17 @@ impl Acceptor {
     }
 }
 
+/// Bytes that tell how long a message is, for [`Stream::whole`].
+pub const HEAD: usize = 9;
+
 /// An accepted stream, with what was read ahead of its owner.
 #[derive(Debug)]
 pub struct Stream {
     tcp: TcpStream,
     /// Bytes that came behind a PROXY header.
     early: Option<Box<Bytes>>,
-    /// Bytes that went either way, for whoever wants to know whether something happens.
-    carried: u64,
+    /// Bytes that were sent, for whoever wants to know whether there was an answer.
+    sent: u64,
 }
 
 impl Stream {
@@ -99,7 +103,7 @@ impl Stream {
         Ok(Self {
             tcp: TcpStream::from_std(stream)?,
             early: None,
-            carried: 0,
+            sent: 0,
         })
     }
 
@@ -113,9 +117,9 @@ impl Stream {
         self.early = (!bytes.is_empty()).then(|| Box::new(bytes));
     }
 
-    /// Bytes of the device that were read, and bytes that were sent to it.
-    pub fn carried(&self) -> u64 {
-        self.carried
+    /// Bytes that were sent to the device so far.
+    pub fn sent(&self) -> u64 {
+        self.sent
     }
 
     /// The addresses of the device and of this end.
@@ -123,12 +127,44 @@ impl Stream {
         Ok((self.tcp.peer_addr()?, self.tcp.local_addr()?))
     }
 
-    /// Waits until something has come. Cancel safe.
-    pub async fn readable(&self) -> io::Result<()> {
-        if self.early.is_none() {
-            self.tcp.readable().await?;
+    /// Waits until the device's first message is whole; the bytes stay in the kernel.
+    /// `length` tells from the first [`HEAD`] bytes how many there must be. Cancel safe.
+    ///
+    /// # Errors
+    /// `UnexpectedEof` when the device sends nothing more before.
+    pub async fn whole(&self, length: impl Fn([u8; HEAD]) -> usize) -> io::Result<()> {
+        loop {
+            let ready = self.tcp.ready(Interest::READABLE).await?;
+            if self.is_whole(&length)? {
+                return Ok(());
+            }
+            if ready.is_read_closed() {
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
+            // Only new bytes make it ready again.
+            let not_yet = || -> io::Result<()> { Err(io::ErrorKind::WouldBlock.into()) };
+            let _ = self.tcp.try_io(Interest::READABLE, not_yet);
+            // What came just before that.
+            if self.is_whole(&length)? {
+                return Ok(());
+            }
         }
-        Ok(())
+    }
+
+    fn is_whole(&self, length: impl Fn([u8; HEAD]) -> usize) -> io::Result<bool> {
+        let early = self.early.as_deref().map_or(&[][..], |early| early);
+        let waiting = rustix::io::ioctl_fionread(&self.tcp)?;
+        let come = early.len() + usize::try_from(waiting).unwrap_or(usize::MAX);
+        if come < HEAD {
+            return Ok(false);
+        }
+        let mut head = [0; HEAD];
+        let (first, rest) = head.split_at_mut(early.len().min(HEAD));
+        first.copy_from_slice(early.get(..first.len()).unwrap_or_default());
+        if !rest.is_empty() {
+            rustix::net::recv(&self.tcp, rest, RecvFlags::PEEK)?;
+        }
+        Ok(come >= length(head))
     }
 
     /// Bytes that were sent and that the peer has not acknowledged.
@@ -160,7 +196,6 @@ impl AsyncRead for Stream {
         cx: &mut Context<'_>,
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        let before = buffer.filled().len();
         if let Some(early) = &mut self.early {
             let count = early.len().min(buffer.remaining());
             buffer.put_slice(&early.split_to(count));
@@ -170,7 +205,6 @@ impl AsyncRead for Stream {
         } else {
             ready!(Pin::new(&mut self.tcp).poll_read(cx, buffer))?;
         }
-        self.carried += (buffer.filled().len() - before) as u64;
         Poll::Ready(Ok(()))
     }
 }
@@ -182,7 +216,7 @@ impl AsyncWrite for Stream {
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
         let sent = ready!(Pin::new(&mut self.tcp).poll_write(cx, bytes))?;
-        self.carried += sent as u64;
+        self.sent += sent as u64;
         Poll::Ready(Ok(sent))
     }
 
@@ -192,7 +226,7 @@ impl AsyncWrite for Stream {
         chunks: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
         let sent = ready!(Pin::new(&mut self.tcp).poll_write_vectored(cx, chunks))?;
-        self.carried += sent as u64;
+        self.sent += sent as u64;
         Poll::Ready(Ok(sent))
     }
 
@@ -288,8 +322,58 @@ mod tests {
         TcpStream::connect(("::1", port)).await.unwrap();
     }
 
+    /// A message that comes byte by byte, the first of them read ahead, is waited for, and
+    /// one of a device that has gone is not.
     #[tokio::test]
-    async fn what_was_read_too_far_comes_first_and_counts() {
+    async fn a_first_message_is_waited_for() {
+        let options = Options {
+            backlog: 7,
+            nodelay: true,
+            recbuf: None,
+            sndbuf: None,
+        };
+        for (early, late, gone) in [
+            (&b""[..], &b"5:::::::: hello"[..], false),
+            (b"5:", b"::::::: hello", false),
+            (b"5:::::::: he", b"llo", false),
+            (b"5::", b"", true),
+            (b"", b"5:::::::: h", true),
+        ] {
+            let acceptor = Acceptor::bind("127.0.0.1:0".parse().unwrap(), &options).unwrap();
+            let address = acceptor.local_addr().unwrap();
+            let (device, accepted) = tokio::join!(TcpStream::connect(address), acceptor.accept());
+            let device = device.unwrap();
+            let mut stream = Stream::adopt(accepted.unwrap().0, &options).unwrap();
+            stream.unread(Bytes::copy_from_slice(early));
+            let mut whole = Box::pin(stream.whole(|head| {
+                assert_eq!(head, *b"5::::::::");
+                15
+            }));
+            let (mut sent, mut done) = (0, false);
+            for byte in late.chunks(1) {
+                assert!(!done);
+                device.try_write(byte).unwrap();
+                sent += 1;
+                // Until the byte has come: the kernel brings it at once, on loopback.
+                done = tokio::select! {
+                    biased;
+                    heard = &mut whole => { heard.unwrap(); true }
+                    () = tokio::task::yield_now() => false,
+                };
+            }
+            assert_eq!(sent, late.len());
+            if gone {
+                assert!(!done);
+                drop(device);
+            }
+            if !done {
+                assert_eq!(whole.await.is_err(), gone);
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn what_was_read_too_far_comes_first() {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let (device, accepted) = tokio::join!(TcpStream::connect(address), listener.accept());
@@ -302,14 +386,13 @@ mod tests {
         let accepted = accepted.unwrap().0.into_std().unwrap();
         let mut stream = Stream::adopt(accepted, &options).unwrap();
         stream.unread(Bytes::from_static(b"early"));
-        stream.readable().await.unwrap();
-        device.unwrap().try_write(b" late").unwrap();
+        let device = device.unwrap();
+        device.try_write(b" late").unwrap();
         let mut heard = [0; 10];
         tokio::io::AsyncReadExt::read_exact(&mut stream, &mut heard)
             .await
             .unwrap();
         assert_eq!(&heard, b"early late");
-        assert_eq!(stream.carried(), 10);
         assert!(stream.early.is_none());
     }
 }

@@ -10,7 +10,7 @@ use tokio_rustls::rustls::ServerConfig;
 use tokio_rustls::server::TlsStream;
 use tokio_rustls::{Accept, TlsAcceptor};
 
-use super::tcp::Stream;
+use super::tcp::{HEAD, Stream};
 use super::{Received, Socket};
 
 /// A TLS connection.
@@ -23,15 +23,37 @@ pub struct TlsSocket {
 /// A handshake. The caller limits the time; dropped half way the connection is gone.
 pub struct Handshake(Accept<Stream>);
 
+/// Bytes of a ClientHello that are waited for before anything is spent on it. Most are
+/// shorter; of one that is longer, so much has come that the rest is on its way.
+const MOST_OF_HELLO: usize = 1024;
+
+/// The bytes of a device's first message, as far as they are to be waited for, by the
+/// heads of its record and of the message in it (RFC 8446, 5.1 and 4). What is no TLS is
+/// not waited for; a message that is cut within its head, as none is, for long.
+pub fn first_message(head: [u8; HEAD]) -> usize {
+    const HANDSHAKE: u8 = 22;
+    let [kind, _, _, high, low, _, upper, middle, lower] = head;
+    let record = u16::from_be_bytes([high, low]);
+    match kind {
+        HANDSHAKE if record < 4 => MOST_OF_HELLO,
+        HANDSHAKE => {
+            let message = u32::from_be_bytes([0, upper, middle, lower]) as usize;
+            (HEAD + message).min(MOST_OF_HELLO)
+        }
+        _ => 0,
+    }
+}
+
 impl Handshake {
     /// Begins when it is polled.
     pub fn new(stream: Stream, config: Arc<ServerConfig>) -> Self {
         Self(TlsAcceptor::from(config).accept(stream))
     }
 
-    /// Bytes that went either way so far, until it is done.
-    pub fn carried(&self) -> u64 {
-        self.0.get_ref().map_or(0, Stream::carried)
+    /// Bytes that were sent so far, until it is done: there is an answer only to a
+    /// message that came whole.
+    pub fn sent(&self) -> u64 {
+        self.0.get_ref().map_or(0, Stream::sent)
     }
 }
 
@@ -103,5 +125,22 @@ impl Socket for TlsSocket {
 
     fn abort(&mut self) {
         self.stream.get_ref().0.abort();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_hello_is_as_long_as_its_message_says() {
+        assert_eq!(first_message([22, 3, 1, 0, 204, 1, 0, 0, 200]), 209);
+        // In several records, or longer than is waited for.
+        assert_eq!(first_message([22, 3, 1, 0, 50, 1, 0, 0, 200]), 209);
+        let long = [22, 3, 1, 64, 0, 1, 255, 255, 255];
+        assert_eq!(first_message(long), MOST_OF_HELLO);
+        // A record that is over before it says anything.
+        assert_eq!(first_message([22, 3, 1, 0, 1, 1, 22, 3, 1]), MOST_OF_HELLO);
+        assert_eq!(first_message(*b"GET / HTT"), 0);
     }
 }

@@ -1,8 +1,11 @@
 //! Handshakes that never finish.
 
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use tokio::io::AsyncWriteExt;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::task::JoinHandle;
 
@@ -108,6 +111,66 @@ async fn tls_handshakes_that_take_all_turns() {
     );
     drops.abort();
     drop(still);
+    scene.finish().await;
+}
+
+/// Whole ClientHellos over TLS, each of which costs a signature, as fast as they can be
+/// sent and from nobody who goes on: connections that are there are served between any
+/// two of them, and devices that come later are let in.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_flood_of_whole_tls_hellos() {
+    /// Connections of the flood that are open at a time.
+    const OPEN: usize = 500;
+    const DEVICES: usize = 10;
+    let scene = Scene::with(&[]).await;
+    let (tls, tcp) = (
+        Echo::over(scene.tls_device().await),
+        Echo::over_tcp(&scene).await,
+    );
+    scene.opens("ssl.default", 1).await;
+    let (to, hello) = (scene.listener("ssl.default").await, scene.tls_hello().await);
+    let sent = Arc::new(AtomicUsize::new(0));
+    let count = sent.clone();
+    let flood = tokio::spawn(async move {
+        let mut open = VecDeque::new();
+        loop {
+            let mut stream = TcpStream::connect(to).await.unwrap();
+            stream.write_all(&hello).await.unwrap();
+            count.fetch_add(1, Ordering::SeqCst);
+            open.push_back(stream);
+            if open.len() > OPEN {
+                open.pop_front();
+            }
+        }
+    });
+    let (begun, cpu) = (Instant::now(), scene.cpu());
+    patiently("the flood", || async {
+        (sent.load(Ordering::SeqCst) > 2 * OPEN).then_some(())
+    })
+    .await;
+    let (tries, mut worst) = (AtomicUsize::new(0), Duration::ZERO);
+    for _ in 0..DEVICES {
+        let begun = Instant::now();
+        let device = patiently("a device to be let in", || async {
+            tries.fetch_add(1, Ordering::SeqCst);
+            let tcp = TcpStream::connect(to).await.unwrap();
+            // One that is turned away tries again.
+            scene.secure(tcp).await.ok()
+        });
+        let mut device = device.await;
+        device.write_all(b"echo").await.unwrap();
+        device.read_exact(&mut [0; 4]).await.unwrap();
+        worst = worst.max(begun.elapsed());
+    }
+    let (lasted, cpu) = (begun.elapsed(), scene.cpu() - cpu);
+    flood.abort();
+    println!(
+        "{} whole ClientHellos in {lasted:.1?}, {cpu:.1?} of processor time: {DEVICES} devices \
+         were let in at {tries:?} tries, the slowest after {worst:.0?}; {:?}; {:?}",
+        sent.load(Ordering::SeqCst),
+        tls.end().await,
+        tcp.end().await,
+    );
     scene.finish().await;
 }
 

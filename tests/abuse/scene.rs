@@ -294,8 +294,9 @@ impl Echo {
                 stream.flush().await.unwrap();
                 let mut heard = vec![0; said.len()];
                 // Behind thousands of callbacks it takes its turn.
-                let hearing = timeout(PATIENCE, stream.read_exact(&mut heard));
-                hearing.await.expect("no echo in time").unwrap();
+                within("an echo", stream.read_exact(&mut heard))
+                    .await
+                    .unwrap();
                 assert_eq!(heard, said.as_bytes());
                 worst = worst.max(begun.elapsed());
                 count += 1;

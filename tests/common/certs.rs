@@ -25,18 +25,42 @@ pub struct Files {
 impl Authority {
     /// Writes its certificate, and all that it makes, into `dir`.
     pub fn new(dir: &Path, name: &str) -> Self {
-        let mut params = CertificateParams::new(Vec::new()).unwrap();
-        params.distinguished_name.push(DnType::CommonName, name);
-        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-        params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
         let key = KeyPair::generate().unwrap();
-        let issuer = CertifiedIssuer::self_signed(params, key).unwrap();
+        let issuer = CertifiedIssuer::self_signed(Self::params(name), key).unwrap();
         fs::write(dir.join(format!("{name}.pem")), issuer.pem()).unwrap();
         Self {
             issuer,
             dir: dir.to_owned(),
             name: name.to_owned(),
         }
+    }
+
+    fn params(name: &str) -> CertificateParams {
+        let mut params = CertificateParams::new(Vec::new()).unwrap();
+        params.distinguished_name.push(DnType::CommonName, name);
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
+        params
+    }
+
+    /// An authority whose certificate this one has made: devices that are its own show
+    /// both certificates.
+    pub fn intermediate(&self, name: &str) -> Self {
+        let key = KeyPair::generate().unwrap();
+        let issuer = CertifiedIssuer::signed_by(Self::params(name), key, &self.issuer).unwrap();
+        Self {
+            issuer,
+            dir: self.dir.clone(),
+            name: name.to_owned(),
+        }
+    }
+
+    /// A client's certificate, and in the same file the one of this authority.
+    pub fn client_chain(&self, name: &str) -> Files {
+        let files = self.client(name);
+        let own = fs::read_to_string(&files.cert).unwrap();
+        fs::write(&files.cert, own + &self.issuer.pem()).unwrap();
+        files
     }
 
     /// The file with its certificate.

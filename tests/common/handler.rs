@@ -28,6 +28,8 @@ use tokio::sync::watch;
 use tonic::transport::server::TcpIncoming;
 use tonic::transport::{Server, ServerTlsConfig};
 use tonic::{Code, Request, Response, Status, Streaming};
+use tonic_health::pb::health_server::HealthServer;
+use tonic_health::server::{HealthReporter, HealthService};
 
 use super::{free_port, within};
 
@@ -98,6 +100,8 @@ pub struct Handler {
     pub port: u16,
     /// Encrypts, from the next start on.
     pub tls: Option<ServerTlsConfig>,
+    /// Tells its health, from the next start on.
+    pub health: Option<HealthReporter>,
     service: Service,
     runtime: Option<Runtime>,
 }
@@ -122,6 +126,7 @@ impl Handler {
         Self {
             port: free_port(),
             tls: None,
+            health: None,
             service: Service {
                 log: Arc::new(watch::Sender::new(Log::default())),
                 behaviour: Arc::new(Mutex::new(nothing)),
@@ -151,10 +156,15 @@ impl Handler {
         if let Some(tls) = &self.tls {
             server = server.tls_config(tls.clone()).unwrap();
         }
+        let health = self
+            .health
+            .clone()
+            .map(|reporter| HealthServer::new(HealthService::from_health_reporter(reporter)));
         runtime.spawn(async move {
             server
                 .add_service(unary)
                 .add_service(streaming)
+                .add_optional_service(health)
                 .serve_with_incoming(incoming)
                 .await
                 .unwrap();

@@ -95,7 +95,10 @@ fn handler_names() {
         ("EXPROTO_LISTENERS__TCP__DEFAULT__HANDLER", "meters"),
     ])
     .unwrap();
-    assert_eq!(config.handler_named("meters").unwrap().address[0].host, "m");
+    assert_eq!(
+        config.handler_named("meters").unwrap().address[0].to_string(),
+        "http://m:1"
+    );
     assert_eq!(config.handler_named("default"), Some(&config.handler));
 }
 

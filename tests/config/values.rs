@@ -156,6 +156,30 @@ fn bad_values() {
             "broker.reconnect_min: found 6s; allowed: not more than broker.reconnect_max, which is 1500ms",
         ),
         (
+            "[broker]\nmode = 'own'",
+            "broker.mode: found \"own\"; allowed: \"pool\" or \"per_client\"",
+        ),
+        (
+            "[broker]\nmode = 'per_client'\npool_size = 8",
+            "broker.pool_size: found 8 with broker.mode = \"per_client\"",
+        ),
+        (
+            "[broker]\nmode = 'per_client'\nprotocol = 4",
+            "broker.protocol: found 4 with broker.mode = \"per_client\"",
+        ),
+        (
+            "[broker]\nmax_sessions = 5",
+            "broker.max_sessions: found a value with broker.mode = \"pool\"",
+        ),
+        (
+            "[broker.will]\ntopic = 'gone'",
+            "broker.will.topic: found a value with broker.mode = \"pool\"",
+        ),
+        (
+            "[broker]\nmode = 'per_client'\nwill = { topic = 'x', payload = '${password}' }",
+            "broker.will.payload: found a placeholder that a will has no value for",
+        ),
+        (
             "[admin]\nbind = 'localhost:1'",
             "admin.bind: found \"localhost:1\"; allowed: an IP address and port",
         ),

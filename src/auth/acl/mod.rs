@@ -7,7 +7,7 @@ mod rules;
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use figment::providers::{Format, Toml};
 use http::StatusCode;
@@ -73,6 +73,7 @@ type Cache = HashMap<(&'static str, u32, String), (Permission, Instant)>;
 pub struct Person {
     attempt: Attempt,
     rules: Option<Rules>,
+    rules_until: Option<SystemTime>,
     cache: Mutex<Cache>,
 }
 
@@ -82,19 +83,31 @@ impl std::fmt::Debug for Person {
     }
 }
 
+impl Person {
+    /// Whether the rules that came with its authentication count no more.
+    fn has_lapsed(&self, now: SystemTime) -> bool {
+        self.rules.is_some() && self.rules_until.is_some_and(|until| until <= now)
+    }
+}
+
+/// The rules in the text of a file.
+fn parse(text: &str) -> Result<Rules, String> {
+    let file: Value = Toml::from_str(text).map_err(|error| error.to_string())?;
+    let members = file.as_object().into_iter().flatten();
+    if let Some((unknown, _)) = members.clone().find(|(key, _)| *key != "rules") {
+        return Err(format!("unknown key {unknown:?}; allowed: rules"));
+    }
+    match file.get("rules") {
+        None => Ok(Rules::default()),
+        Some(list @ Value::Array(_)) => Rules::parse(list),
+        Some(_) => Err("rules is no list".to_owned()),
+    }
+}
+
 fn read(path: &Path) -> Result<Arc<Rules>, String> {
     let named = |problem: String| format!("{}: {problem}", path.display());
     let text = std::fs::read_to_string(path).map_err(|error| named(error.to_string()))?;
-    let file: Value = Toml::from_str(&text).map_err(|error| named(error.to_string()))?;
-    let members = file.as_object().into_iter().flatten();
-    if let Some((unknown, _)) = members.clone().find(|(key, _)| *key != "rules") {
-        return Err(named(format!("unknown key {unknown:?}; allowed: rules")));
-    }
-    match file.get("rules") {
-        None => Ok(Arc::default()),
-        Some(list @ Value::Array(_)) => Rules::parse(list).map(Arc::new).map_err(named),
-        Some(_) => Err(named("rules is no list".to_owned())),
-    }
+    parse(&text).map(Arc::new).map_err(named)
 }
 
 impl Acl {
@@ -164,6 +177,7 @@ impl Acl {
                 ..attempt.clone()
             },
             rules: grant.rules,
+            rules_until: grant.rules_until,
             cache: Mutex::default(),
         }))
     }
@@ -174,11 +188,10 @@ impl Acl {
             attempt: &person.attempt,
             wish: Some(wish),
         };
-        let decided = match person
-            .rules
-            .as_ref()
-            .and_then(|rules| rules.decide(&values, wish))
-        {
+        let rules = person.rules.as_ref();
+        let decided = match rules.and_then(|rules| rules.decide(&values, wish)) {
+            // Who vouched for it does not any more.
+            _ if person.has_lapsed(SystemTime::now()) => Permission::Deny,
             Some(permission) => permission,
             None => self.ask(person, &values, wish).await,
         };
@@ -298,5 +311,62 @@ async fn answer(asker: &Asker, values: &Values<'_>) -> Result<Option<Permission>
             _ => Err("its result is none of allow, deny and ignore".to_owned()),
         },
         status => Err(format!("it answers with status {}", status.as_u16())),
+    }
+}
+
+/// See [`crate::fuzzing`].
+pub(super) mod fuzzing {
+    use super::*;
+
+    /// The rules of a file's text, together and each alone.
+    pub fn parse(text: &str) -> Result<(Rules, Vec<Rules>), String> {
+        let rules = super::parse(text)?;
+        let alone = rules.each();
+        Ok((rules, alone))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::tests::attempt;
+    use super::*;
+    use crate::metrics::Metrics;
+
+    #[tokio::test]
+    async fn rules_of_a_token_lapse_with_it() {
+        let options = Options {
+            sources: Vec::new(),
+            no_match: Permission::Allow,
+            cache_size: 1,
+            cache_ttl: Duration::ZERO,
+        };
+        let metrics = AuthMetrics::new(&Metrics::new().unwrap());
+        let acl = Acl::new(&options, &metrics).unwrap();
+        let wish = Wish {
+            action: "publish",
+            topic: "a",
+            qos: 0,
+        };
+        let now = SystemTime::now();
+        let hour = Duration::from_secs(3600);
+        for (until, rules, expected) in [
+            (None, true, Permission::Allow),
+            (Some(now + hour), true, Permission::Allow),
+            (Some(now - hour), true, Permission::Deny),
+            // There is nothing that could lapse.
+            (Some(now - hour), false, Permission::Allow),
+        ] {
+            let rules = rules.then(|| Rules::parse(&serde_json::json!({"pub": ["a"]})).unwrap());
+            let grant = Grant {
+                rules,
+                rules_until: until,
+                ..Grant::default()
+            };
+            let decided = match acl.person(&attempt("c", ""), grant) {
+                Some(person) => acl.decide(&person, wish).await,
+                None => Permission::Allow,
+            };
+            assert_eq!(decided, expected, "{until:?}");
+        }
     }
 }

@@ -84,6 +84,12 @@ impl Rules {
         }
     }
 
+    /// Each of them alone, in order.
+    pub(super) fn each(&self) -> Vec<Self> {
+        let rules = self.0.iter();
+        rules.map(|rule| Self(vec![rule.clone()])).collect()
+    }
+
     /// What they say; none where none fits.
     pub fn decide(&self, values: &Values<'_>, wish: Wish<'_>) -> Option<Permission> {
         let fitting = self.0.iter().find(|rule| rule.fits(values, wish));

@@ -104,16 +104,64 @@ impl Asker {
 /// The object in an answer of status 200.
 pub fn object(answer: &Answer) -> Result<Map<String, Value>, String> {
     let kind = answer.headers.get(CONTENT_TYPE).map(HeaderValue::as_bytes);
-    let is_json =
-        kind.is_none_or(|kind| kind.to_ascii_lowercase().starts_with(b"application/json"));
-    if !is_json {
-        return Err("its answer is no JSON".to_owned());
+    let is = |wanted: &[u8]| {
+        kind.is_none_or(|kind| {
+            let start = kind.get(..wanted.len()).unwrap_or_default();
+            start.eq_ignore_ascii_case(wanted)
+        })
+    };
+    if !is(b"application/json") {
+        let is_form = is(b"application/x-www-form-urlencoded");
+        let form = is_form.then(|| form(&answer.body)).flatten();
+        return form.ok_or_else(|| "its answer is no JSON and no form".to_owned());
     }
     match serde_json::from_slice(&answer.body) {
         Ok(Value::Object(members)) => Ok(members),
         // What is in it is not said: it may be secret.
         _ => Err("its answer is no JSON object".to_owned()),
     }
+}
+
+/// The members of a form, the last of a name counts. All of them are texts; the two that are
+/// something else in JSON become that.
+fn form(body: &[u8]) -> Option<Map<String, Value>> {
+    let mut members = Map::new();
+    let pairs = body.split(|byte| *byte == b'&').filter(|p| !p.is_empty());
+    for pair in pairs {
+        let at = pair.iter().position(|byte| *byte == b'=');
+        let (name, value) = pair.split_at(at.unwrap_or(pair.len()));
+        let name = decoded(name)?;
+        let value = decoded(value.get(1..).unwrap_or_default())?;
+        let value = match (&*name, &*value) {
+            ("is_superuser", "true") => Value::Bool(true),
+            ("is_superuser", "false") => Value::Bool(false),
+            ("expire_at", seconds) => seconds.parse::<u64>().map_or(value.into(), Value::from),
+            _ => Value::String(value),
+        };
+        members.insert(name, value);
+    }
+    Some(members)
+}
+
+/// A name or value of a form, with its escapes resolved.
+fn decoded(text: &[u8]) -> Option<String> {
+    let mut bytes = Vec::with_capacity(text.len());
+    let mut rest = text;
+    while let Some((first, behind)) = rest.split_first() {
+        rest = behind;
+        bytes.push(match first {
+            b'+' => b' ',
+            b'%' => {
+                let (digits, behind) = rest.split_at_checked(2)?;
+                rest = behind;
+                let digit = |byte: &u8| char::from(*byte).to_digit(16);
+                let [high, low] = digits else { return None };
+                u8::try_from(digit(high)? * 16 + digit(low)?).ok()?
+            }
+            byte => *byte,
+        });
+    }
+    String::from_utf8(bytes).ok()
 }
 
 /// What an answer means; `Err` where it is none.
@@ -152,6 +200,7 @@ fn granted(members: &Map<String, Value>, now: SystemTime) -> Result<Decision, St
         is_superuser,
         expire_at,
         rules: rules.map_err(|problem| format!("its acl: {problem}"))?,
+        rules_until: None,
     }))
 }
 
@@ -193,6 +242,40 @@ impl HttpAuthenticator {
     }
 }
 
+/// See [`crate::fuzzing`].
+pub(super) mod fuzzing {
+    #![allow(clippy::panic, clippy::indexing_slicing)]
+
+    use super::*;
+
+    /// Nobody is let in who has expired, or by what is no answer; a form says nothing that
+    /// JSON could not say.
+    pub fn answer(kind: u8, body: &[u8]) {
+        let kinds = [
+            "application/json",
+            "application/x-www-form-urlencoded",
+            "text/html",
+        ];
+        let kind = kinds[usize::from(kind) % kinds.len()];
+        let answer = |kind, body: &[u8]| Answer {
+            status: StatusCode::OK,
+            headers: HeaderMap::from_iter([(CONTENT_TYPE, HeaderValue::from_static(kind))]),
+            body: Bytes::copy_from_slice(body),
+        };
+        let now = SystemTime::UNIX_EPOCH + Duration::from_secs(1_700_000_000);
+        let said = decide(&answer(kind, body), now);
+        if let Ok(Decision::Allow(grant)) = &said {
+            assert_ne!(kind, kinds[2]);
+            assert!(grant.expire_at.is_none_or(|at| at > now));
+            assert!(kind == kinds[0] || grant.rules.is_none());
+        }
+        if let (true, Some(members)) = (kind == kinds[1], form(body)) {
+            let json = Value::Object(members).to_string();
+            assert_eq!(decide(&answer(kinds[0], json.as_bytes()), now), said);
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -216,6 +299,7 @@ mod tests {
                 is_superuser,
                 expire_at,
                 rules: None,
+                rules_until: None,
             }))
         };
         assert_eq!(decided(r#"{"result":"allow"}"#), grant(false, None));
@@ -227,6 +311,27 @@ mod tests {
             decide(&answer(204, "text/html", ""), now),
             grant(false, None)
         );
+        let form = "Application/x-www-form-urlencoded; charset=utf-8";
+        let form = |body| decide(&answer(200, form, body), now);
+        assert_eq!(form("result=allow"), grant(false, None));
+        let body = "x=%2B+&is_superuser=%74rue&result=allow&expire_at=1000001";
+        assert_eq!(form(body), grant(true, at(1_000_001)));
+        assert!(matches!(
+            form("result=allow&result=deny"),
+            Ok(Decision::Deny(_))
+        ));
+        for body in ["", "result", "result=ignore", "Result=allow"] {
+            assert!(!matches!(form(body), Ok(Decision::Allow(_))), "{body}");
+        }
+        for body in [
+            "result=%zz",
+            "result=allow&x=%ff",
+            "result=allow&is_superuser=1",
+            "result=allow&expire_at=soon",
+            "result=allow&acl=a",
+        ] {
+            assert!(form(body).is_err(), "{body}");
+        }
         for (body, part) in [
             (r#"{"result":"deny"}"#, "denies"),
             (r#"{"result":"allow","expire_at":999999}"#, "passed"),

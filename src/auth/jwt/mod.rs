@@ -189,12 +189,12 @@ impl JwtAuthenticator {
         let Ok(rules) = rules.transpose() else {
             return deny("the token's rules of access are none");
         };
+        let expires = expires.map(|expires| expires + leeway);
         Decision::Allow(Grant {
             rules,
+            rules_until: expires,
             is_superuser: claims.get("is_superuser").and_then(Value::as_bool) == Some(true),
-            expire_at: expires
-                .filter(|_| self.options.disconnect_after_expire)
-                .map(|expires| expires + leeway),
+            expire_at: expires.filter(|_| self.options.disconnect_after_expire),
         })
     }
 }
@@ -244,3 +244,36 @@ impl<'a> Token<'a> {
 
 #[cfg(test)]
 mod tests;
+
+/// See [`crate::fuzzing`].
+pub(super) mod fuzzing {
+    #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+    use super::*;
+
+    pub fn token(text: &str) {
+        let authenticator = JwtAuthenticator::new(&Options {
+            source: Source::Secret(Secret::new("a secret of thirty-two bytes...."), false),
+            from_username: false,
+            verify_claims: vec![("sub".to_owned(), Template::parse("${clientid}").unwrap())],
+            acl_claim_name: "acl".to_owned(),
+            disconnect_after_expire: true,
+            leeway: Duration::ZERO,
+        });
+        let Ok(token) = Token::parse(text) else {
+            return;
+        };
+        let signature = URL_SAFE_NO_PAD.encode(&token.signature);
+        let message = std::str::from_utf8(token.message).unwrap();
+        assert_eq!(format!("{message}.{signature}"), text);
+        assert!(!token.algorithm.eq_ignore_ascii_case("none"));
+        let mut attempt = Attempt::nobody();
+        attempt.clientid = "c1".to_owned();
+        let now = SystemTime::UNIX_EPOCH + Duration::from_secs(1_700_000_000);
+        let said = authenticator.unwrap().judge(&token.claims, &attempt, now);
+        if let Decision::Allow(grant) = said {
+            assert_eq!(token.claims.get("sub").and_then(Value::as_str), Some("c1"));
+            assert!(grant.expire_at.is_none_or(|at| at > now));
+        }
+    }
+}

@@ -73,6 +73,7 @@ fn claims_are_judged_once_the_signature_fits() {
     assert!(grant.is_superuser);
     let expires = SystemTime::UNIX_EPOCH + Duration::from_secs(seconds(65) as u64);
     assert!(expires.duration_since(grant.expire_at.unwrap()).unwrap() < Duration::from_secs(30));
+    assert_eq!(grant.rules_until, grant.expire_at);
     for (claims, part) in [
         (
             serde_json::json!({"sub": "c1", "exp": seconds(-10)}),

@@ -108,6 +108,7 @@ pub(super) fn decode(
         Packet::Disconnect => Inbound::Disconnect(DisconnectNotice {
             reason: "disconnection".to_owned(),
             taken_over: false,
+            administrative: false,
         }),
         Packet::Connect(_) | Packet::PingReq | Packet::Subscribe(_) | Packet::Unsubscribe(_) => {
             return Err(invalid("a packet that only clients send"));
@@ -281,6 +282,7 @@ mod tests {
             session_expiry: 1,
             receive_maximum: 1,
             max_packet_size: 1,
+            will: None,
         };
         let mut out = BytesMut::from(&b"before"[..]);
         connect(&hello, &mut out);

@@ -6,9 +6,9 @@ mod inbound;
 use bytes::{Buf, Bytes, BytesMut};
 use rumqttc::v5::mqttbytes::v5::{
     ConnAck, ConnAckProperties, Connect, ConnectProperties, ConnectReturnCode, Disconnect,
-    DisconnectProperties, DisconnectReasonCode, Filter, Login, Packet, PingReq, PubAck, PubComp,
-    PubRec, PubRel, Publish, PublishProperties, RetainForwardRule, Subscribe, SubscribeProperties,
-    Unsubscribe,
+    DisconnectProperties, DisconnectReasonCode, Filter, LastWill, Login, Packet, PingReq, PubAck,
+    PubComp, PubRec, PubRel, Publish, PublishProperties, RetainForwardRule, Subscribe,
+    SubscribeProperties, Unsubscribe,
 };
 use rumqttc::v5::mqttbytes::{self, QoS as WireQoS};
 
@@ -72,6 +72,7 @@ pub(super) fn decode(
         let notice = DisconnectNotice {
             reason: "normal disconnection".to_owned(),
             taken_over: false,
+            administrative: false,
         };
         return Ok(Some(Inbound::Disconnect(notice)));
     }
@@ -110,6 +111,7 @@ pub(super) fn decode(
         Packet::Disconnect(disconnect) => Inbound::Disconnect(DisconnectNotice {
             reason: super::words(&disconnect.reason_code),
             taken_over: disconnect.reason_code == DisconnectReasonCode::SessionTakenOver,
+            administrative: disconnect.reason_code == DisconnectReasonCode::AdministrativeAction,
         }),
         // Taken off before the codec sees them, or with flags that they must not have.
         Packet::Publish(_)
@@ -194,7 +196,14 @@ pub(super) fn connect(hello: &Hello<'_>, out: &mut BytesMut) {
     let login = hello
         .login
         .map(|(username, password)| Login::new(username, password));
-    encode(&Packet::Connect(connect, None, login), out);
+    let will = hello.will.map(|will| LastWill {
+        topic: will.topic.as_str().to_owned().into(),
+        message: will.payload.clone(),
+        qos: qos_to_wire(will.qos),
+        retain: will.retain,
+        properties: None,
+    });
+    encode(&Packet::Connect(connect, will, login), out);
 }
 
 pub(super) fn subscribe(
@@ -251,8 +260,11 @@ pub(super) fn pingreq(out: &mut BytesMut) {
 }
 
 /// Ends the connection and, with it, the session (expiry 0).
-pub(super) fn disconnect(out: &mut BytesMut) {
-    let mut packet = Disconnect::new(DisconnectReasonCode::NormalDisconnection);
+pub(super) fn disconnect(with_will: bool, out: &mut BytesMut) {
+    let mut packet = Disconnect::new(match with_will {
+        true => DisconnectReasonCode::DisconnectWithWillMessage,
+        false => DisconnectReasonCode::NormalDisconnection,
+    });
     packet.properties = Some(DisconnectProperties {
         session_expiry_interval: Some(0),
         reason_string: None,
@@ -403,6 +415,13 @@ mod tests {
                 panic!("no DISCONNECT in {bytes:?}");
             };
             assert!(notice.taken_over);
+        }
+        for (code, administrative) in [(0x98, true), (0x8B, false)] {
+            let Ok(Some(Inbound::Disconnect(notice))) = decode_all(&[0xE0, 0x01, code]) else {
+                panic!("no DISCONNECT with {code}");
+            };
+            assert_eq!(notice.administrative, administrative);
+            assert!(!notice.taken_over);
         }
         assert!(matches!(decode_all(&[0xE0, 0x01]), Ok(None)));
     }

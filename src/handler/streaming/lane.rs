@@ -10,8 +10,10 @@ use futures_util::stream::{FuturesUnordered, StreamExt};
 use tokio::sync::mpsc;
 
 use super::{Entry, Kind, Options, WINDOW};
-use crate::handler::client::{Client, MAX_WAIT, PAUSES, failure, late};
+use crate::handler::client::{Client, MAX_WAIT, PAUSES, late};
 use crate::handler::ledger::{ConnKey, End, Ledger, Limits, Output, StreamId};
+use crate::handler::link::Link;
+use crate::handler::status::{Miss, miss};
 use crate::handler::{CallFailure, Caller};
 use crate::metrics::StreamOutcome;
 
@@ -34,7 +36,8 @@ type Tried = (StreamId, HashMap<ConnKey, CallFailure>);
 
 /// What does as the ledger says.
 struct Hands {
-    client: Arc<Client>,
+    client: Client,
+    link: Arc<Link>,
     kind: Kind,
     /// The streams under way: where to write, until they are ended, and how to cancel.
     streams: Vec<(StreamId, Option<mpsc::UnboundedSender<Bytes>>, AbortHandle)>,
@@ -44,8 +47,8 @@ struct Hands {
 }
 
 impl Lane {
-    pub(super) fn new(client: Arc<Client>, kind: Kind, options: &Options) -> Self {
-        let patience = client.shared.options.request_timeout;
+    pub(super) fn new(client: Client, link: Arc<Link>, kind: Kind, options: &Options) -> Self {
+        let patience = client.0.options.request_timeout;
         Self {
             ledger: Ledger::new(Limits {
                 max_messages: options.max_messages,
@@ -57,6 +60,7 @@ impl Lane {
             }),
             hands: Hands {
                 client,
+                link,
                 kind,
                 streams: Vec::new(),
                 answers: Answers::new(),
@@ -73,7 +77,7 @@ impl Lane {
         let mut arrived = Vec::new();
         let mut again: Option<BoxFuture<'static, ()>> = None;
         let mut timer = std::pin::pin!(tokio::time::sleep(Duration::ZERO));
-        let draining = self.hands.client.shared.draining.clone();
+        let draining = self.hands.client.0.draining.clone();
         let mut gone = false;
         while !gone || !self.ledger.is_empty() {
             self.look_at_link();
@@ -115,7 +119,7 @@ impl Lane {
                 }
                 () = resolved(&mut again) => {
                     again = None;
-                    if self.hands.client.link.is_up() {
+                    if self.hands.link.is_up() {
                         self.ledger.resume(Instant::now(), &mut self.hands);
                     }
                 }
@@ -135,7 +139,7 @@ impl Lane {
 
     /// Opens nothing on a channel that is down.
     fn look_at_link(&mut self) {
-        let link = &self.hands.client.link;
+        let link = &self.hands.link;
         if !self.ledger.is_suspended() && !link.is_up() {
             self.trouble = link.trouble();
             self.ledger.suspend(Instant::now());
@@ -144,21 +148,21 @@ impl Lane {
 
     /// Resolves when the handler may be there again.
     fn handler_back(&mut self) -> BoxFuture<'static, ()> {
-        let client = self.hands.client.clone();
+        let link = self.hands.link.clone();
         let pause = self.pause;
         self.pause = (pause * 2).min(PAUSES.1);
         Box::pin(async move {
-            if client.link.is_up() {
+            if link.is_up() {
                 tokio::time::sleep(pause).await;
             } else {
-                client.link.up().await;
+                link.back().await;
             }
         })
     }
 
     /// When the handler has been away for longer than is borne.
     fn end_of_patience(&self) -> Option<Instant> {
-        let limit = self.hands.client.shared.options.max_outage?;
+        let limit = self.hands.client.0.options.max_outage?;
         let since = self.ledger.outage().filter(|_| self.ledger.has_waiting());
         since
             .filter(|_| self.ledger.is_suspended())
@@ -173,7 +177,7 @@ impl Lane {
     fn answered(&mut self, stream: StreamId, answer: Option<Result<(), tonic::Status>>) {
         self.hands.streams.retain(|(id, ..)| *id != stream);
         let early = self.ledger.is_open(stream);
-        let metrics = &self.hands.client.shared.metrics;
+        let metrics = &self.hands.client.0.metrics;
         let count = |outcome| metrics.stream_ended(self.hands.kind.method(), outcome);
         let end = match answer {
             // Cancelled: the ledger knows.
@@ -187,13 +191,17 @@ impl Lane {
                 self.pause = PAUSES.0;
                 End::Taken
             }
-            Some(Err(status)) => match failure(&status) {
-                CallFailure::Unavailable(trouble) => {
+            Some(Err(status)) => match miss(&status) {
+                Miss::Away { sent, why } => {
                     count(StreamOutcome::Broken);
-                    self.trouble.clone_from(&trouble);
-                    End::Broken(trouble)
+                    self.trouble.clone_from(&why);
+                    if sent {
+                        End::Broken(why)
+                    } else {
+                        End::NotSent(why)
+                    }
                 }
-                failed @ CallFailure::Failed { .. } => {
+                Miss::Refused(failed) => {
                     count(StreamOutcome::Error);
                     tracing::warn!(failure = %failed, "a handler failed a stream; each of its messages is sent again by itself");
                     End::Refused
@@ -217,7 +225,7 @@ impl Lane {
             self.ledger.give_up(&self.trouble, &mut self.hands);
         }
         self.ledger.elapsed(now, &mut self.hands);
-        let patience = self.hands.client.shared.options.request_timeout;
+        let patience = self.hands.client.0.options.request_timeout;
         // Time that the handler spends waiting for us is not the handler's.
         let waited = |entry: &Entry| entry.caller.waited().saturating_sub(entry.waited);
         while let Some((stream, since, waited)) = self.ledger.late(now, waited) {
@@ -227,7 +235,7 @@ impl Lane {
                 continue;
             }
             self.hands.cancel(stream);
-            let metrics = &self.hands.client.shared.metrics;
+            let metrics = &self.hands.client.0.metrics;
             metrics.stream_ended(self.hands.kind.method(), StreamOutcome::Late);
             tracing::warn!(failure = %late(patience), "a handler did not answer a stream; each of its messages is sent again by itself");
             self.ledger.ended(stream, End::Late, now, &mut self.hands);
@@ -255,17 +263,19 @@ impl Hands {
 impl Output<Entry> for Hands {
     fn open(&mut self, stream: StreamId) {
         let (sender, requests) = mpsc::unbounded_channel();
-        let (answer, abort) = abortable(self.client.clone().stream(self.kind.method(), requests));
+        let (client, link, method) = (self.client.clone(), self.link.clone(), self.kind.method());
+        let (answer, abort) =
+            abortable(async move { client.0.stream(&link, method, requests).await });
         let answer = async move { (stream, answer.await.ok()) };
         self.answers.push(Box::pin(answer));
         self.streams.push((stream, Some(sender), abort));
-        self.client.shared.metrics.stream_opened(self.kind.method());
+        self.client.0.metrics.stream_opened(method);
     }
 
     fn write(&mut self, stream: StreamId, entry: &mut Entry, again: bool) {
         entry.waited = entry.caller.waited();
         if again {
-            self.client.shared.metrics.resent.increment(1);
+            self.client.0.metrics.resent.increment(1);
         }
         let mut streams = self.streams.iter();
         if let Some((_, Some(sender), _)) = streams.find(|(id, ..)| *id == stream) {
@@ -281,11 +291,7 @@ impl Output<Entry> for Hands {
     }
 
     fn try_alone(&mut self, stream: StreamId, entries: Vec<(ConnKey, Entry)>) {
-        self.client
-            .shared
-            .metrics
-            .resent
-            .increment(entries.len() as u64);
+        self.client.0.metrics.resent.increment(entries.len() as u64);
         let mut by_conn: HashMap<ConnKey, VecDeque<Entry>> = HashMap::new();
         for (conn, entry) in entries {
             by_conn.entry(conn).or_default().push_back(entry);
@@ -311,7 +317,7 @@ impl Output<Entry> for Hands {
 }
 
 fn settle(client: &Client, kind: Kind, entry: Entry, result: Result<(), CallFailure>) {
-    let metrics = &client.shared.metrics;
+    let metrics = &client.0.metrics;
     match &result {
         Ok(()) => metrics.succeeded(kind.method(), entry.handed.elapsed()),
         Err(failure) => metrics.failed(kind.method(), failure.outcome()),
@@ -329,7 +335,7 @@ async fn try_each(client: &Client, kind: Kind, entries: VecDeque<Entry>) -> Opti
         let result = match &failed {
             Some(failure) => Err(CallFailure::clone(failure)),
             None => match kind.event(entry.request.clone()) {
-                Ok(event) => client.call_alone(&entry.caller, &event).await,
+                Ok(event) => client.0.call_alone(&entry.caller, &event).await,
                 Err(error) => Err(CallFailure::Failed {
                     code: "INTERNAL",
                     message: error.to_string(),

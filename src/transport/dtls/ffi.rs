@@ -21,6 +21,7 @@ unsafe extern "C" {
     fn BIO_ADDR_new() -> *mut BioAddr;
     fn BIO_ADDR_free(address: *mut BioAddr);
     fn DTLSv1_listen(ssl: *mut openssl_sys::SSL, client: *mut BioAddr) -> c_int;
+    fn SSL_get_state(ssl: *const openssl_sys::SSL) -> c_int;
     fn SSL_SESSION_get_max_fragment_length(session: *const openssl_sys::SSL_SESSION) -> u8;
 }
 
@@ -78,6 +79,12 @@ pub(super) fn handle_timeout<S>(stream: &mut SslStream<S>) -> bool {
         )
     };
     outcome >= 0
+}
+
+/// `SSL_get_state`: the message that the handshake has come to.
+pub(super) fn stage<S>(stream: &SslStream<S>) -> i32 {
+    // SAFETY: the stream owns its SSL, which is only read.
+    unsafe { SSL_get_state(stream.ssl().as_ptr()) }
 }
 
 /// The most bytes of a message that the device wants in a record (RFC 6066, 4).

@@ -262,6 +262,15 @@ impl Session {
         matches!(self.state, State::Ended | State::Closed)
     }
 
+    /// How far the handshake is: another number after each message of it that came whole
+    /// and was right, and no number twice.
+    pub fn stage(&self) -> i32 {
+        match (self.state, self.handshake.as_deref()) {
+            (State::Handshake, Some(stream)) => ffi::stage(stream),
+            _ => -1,
+        }
+    }
+
     /// Why the session failed, for the log.
     pub fn failure(&self) -> Option<&str> {
         self.failure.as_deref()

@@ -7,16 +7,19 @@
 
 use std::future::{Future, poll_fn};
 use std::io::{self, IoSlice};
-use std::pin::Pin;
+use std::pin::{Pin, pin};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use tokio::time::Sleep;
+use tokio_util::task::AbortOnDropHandle;
 
-use super::{Gate, Look, Read, Session, Shown, WriteError};
+use super::hello::ClientHello;
+use super::{Gate, Look, Read, Session, WriteError};
 use crate::admission::turns::Turn;
+use crate::pace::{Pace, Stage};
 use crate::reload::Current;
 use crate::telemetry::Seldom;
 use crate::transport::scratch::with_scratch;
@@ -36,7 +39,7 @@ pub trait Restarts: Send + Sync {
 #[derive(Debug, thiserror::Error)]
 pub enum HandshakeError {
     /// It has given way to somebody else's.
-    #[error("silent while others waited for a turn")]
+    #[error("did not get on while others waited for a turn")]
     Silent,
     /// The time is over.
     #[error("not done within {0:?}")]
@@ -68,6 +71,8 @@ pub struct Handshakes {
     pub gate: Mutex<Gate>,
     /// Certificates and keys; replaced when their files change.
     pub context: Arc<Current<super::Context>>,
+    /// A handshake's signature is a heavy step on this thread.
+    pub pace: Arc<Pace>,
     /// For lines about what a device was not sent.
     pub complaints: Seldom,
     /// Asked when a device begins anew.
@@ -88,13 +93,65 @@ impl Handshakes {
         self.gate.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Begins the session of a peer that has shown its address, with the newest
-    /// certificates and keys.
-    pub fn accept(&self, gate: &mut Gate, shown: &Shown<'_>) -> Option<Box<Session>> {
-        // Another handle to the same, where it is the same.
-        gate.replace_context((*self.context.get()).clone());
-        gate.accept(shown)
+    /// Does the handshake of a peer that has shown its address to the gate, as long as it
+    /// is its turn; the datagram it did so with is the first that waits. Its time counts
+    /// from `since`. Dropped half way the peer is forgotten.
+    ///
+    /// The socket hands on to `succession` when the device begins anew.
+    pub async fn shake(
+        self: Arc<Self>,
+        mut udp: UdpSocket,
+        turn: &Turn,
+        since: Instant,
+        succession: Succession,
+    ) -> Result<DtlsSocket, HandshakeError> {
+        let limit = self.limit;
+        let handshake = async {
+            let hello = poll_fn(|cx| with_scratch(|scratch| poll_datagram(&mut udp, cx, scratch)));
+            let hello = hello.await?;
+            let step = self.pace.step(Stage::Beginning).await;
+            turn.moved(Instant::now());
+            let session = self.accept(&hello)?;
+            drop((step, hello));
+            let mut socket = DtlsSocket::over(Some(udp), session, self.clone(), succession);
+            let mut timer = None;
+            poll_fn(|cx| socket.poll_handshake(cx, turn, &mut timer)).await?;
+            Ok(socket)
+        };
+        let mut handshake = pin!(handshake);
+        let handshake = poll_fn(|cx| match turn.poll_lost(cx) {
+            Poll::Ready(()) => Poll::Ready(Err(HandshakeError::Silent)),
+            Poll::Pending => handshake.as_mut().poll(cx),
+        });
+        // One that is late already costs no signature: no step comes at the first poll.
+        match tokio::time::timeout_at((since + limit).into(), handshake).await {
+            Ok(done) => done,
+            Err(_) => Err(HandshakeError::Late(limit)),
+        }
     }
+
+    /// Begins the session of a peer that has shown its address with this datagram, with
+    /// the newest certificates and keys. A heavy step: it makes the signature.
+    fn accept(&self, datagram: &[u8]) -> Result<Box<Session>, HandshakeError> {
+        let hello = ClientHello::parse(datagram);
+        let session = hello.map(|hello| Session::accept(&self.context.get(), &hello, datagram));
+        let taken = session.and_then(|session| session.ok().flatten());
+        taken.ok_or_else(|| HandshakeError::Failed("the ClientHello is not acceptable".to_owned()))
+    }
+}
+
+/// The next datagram of a peer.
+fn poll_datagram(
+    udp: &mut UdpSocket,
+    cx: &mut Context<'_>,
+    scratch: &mut [u8],
+) -> Poll<io::Result<Bytes>> {
+    let count = match ready!(udp.poll_receive(cx, scratch))? {
+        Received::Bytes(count) => count,
+        Received::End => 0,
+    };
+    let datagram = scratch.get(..count).unwrap_or_default();
+    Poll::Ready(Ok(Bytes::copy_from_slice(datagram)))
 }
 
 /// Where a device that has begun anew goes on.
@@ -124,20 +181,61 @@ pub struct DtlsSocket {
 }
 
 /// The handshake of a device that begins anew.
-#[derive(Debug)]
 struct Next {
-    session: Box<Session>,
+    /// Of its ClientHello.
+    random: [u8; 32],
+    stage: NextStage,
     deadline: Pin<Box<Sleep>>,
     turn: Turn,
 }
 
-impl DtlsSocket {
-    /// A session whose gate has accepted the peer; the datagram it did so upon is the
-    /// first that waits, and is known.
-    pub fn new(udp: UdpSocket, session: Box<Session>, handshakes: Arc<Handshakes>) -> Self {
-        Self::over(Some(udp), session, handshakes, Succession::default())
+enum NextStage {
+    /// It waits for its step on this thread, in a task of its own: a connection looks at
+    /// its socket only while its handler has time.
+    Waiting(AbortOnDropHandle<Result<Box<Session>, HandshakeError>>),
+    Begun(Box<Session>),
+}
+
+impl std::fmt::Debug for Next {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Next").finish_non_exhaustive()
+    }
+}
+
+impl Next {
+    fn session(&mut self) -> Option<&mut Session> {
+        match &mut self.stage {
+            NextStage::Waiting(_) => None,
+            NextStage::Begun(session) => Some(session),
+        }
     }
 
+    fn is_established(&self) -> bool {
+        matches!(&self.stage, NextStage::Begun(session) if session.is_established())
+    }
+
+    /// Its session, once that is done.
+    fn established(self) -> Option<Box<Session>> {
+        match self.stage {
+            NextStage::Begun(session) if session.is_established() => Some(session),
+            _ => None,
+        }
+    }
+
+    fn receive(&mut self, datagram: &[u8]) {
+        let NextStage::Begun(session) = &mut self.stage else {
+            // The device sends again what comes before it has an answer.
+            return;
+        };
+        let before = session.stage();
+        session.receive(datagram);
+        if session.stage() != before {
+            self.turn.moved(Instant::now());
+        }
+    }
+}
+
+impl DtlsSocket {
     fn over(
         udp: Option<UdpSocket>,
         session: Box<Session>,
@@ -152,31 +250,6 @@ impl DtlsSocket {
             succession,
             unsent: None,
             written: false,
-        }
-    }
-
-    /// Where the peer goes on when it begins anew.
-    pub fn succession(&self) -> Succession {
-        self.succession.clone()
-    }
-
-    /// Does the rest of the handshake, as long as it is its turn. Dropped half way the
-    /// peer is forgotten.
-    pub async fn handshake(&mut self, turn: &mut Turn) -> Result<(), HandshakeError> {
-        let limit = self.handshakes.limit;
-        let handshake = async {
-            // The first datagram is known to the session.
-            poll_fn(|cx| with_scratch(|scratch| self.udp()?.poll_receive(cx, scratch))).await?;
-            let mut timer: Option<Pin<Box<Sleep>>> = None;
-            poll_fn(|cx| match turn.poll_lost(cx) {
-                Poll::Ready(()) => Poll::Ready(Err(HandshakeError::Silent)),
-                Poll::Pending => self.poll_handshake(cx, turn, &mut timer),
-            })
-            .await
-        };
-        match tokio::time::timeout(limit, handshake).await {
-            Ok(done) => done,
-            Err(_) => Err(HandshakeError::Late(limit)),
         }
     }
 
@@ -199,8 +272,12 @@ impl DtlsSocket {
                 let received = ready!(self.udp()?.poll_receive(cx, scratch));
                 if let Received::Bytes(count) = received? {
                     let datagram = scratch.get(..count).unwrap_or_default();
-                    turn.heard(count, Instant::now());
+                    let before = self.session.stage();
                     self.session.receive(datagram);
+                    // Only a whole message that was right counts.
+                    if self.session.stage() != before {
+                        turn.moved(Instant::now());
+                    }
                 }
                 Poll::Ready(io::Result::Ok(()))
             });
@@ -243,7 +320,7 @@ impl DtlsSocket {
         loop {
             let next = self.unsent.take();
             let next = next.or_else(|| self.session.next_datagram());
-            let next = next.or_else(|| self.next.as_mut()?.session.next_datagram());
+            let next = next.or_else(|| self.next.as_mut()?.session()?.next_datagram());
             let Some(datagram) = next else {
                 return Poll::Ready(Ok(()));
             };
@@ -261,44 +338,70 @@ impl DtlsSocket {
     /// that one.
     fn take(&mut self, datagram: &[u8]) {
         if let Some(next) = &mut self.next {
-            if is_handshake(datagram) {
-                next.turn.heard(datagram.len(), Instant::now());
-            }
-            next.session.receive(datagram);
+            next.receive(datagram);
         }
         self.session.receive(datagram);
-        let is_new = |session: &Session| session.is_restart(datagram);
-        let knows = self
-            .next
-            .as_ref()
-            .is_some_and(|next| !is_new(&next.session));
-        if knows || !is_new(&self.session) {
+        if !self.session.is_restart(datagram) {
+            return;
+        }
+        let Some(random) = ClientHello::parse(datagram).map(|hello| hello.random) else {
+            return;
+        };
+        if self.next.as_ref().is_some_and(|next| next.random == random) {
             return;
         }
         let Some(peer) = self.udp.as_ref().map(UdpSocket::peer_addr) else {
             return;
         };
-        let mut gate = self.handshakes.gate();
-        let shown = match gate.look(Instant::now(), peer, datagram) {
-            Look::Shown(shown) => shown,
+        let now = Instant::now();
+        match self.handshakes.gate().look(now, peer, datagram) {
+            Look::Shown(_) => {}
             Look::Answer(answer) => {
                 // Lost where something else waits: the device asks again.
                 self.unsent.get_or_insert(answer);
                 return;
             }
             Look::Ignored => return,
-        };
-        let Some(turn) = self.handshakes.restarts.begin(Instant::now()) else {
+        }
+        let Some(turn) = self.handshakes.restarts.begin(now) else {
             return;
         };
-        let accepted = self.handshakes.accept(&mut gate, &shown);
-        self.next = accepted.map(|session| {
-            Box::new(Next {
-                session,
-                deadline: Box::pin(tokio::time::sleep(self.handshakes.limit)),
-                turn,
-            })
-        });
+        let handshakes = self.handshakes.clone();
+        let hello = Bytes::copy_from_slice(datagram);
+        let begin = async move {
+            let _step = handshakes.pace.step(Stage::Beginning).await;
+            handshakes.accept(&hello)
+        };
+        self.next = Some(Box::new(Next {
+            random,
+            stage: NextStage::Waiting(AbortOnDropHandle::new(tokio::spawn(begin))),
+            deadline: Box::pin(tokio::time::sleep(self.handshakes.limit)),
+            turn,
+        }));
+    }
+
+    /// Begins the session of a device that begins anew, when it is its turn here.
+    fn poll_begin(&mut self, cx: &mut Context<'_>) {
+        let Some(next) = &mut self.next else {
+            return;
+        };
+        let NextStage::Waiting(session) = &mut next.stage else {
+            return;
+        };
+        let Poll::Ready(accepted) = Pin::new(session).poll(cx) else {
+            return;
+        };
+        let panicked = |error: tokio::task::JoinError| HandshakeError::Failed(error.to_string());
+        match accepted.map_err(panicked).flatten() {
+            Ok(session) => {
+                next.turn.moved(Instant::now());
+                next.stage = NextStage::Begun(session);
+            }
+            Err(error) => {
+                self.handshakes.restarts.failed(&error);
+                self.next = None;
+            }
+        }
     }
 
     /// Whether the device has begun anew, and shown that it is it.
@@ -306,11 +409,12 @@ impl DtlsSocket {
         let Some(next) = &mut self.next else {
             return false;
         };
-        if next.session.is_established() {
+        if next.is_established() {
             return true;
         }
-        let error = if next.session.is_closed() {
-            let reason = next.session.failure().unwrap_or("the device gave up");
+        let closed = next.session().filter(|session| session.is_closed());
+        let error = if let Some(session) = closed {
+            let reason = session.failure().unwrap_or("the device gave up");
             HandshakeError::Failed(reason.to_owned())
         } else if next.turn.poll_lost(cx).is_ready() {
             HandshakeError::Silent
@@ -325,23 +429,14 @@ impl DtlsSocket {
     }
 }
 
-/// Whether a datagram begins with a record that is not a message of a session that is
-/// there (RFC 6347, 4.3.1).
-fn is_handshake(datagram: &[u8]) -> bool {
-    const APPLICATION_DATA: u8 = 23;
-    datagram
-        .first()
-        .is_some_and(|kind| *kind != APPLICATION_DATA)
-}
-
 impl Drop for DtlsSocket {
     fn drop(&mut self) {
-        let next = self.next.take().filter(|n| n.session.is_established());
-        let (Some(next), Some(udp)) = (next, self.udp.take()) else {
+        let next = self.next.take().and_then(|next| next.established());
+        let (Some(session), Some(udp)) = (next, self.udp.take()) else {
             return;
         };
         let (handshakes, succession) = (self.handshakes.clone(), self.succession.clone());
-        let socket = Self::over(Some(udp), next.session, handshakes, succession.clone());
+        let socket = Self::over(Some(udp), session, handshakes, succession.clone());
         let place = succession.0.lock();
         *place.unwrap_or_else(PoisonError::into_inner) = Some(socket);
     }
@@ -367,6 +462,7 @@ impl Socket for DtlsSocket {
                 }
                 Read::Pending => {}
             }
+            self.poll_begin(cx);
             // Not waited for: what may come is worth more.
             let _ = self.poll_transmit(cx)?;
             if self.poll_next(cx) {
@@ -413,7 +509,7 @@ impl Socket for DtlsSocket {
     /// session that ends.
     fn poll_finish(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         let next = self.next.as_ref();
-        if !next.is_some_and(|next| next.session.is_established()) {
+        if !next.is_some_and(|next| next.is_established()) {
             self.session.close();
         }
         self.poll_transmit(cx)

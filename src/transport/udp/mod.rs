@@ -78,6 +78,8 @@ pub struct Counters {
     pub queue_full: Counter,
     /// Dropped on arrival because the queues of the shard were full.
     pub queues_full: Counter,
+    /// Waiting when their peer was forgotten.
+    pub closed: Counter,
     /// From strangers while the gateway drains.
     pub draining: Counter,
     /// From addresses that nobody can have, such as port 0, or to a broadcast address:
@@ -100,6 +102,7 @@ impl Counters {
             sent: none(),
             queue_full: none(),
             queues_full: none(),
+            closed: none(),
             draining: none(),
             bad_address: none(),
             too_large: none(),

@@ -152,6 +152,7 @@ impl Shared {
         let receiver = state.receiver.take();
         drop(state);
         self.queued.fetch_sub(queue.bytes(), Ordering::Relaxed);
+        self.counters.closed.increment(queue.datagrams() as u64);
         self.table().remove(peer);
         drop((queue, receiver));
     }

@@ -21,8 +21,11 @@ use tonic::codegen::Service;
 
 use crate::failure::Failure;
 
-/// Flow-control windows, in bytes.
-const WINDOW: u32 = 1024 * 1024;
+/// Flow-control windows, in bytes. Half of the connection's bounds what small answers may
+/// cost that have come and are not read yet, 250 each (h2 closes the connection beyond):
+/// tens of thousands may come in one burst.
+const STREAM_WINDOW: u32 = 1024 * 1024;
+const CONNECTION_WINDOW: u32 = 32 * 1024 * 1024;
 
 /// An open connection to the adapter. Cheap to clone.
 #[derive(Clone)]
@@ -137,8 +140,8 @@ async fn dial(address: &str) -> io::Result<Adapter> {
     tcp.set_nodelay(true)?;
     let mut builder = Builder::new(TokioExecutor::new());
     builder
-        .initial_stream_window_size(WINDOW)
-        .initial_connection_window_size(WINDOW);
+        .initial_stream_window_size(STREAM_WINDOW)
+        .initial_connection_window_size(CONNECTION_WINDOW);
     let handshake = builder.handshake(TokioIo::new(tcp)).await;
     let (sender, connection) = handshake.map_err(io::Error::other)?;
     tokio::spawn(async move {

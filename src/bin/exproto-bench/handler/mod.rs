@@ -27,7 +27,7 @@ use connection::Connection;
 /// Flow-control windows in bytes, and calls of one gateway connection: the handler must
 /// not be what is measured.
 const STREAM_WINDOW: u32 = 1024 * 1024;
-const CONNECTION_WINDOW: u32 = 8 * 1024 * 1024;
+const CONNECTION_WINDOW: u32 = 32 * 1024 * 1024;
 const MAX_STREAMS: u32 = 65_536;
 
 /// Pause after a connection that could not be accepted.

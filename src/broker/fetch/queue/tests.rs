@@ -29,6 +29,8 @@ fn member() -> Arc<Member> {
         id_property: None,
         from_property: None,
         timestamp_property: None,
+        will: None,
+        own: false,
     };
     let metrics = BrokerMetrics::new(&Metrics::new().unwrap());
     Member::new(0, String::new(), Arc::new(options), metrics).unwrap()

@@ -1,0 +1,110 @@
+//! The way to a handler's address: TCP or a Unix socket, TLS, HTTP/2.
+
+use std::io;
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use futures_util::future::BoxFuture;
+use hyper::client::conn::http2::{Builder, SendRequest};
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use socket2::TcpKeepalive;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::{TcpStream, UnixStream};
+use tokio::time::timeout;
+use tokio_rustls::TlsConnector;
+use tokio_rustls::rustls::pki_types::ServerName;
+use tonic::body::Body;
+
+use super::resolve::{Endpoint, Place, Target};
+
+/// A handler whose machine has gone silent is given up after so long without an
+/// acknowledgement of what was sent to it (`TCP_USER_TIMEOUT`). Less than the default
+/// `request_timeout`: a broken network is an outage, which is borne, and not the
+/// handler's fault.
+const SILENCE: Duration = Duration::from_secs(4);
+
+/// An idle channel is probed by TCP after so long, and as often again. HTTP/2 pings
+/// would do it too, but gRPC's servers take offence at idle ones.
+const PROBE: Duration = Duration::from_secs(10);
+
+/// Flow-control window of the channel. Answers are empty: it is never the limit. Half of
+/// it is also h2's bound on what small frames cost that have come and are not read, 251
+/// each: more than twice of the calls that may be under way.
+const WINDOW: u32 = 1024 * 1024;
+
+/// HTTP/2 pings while calls are under way.
+#[derive(Debug, Clone, Copy)]
+pub struct Pings {
+    /// Silence before one is sent.
+    pub interval: Duration,
+    /// Longest wait for its answer.
+    pub timeout: Duration,
+}
+
+/// What is sent over a channel, and the future that does it: it ends with the channel.
+pub(super) type Dialled = (
+    SendRequest<Body>,
+    BoxFuture<'static, Result<(), hyper::Error>>,
+);
+
+/// Connects, within the target's `connect_timeout`.
+pub(super) async fn dial(
+    target: &Target,
+    endpoint: &Endpoint,
+    pings: Option<Pings>,
+) -> io::Result<Dialled> {
+    let limit = target.connect_timeout;
+    timeout(limit, connect(target, endpoint, pings))
+        .await
+        .unwrap_or_else(|_| {
+            let text = format!("no connection within {limit:?}");
+            Err(io::Error::new(io::ErrorKind::TimedOut, text))
+        })
+}
+
+async fn connect(
+    target: &Target,
+    endpoint: &Endpoint,
+    pings: Option<Pings>,
+) -> io::Result<Dialled> {
+    let address = match endpoint {
+        Endpoint::Unix(path) => return speak(UnixStream::connect(path).await?, pings).await,
+        Endpoint::Tcp(address) => *address,
+    };
+    let tcp = tcp(address).await?;
+    let (Some(tls), Place::Port { host, .. }) = (&target.tls, &target.place) else {
+        return speak(tcp, pings).await;
+    };
+    let name = ServerName::try_from(host.clone()).map_err(io::Error::other)?;
+    let connector = TlsConnector::from(tls.clone());
+    speak(connector.connect(name, tcp).await?, pings).await
+}
+
+async fn tcp(address: SocketAddr) -> io::Result<TcpStream> {
+    let tcp = TcpStream::connect(address).await?;
+    tcp.set_nodelay(true)?;
+    let socket = socket2::SockRef::from(&tcp);
+    socket.set_tcp_user_timeout(Some(SILENCE))?;
+    socket.set_tcp_keepalive(&TcpKeepalive::new().with_time(PROBE).with_interval(PROBE))?;
+    Ok(tcp)
+}
+
+async fn speak<S>(stream: S, pings: Option<Pings>) -> io::Result<Dialled>
+where
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
+    let mut builder = Builder::new(TokioExecutor::new());
+    builder
+        .initial_stream_window_size(WINDOW)
+        .initial_connection_window_size(WINDOW);
+    if let Some(pings) = pings {
+        builder
+            .timer(TokioTimer::new())
+            .keep_alive_interval(pings.interval)
+            .keep_alive_timeout(pings.timeout)
+            .keep_alive_while_idle(false);
+    }
+    let handshake = builder.handshake(TokioIo::new(stream));
+    let (sender, connection) = handshake.await.map_err(io::Error::other)?;
+    Ok((sender, Box::pin(connection)))
+}

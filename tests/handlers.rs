@@ -1,0 +1,325 @@
+//! Several handlers, and what each of them may do wrong: failover, health, Unix
+//! sockets, statuses, restarts under load.
+
+mod common;
+
+use std::collections::HashMap;
+
+use common::{Broker, Call, Device, Handler, Proxy, Stage, until, within};
+use tokio::net::{TcpStream, UnixListener};
+use tonic::{Code, Status};
+use tonic_health::ServingStatus;
+use tonic_health::server::HealthReporter;
+
+/// Channels that are up, of all handlers.
+const UP: &str = "exproto_handler_channels_up{handler=\"default\"}";
+
+/// Two handlers and one shard, so that new connections go to them in turn.
+async fn two(first: Handler, keys: &[(&str, &str)]) -> (Stage, Handler) {
+    let other = Handler::start().await;
+    let both = format!("[\"{}\", \"{}\"]", first.url(), other.url());
+    let mut all = vec![("HANDLER__ADDRESS", &*both), ("SHARDS", "1")];
+    all.extend(keys);
+    let stage = Stage::assemble(Broker::start().await, first, &all).await;
+    stage.admin.metric_until(UP, |up| up > 1.5).await;
+    within("the gateway to be ready", stage.gateway.ready()).await;
+    (stage, other)
+}
+
+/// A device, and whether it is at the stage's own handler.
+async fn device(stage: &Stage, other: &Handler) -> (Device, bool) {
+    let mut device = Device::dial(stage.devices()).await;
+    let port = device.port();
+    let (conn, own) = tokio::select! {
+        conn = stage.handler.created(port) => (conn, true),
+        conn = other.created(port) => (conn, false),
+    };
+    device.conn = conn;
+    (device, own)
+}
+
+/// A device at the stage's own handler, and one at the other.
+async fn one_at_each(stage: &Stage, other: &Handler) -> [Device; 2] {
+    let (first, own) = device(stage, other).await;
+    let (second, second_own) = device(stage, other).await;
+    assert_ne!(own, second_own, "not in turn");
+    if own {
+        [first, second]
+    } else {
+        [second, first]
+    }
+}
+
+/// `failover = "recreate"`: the connections of a handler that dies move to the other one,
+/// which is told of them first; what was cut off comes again. Those of the other stay.
+#[tokio::test]
+async fn connections_move_to_the_handler_that_is_there() {
+    let keys = [
+        ("HANDLER__FAILOVER", "recreate"),
+        ("HANDLER__FAILOVER_AFTER", "100ms"),
+    ];
+    let (mut stage, other) = two(Handler::start().await, &keys).await;
+    let [mut moves, mut stays] = one_at_each(&stage, &other).await;
+    let conninfo = stage.conninfo(&moves.conn);
+    let _gate = stage.handler.hold("bytes");
+    moves.send("cut off").await;
+    stage.handler.bytes(&moves.conn, 7).await;
+    stage.handler.kill().await;
+    moves.send(", on").await;
+    stays.send("here").await;
+    assert_eq!(other.bytes(&moves.conn, 11).await, b"cut off, on");
+    assert_eq!(other.bytes(&stays.conn, 4).await, b"here");
+    let created = other.events().into_iter().find(|e| e.conn == moves.conn);
+    assert_eq!(created.unwrap().call, Call::Created(conninfo));
+    assert_eq!(other.names(&stays.conn), ["created", "bytes"]);
+    let failovers = "exproto_handler_failovers_total{handler=\"default\"}";
+    stage
+        .admin
+        .metric_until(failovers, |n| (n - 1.0).abs() < 0.1)
+        .await;
+    // New ones go to who is left, and a moved one ends there.
+    let (_new, own) = device(&stage, &other).await;
+    assert!(!own);
+    let conn = moves.conn.clone();
+    drop(moves);
+    assert_eq!(other.closed(&conn).await, "normal");
+    stage.finish().await;
+    other.check();
+}
+
+/// `failover = "hold"`, the default: a connection waits for the handler that knows it.
+#[tokio::test]
+async fn connections_wait_for_their_own_handler() {
+    let (mut stage, other) = two(Handler::start().await, &[]).await;
+    let [mut waits, _stays] = one_at_each(&stage, &other).await;
+    stage.handler.kill().await;
+    stage.admin.metric_until(UP, |up| up < 1.5).await;
+    waits.send("later").await;
+    let held = "exproto_connections_held{handler=\"default\"}";
+    stage.admin.metric_until(held, |n| n > 0.5).await;
+    let (_new, own) = device(&stage, &other).await;
+    assert!(!own);
+    stage.handler.up().await;
+    assert_eq!(stage.handler.bytes(&waits.conn, 5).await, b"later");
+    assert!(other.names(&waits.conn).is_empty());
+    stage.finish().await;
+    other.check();
+}
+
+/// Each status of gRPC: UNAVAILABLE is tried again, every other one closes.
+#[tokio::test]
+async fn what_each_status_does() {
+    let stage = Stage::start().await;
+    for code in (1..=16).map(Code::from_i32) {
+        stage.handler.behave(|event| async move {
+            let Call::Bytes(bytes) = &event.call else {
+                return Ok(());
+            };
+            match std::str::from_utf8(bytes).unwrap().parse() {
+                Ok(code) => Err(Status::new(Code::from_i32(code), "as the device wishes")),
+                Err(_) => Ok(()),
+            }
+        });
+        let mut device = stage.device().await;
+        device.send((code as i32).to_string()).await;
+        if code == Code::Unavailable {
+            // It is tried until the handler takes it.
+            stage.handler.bytes(&device.conn, 3 * 2).await;
+            stage.handler.behave(|_| async { Ok(()) });
+            continue;
+        }
+        assert_eq!(stage.closed(&device).await, "handler_error", "{code:?}");
+        device.closed().await;
+    }
+    stage.finish().await;
+}
+
+/// `at_least_once = false`: what may have been taken is not sent again, what was not
+/// sent is.
+#[tokio::test]
+async fn nothing_is_sent_twice_where_that_is_not_wished() {
+    let mut stage = Stage::with(&[("HANDLER__AT_LEAST_ONCE", "false")]).await;
+    let mut cut = stage.device().await;
+    let mut held = stage.device().await;
+    let gate = stage.handler.hold("bytes");
+    cut.send("once").await;
+    stage.handler.bytes(&cut.conn, 4).await;
+    stage.handler.kill().await;
+    stage.admin.ready_until(503, "- handler default: ").await;
+    held.send("not sent").await;
+    gate.open();
+    stage.handler.up().await;
+    assert_eq!(stage.handler.bytes(&held.conn, 8).await, b"not sent");
+    assert_eq!(stage.closed(&cut).await, "handler_unavailable");
+    assert_eq!(
+        stage.handler.names(&cut.conn),
+        ["created", "bytes", "closed"]
+    );
+    stage.handler.behave(|event| async move {
+        match event.call {
+            Call::Bytes(_) => Err(Status::unavailable("perhaps it was taken")),
+            _ => Ok(()),
+        }
+    });
+    held.send("!").await;
+    assert_eq!(stage.closed(&held).await, "handler_unavailable");
+    assert_eq!(stage.handler.bytes(&held.conn, 9).await, b"not sent!");
+    stage.finish().await;
+}
+
+/// A handler that says NOT_SERVING keeps its connections and gets no new ones.
+#[tokio::test]
+async fn a_handler_that_does_not_serve_gets_no_new_connections() {
+    let mut handler = Handler::absent();
+    let reporter = HealthReporter::new();
+    handler.health = Some(reporter.clone());
+    handler.up().await;
+    let channels = |state: &str| {
+        let url = format!("http://127.0.0.1:{}", handler.port);
+        format!(
+            "exproto_handler_channels{{handler=\"default\",address=\"{url}\",state=\"{state}\"}}"
+        )
+    };
+    let (up, not_serving) = (channels("up"), channels("not_serving"));
+    let (stage, other) = two(handler, &[("HANDLER__HEALTH_INTERVAL", "50ms")]).await;
+    let [mut old, _other] = one_at_each(&stage, &other).await;
+    reporter
+        .set_service_status("", ServingStatus::NotServing)
+        .await;
+    stage.admin.metric_until(&not_serving, |n| n > 0.5).await;
+    for _ in 0..4 {
+        assert!(!device(&stage, &other).await.1);
+    }
+    old.send("still here").await;
+    stage.handler.bytes(&old.conn, 10).await;
+    reporter
+        .set_service_status("", ServingStatus::Serving)
+        .await;
+    stage.admin.metric_until(&up, |n| n > 0.5).await;
+    one_at_each(&stage, &other).await;
+    stage.finish().await;
+    other.check();
+}
+
+/// A handler behind a Unix socket.
+#[tokio::test]
+async fn a_handler_on_a_unix_socket() {
+    let handler = Handler::start().await;
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("handler.sock");
+    let (listener, port) = (UnixListener::bind(&path).unwrap(), handler.port);
+    let relay = tokio::spawn(async move {
+        while let Ok((mut near, _)) = listener.accept().await {
+            let mut far = TcpStream::connect(("127.0.0.1", port)).await.unwrap();
+            tokio::spawn(async move { tokio::io::copy_bidirectional(&mut near, &mut far).await });
+        }
+    });
+    let address = format!("unix:{}", path.display());
+    let keys = [("HANDLER__ADDRESS", &*address)];
+    let stage = Stage::assemble(Broker::start().await, handler, &keys).await;
+    within("the gateway to be ready", stage.gateway.ready()).await;
+    let mut device = stage.device().await;
+    device.send("by a path").await;
+    assert_eq!(stage.handler.bytes(&device.conn, 9).await, b"by a path");
+    stage.finish().await;
+    relay.abort();
+}
+
+/// A link on which everything vanishes: the callback on it is lost with its connection,
+/// and everything after goes over a new channel.
+#[tokio::test]
+async fn a_blackholed_link_is_replaced() {
+    let handler = Handler::start().await;
+    let proxy = Proxy::to(handler.port).await;
+    let address = format!("http://127.0.0.1:{}", proxy.port);
+    let keys = [
+        ("HANDLER__ADDRESS", &*address),
+        ("HANDLER__REQUEST_TIMEOUT", "500ms"),
+        ("HANDLER__HEALTH_CHECK", "false"),
+        ("SHARDS", "1"),
+    ];
+    let stage = Stage::assemble(Broker::start().await, handler, &keys).await;
+    within("the gateway to be ready", stage.gateway.ready()).await;
+    let (mut lost, mut quiet) = (stage.device().await, stage.device().await);
+    let answered =
+        "exproto_callback_duration_seconds_count{handler=\"default\",method=\"OnSocketCreated\"}";
+    stage.admin.metric_until(answered, |n| n > 1.5).await;
+    // What is connected now swallows everything for ever; new connections work.
+    proxy.blackhole();
+    proxy.mend();
+    lost.send("into the hole").await;
+    lost.closed().await;
+    quiet.send("around it").await;
+    assert_eq!(stage.handler.bytes(&quiet.conn, 9).await, b"around it");
+    assert!(stage.handler.bytes(&lost.conn, 0).await.is_empty());
+    stage.finish().await;
+}
+
+/// How often the handler is killed, and devices that send meanwhile.
+const RESTARTS: usize = 20;
+const DEVICES: usize = 1000;
+
+/// A handler that is killed again and again under load: every device stays, its bytes
+/// come in order, and only a callback that was not acknowledged comes again.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_handler_that_is_killed_again_and_again_loses_nothing() {
+    let mut stage = Stage::with(&[("HANDLER__MAX_OUTAGE", "infinity")]).await;
+    let mut devices = Vec::new();
+    for _ in 0..DEVICES {
+        devices.push(stage.device().await);
+    }
+    for round in 0..RESTARTS {
+        let before = stage.handler.events().len();
+        for device in &mut devices {
+            device.send(format!("{round:04}")).await;
+        }
+        // In the middle of it.
+        let some = |log: &common::Log| (log.events.len() >= before + DEVICES / 4).then_some(());
+        stage.handler.wait("a part of the callbacks", some).await;
+        stage.handler.kill().await;
+        stage.handler.up().await;
+    }
+    let calls = until("every byte", || async {
+        let mut calls: HashMap<String, Vec<Vec<u8>>> = HashMap::new();
+        for event in stage.handler.events() {
+            if let Call::Bytes(bytes) = event.call {
+                calls.entry(event.conn).or_default().push(bytes.to_vec());
+            }
+        }
+        let last = format!("{:04}", RESTARTS - 1);
+        let all = calls
+            .values()
+            .filter(|calls| calls.last().is_some_and(|c| c.ends_with(last.as_bytes())));
+        (all.count() == DEVICES).then_some(calls)
+    })
+    .await;
+    let expected: String = (0..RESTARTS).map(|round| format!("{round:04}")).collect();
+    for device in &devices {
+        let mut calls = calls[&device.conn].clone();
+        // Bytes are never the same twice, so what is comes again.
+        calls.dedup();
+        assert_eq!(calls.concat(), expected.as_bytes());
+        let names = stage.handler.names(&device.conn);
+        assert_eq!(names.iter().filter(|name| **name == "closed").count(), 0);
+    }
+    stage.finish().await;
+}
+
+/// What `check` says about failover that cannot be.
+#[test]
+fn failover_with_streams_is_refused() {
+    let env = |name: &str, value: &str| (format!("EXPROTO_HANDLER__{name}"), value.to_owned());
+    let sources = exproto_sidecar::config::Sources {
+        env: vec![
+            env("SERVICE_NAME", "ConnectionHandler"),
+            env("STREAMING", "true"),
+            env("FAILOVER", "recreate"),
+        ],
+        ..Default::default()
+    };
+    let report = exproto_sidecar::config::load(&sources)
+        .unwrap_err()
+        .to_string();
+    let wanted = "handler.failover: found \"recreate\", but handler.streaming is true";
+    assert!(report.contains(wanted), "{report}");
+}
