@@ -286,3 +286,26 @@ fn a_health_check_has_both_halves() {
         &["listeners.udp.a.health_check.reply: set without"],
     );
 }
+
+/// Handlers that cannot be told apart cannot be kept apart.
+#[test]
+fn isolation_needs_a_token_of_each_handler() {
+    one_fault(
+        toml("[server]\nisolate_handlers = true"),
+        &["server.isolate_handlers: found true without handler.adapter_token_file; allowed: "],
+    );
+    one_fault(
+        toml(
+            "[server]\nisolate_handlers = true\n[handler]\nadapter_token_file = 'a'\n\
+             [handlers.meters]\naddress = 'http://127.0.0.1:9002'\n\
+             [listeners.tcp.meters]\nbind = 7994\nhandler = 'meters'",
+        ),
+        &["found true without handlers.meters.adapter_token_file; allowed: "],
+    );
+    // One that no listener names needs none.
+    toml(
+        "[server]\nisolate_handlers = true\n[handler]\nadapter_token_file = 'a'\n\
+         [handlers.meters]\naddress = 'http://127.0.0.1:9002'",
+    )
+    .unwrap();
+}
