@@ -1,6 +1,7 @@
 //! ConnectionAdapter: the gRPC edge. Each call becomes one command to the core.
 
 mod calls;
+mod standard;
 pub mod tokens;
 
 use std::convert::Infallible;
@@ -28,6 +29,7 @@ use crate::proto::connection_adapter_server::ConnectionAdapterServer;
 use crate::reload::Current;
 
 use calls::Calls;
+use standard::{Standard, Which};
 use tokens::{Doorkeeper, Tokens};
 
 /// Calls that one handler connection may have open. A call waits for the broker or
@@ -69,7 +71,7 @@ impl Adapter {
         tokens: Option<Arc<Current<Tokens>>>,
         isolate: bool,
         metrics: AdapterMetrics,
-    ) -> Self {
+    ) -> Result<Self, tonic_reflection::server::Error> {
         let calls = Calls {
             commands,
             // What came by without the doorkeeper's word reaches nothing.
@@ -83,12 +85,41 @@ impl Adapter {
                 isolate,
                 refused: metrics.unauthenticated.clone(),
             },
+            standard: Standard::new()?,
         };
-        Self {
+        Ok(Self {
             service,
             tls,
             metrics,
+        })
+    }
+
+    /// Tells those who ask for health whether the gateway serves.
+    pub async fn tell_health(&self, serves: bool) {
+        self.service.standard.tell(serves).await;
+    }
+
+    /// Keeps what is told of its health true: serving from `ready` until `draining`; after `stop`
+    /// whoever watches it is let go.
+    pub async fn keep_health(
+        self,
+        ready: impl Future<Output = ()>,
+        draining: CancellationToken,
+        stop: CancellationToken,
+    ) {
+        let standard = self.service.standard;
+        let is_ready = tokio::select! {
+            biased;
+            () = draining.cancelled() => false,
+            () = ready => true,
+        };
+        if is_ready {
+            standard.tell(true).await;
+            draining.cancelled().await;
+            standard.tell(false).await;
         }
+        stop.cancelled().await;
+        standard.end().await;
     }
 
     /// Serves one connection of a handler until it ends, or, once `stop` is
@@ -159,11 +190,12 @@ impl Adapter {
     }
 }
 
-/// The calls, behind the doorkeeper.
+/// The calls, and reflection, behind the doorkeeper; health beside it.
 #[derive(Clone)]
 struct Guarded {
     calls: ConnectionAdapterServer<Calls>,
     doorkeeper: Doorkeeper,
+    standard: Standard,
 }
 
 impl Service<http::Request<Incoming>> for Guarded {
@@ -176,7 +208,12 @@ impl Service<http::Request<Incoming>> for Guarded {
     }
 
     fn call(&mut self, mut request: http::Request<Incoming>) -> Self::Future {
+        let standard = Which::of(request.uri().path());
+        if standard == Some(Which::Health) {
+            return self.standard.call(Which::Health, request);
+        }
         match self.doorkeeper.admit(request.headers()) {
+            Ok(_) if let Some(which) = standard => self.standard.call(which, request),
             // What goes without saying is not carried along: it would be allocated.
             Ok(Reach::All) => self.calls.call(request),
             Ok(reach) => {

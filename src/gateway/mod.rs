@@ -73,6 +73,9 @@ pub enum Error {
     /// The metrics contradict each other.
     #[error("metrics cannot be set up: {0}")]
     Metrics(String),
+    /// The compiled interface cannot be read.
+    #[error("reflection cannot be set up: {0}")]
+    Reflection(#[from] tonic_reflection::server::Error),
 }
 
 /// An address that cannot be bound.
@@ -277,7 +280,8 @@ impl Gateway {
             adapter::follow_tokens(config, &stops.admin)?,
             config.server.isolate_handlers,
             adapter_metrics.clone(),
-        );
+        )?;
+        adapter.tell_health(false).await;
         let build = Build {
             config,
             shards: &shards,
@@ -302,6 +306,13 @@ impl Gateway {
         });
         tokio::spawn(announce(health.clone(), addresses.clone(), tell));
 
+        let mut started = health.started.subscribe();
+        let ready = async move {
+            // A sender that is gone is a gateway that has ended.
+            let _ = started.wait_for(|started| *started).await;
+        };
+        let (draining, stop) = (stops.draining.clone(), stops.adapter.clone());
+        tokio::spawn(adapter.clone().keep_health(ready, draining, stop));
         let adapter_tasks = TaskTracker::new();
         let accept = adapter::accept(
             adapter_listener,
