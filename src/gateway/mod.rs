@@ -187,7 +187,10 @@ impl HandlerHealth {
         match pools.find(|pool| !pool.is_open()) {
             None => Status::good(format!("handler {name}: connected")),
             Some(away) => {
-                let troubles = away.troubles().join(", ");
+                let troubles = match away.troubles().join(", ") {
+                    none if none.is_empty() => "not connected yet".to_owned(),
+                    troubles => troubles,
+                };
                 Status::missing(format!("handler {name}: {troubles}"))
             }
         }
