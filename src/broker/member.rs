@@ -243,10 +243,10 @@ impl Member {
             }
             shared.outbox_bytes += size;
             shared.outbox.push_back(Waiting { publish, waiter });
-            Ok(())
-        })?;
-        self.metrics.outbox_messages.increment(1.0);
-        Ok(confirmed)
+            // Before the link, on another thread, can take it and count it out.
+            self.metrics.outbox_messages.increment(1.0);
+            Ok(confirmed)
+        })
     }
 
     /// Forgets publishes whose callers have left. Most leave in the order they came, for
