@@ -62,9 +62,7 @@ impl Own {
         let older = registry.holder(&attempt.clientid);
         let older = older.and_then(|older| older.client().ok());
         let older = older.as_ref().and_then(|client| client.own.as_ref());
-        if let Some(older) = older {
-            older.supersede(true);
-        }
+        let giving_way = older.map(GivingWay::new);
         let closed = handle.clone();
         let ended = move |ended| {
             // It may have ended by itself.
@@ -73,11 +71,34 @@ impl Own {
                 Ended::Kicked => CloseReason::Kicked,
             });
         };
-        let opened = self.sessions.open(identity, ended).await;
-        if let Some(older) = older.filter(|_| opened.is_err()) {
+        let opened = self.sessions.open(identity, ended).await?;
+        if let Some(giving_way) = giving_way {
+            giving_way.for_good();
+        }
+        Ok(opened)
+    }
+}
+
+/// The session whose client id is about to be taken. It keeps it where the broker refuses,
+/// and where nobody waits for the broker's answer any more.
+struct GivingWay<'a>(Option<&'a OwnSession>);
+
+impl<'a> GivingWay<'a> {
+    fn new(older: &'a OwnSession) -> Self {
+        older.supersede(true);
+        Self(Some(older))
+    }
+
+    fn for_good(mut self) {
+        self.0 = None;
+    }
+}
+
+impl Drop for GivingWay<'_> {
+    fn drop(&mut self) {
+        if let Some(older) = self.0 {
             older.supersede(false);
         }
-        Ok(opened?)
     }
 }
 

@@ -27,10 +27,13 @@ const SILENCE: Duration = Duration::from_secs(4);
 /// would do it too, but gRPC's servers take offence at idle ones.
 const PROBE: Duration = Duration::from_secs(10);
 
-/// Flow-control window of the channel. Answers are empty: it is never the limit. Half of
-/// it is also h2's bound on what small frames cost that have come and are not read, 251
-/// each: more than twice of the calls that may be under way.
-const WINDOW: u32 = 1024 * 1024;
+/// Flow-control windows in bytes. Answers are empty: they are never the limit.
+///
+/// Half of the channel's is also h2's bound on what small frames cost that have come and
+/// are not read yet, 251 for an answer; beyond it the channel is closed. With this 66,000
+/// answers may come in one burst, whatever `max_in_flight` is set to.
+const STREAM_WINDOW: u32 = 1024 * 1024;
+const CHANNEL_WINDOW: u32 = 32 * 1024 * 1024;
 
 /// HTTP/2 pings while calls are under way.
 #[derive(Debug, Clone, Copy)]
@@ -95,8 +98,8 @@ where
 {
     let mut builder = Builder::new(TokioExecutor::new());
     builder
-        .initial_stream_window_size(WINDOW)
-        .initial_connection_window_size(WINDOW);
+        .initial_stream_window_size(STREAM_WINDOW)
+        .initial_connection_window_size(CHANNEL_WINDOW);
     if let Some(pings) = pings {
         builder
             .timer(TokioTimer::new())
