@@ -55,6 +55,7 @@ const ADAPTER_CALLS: &str = "exproto_adapter_calls_total";
 const ADAPTER_CALL_SECONDS: &str = "exproto_adapter_call_duration_seconds";
 const ADAPTER_REFUSED: &str = "exproto_adapter_refused_total";
 const ADAPTER_CONNECTIONS: &str = "exproto_adapter_connections";
+const ADAPTER_RELOADS: &str = "exproto_adapter_reloads_total";
 const DELIVERED: &str = "exproto_messages_delivered_total";
 const DROPPED: &str = "exproto_messages_dropped_total";
 const AUTHENTICATIONS: &str = "exproto_authentications_total";
@@ -113,10 +114,11 @@ const TABLE: &[(Kind, &str, Unit, &str, &str)] = &[
     (Kind::Gauge, HANDLER_CHANNELS, Unit::Count, "handler, address, state", "Channels to the handler by the address of the configuration and their state: up, not_serving (new connections go elsewhere), down. Each shard keeps one for each IP address that a host name resolves to."),
     (Kind::Gauge, CONNECTIONS_HELD, Unit::Count, "handler", "Connections held: a callback of theirs waits for a handler that is away."),
     (Kind::Counter, FAILOVERS, Unit::Count, "handler", "Connections that moved to another address of their handler."),
-    (Kind::Counter, ADAPTER_CALLS, Unit::Count, "method, code", "Calls of handlers to the adapter, by result code."),
+    (Kind::Counter, ADAPTER_CALLS, Unit::Count, "method, code", "Calls of handlers to the adapter, by result code; CANCELLED where the handler did not wait for the answer, DEADLINE_EXCEEDED where its grpc-timeout was over, INTERNAL where that could not be read."),
     (Kind::Histogram, ADAPTER_CALL_SECONDS, Unit::Seconds, "method", "Time from a handler's call to its answer; waiting for the broker or for a slow device is in it."),
     (Kind::Counter, ADAPTER_REFUSED, Unit::Count, "reason", "What handlers were refused, by reason: unauthenticated (a call without a token that is known), foreign (with server.isolate_handlers: a call about a connection of another handler, answered with CONN_PROCESS_NOT_ALIVE), max_connections (a connection too many), handshake_failed (TLS)."),
     (Kind::Gauge, ADAPTER_CONNECTIONS, Unit::Count, "", "Connections of handlers to the adapter."),
+    (Kind::Counter, ADAPTER_RELOADS, Unit::Count, "what, outcome", "Changes of the adapter's files, tls or tokens, by outcome: ok, or failed where the old ones stay in use."),
     (Kind::Counter, DELIVERED, Unit::Count, "", "Messages that a handler took, counted for each connection."),
     (Kind::Counter, DROPPED, Unit::Count, "reason", "Messages that no handler got, by reason: queue_full; connection_closed, before it was taken or handed over; bad_topic, of which the topic was not UTF-8."),
     (Kind::Gauge, LINK_UP, Unit::Count, "member", "1 where this connection to the broker is up, 0 where it is not: the pool's by number, and with MQTT 3.1.1 the one for what is retained, by that word."),
@@ -606,7 +608,14 @@ impl AdapterMetrics {
         }
     }
 
-    /// Counts a call that took so long; `code` is the result code's name.
+    /// Counts that files have changed and what became of it.
+    pub fn reloaded(&self, what: &'static str, outcome: &'static str) {
+        let labels = vec![label("what", what), label("outcome", outcome)];
+        self.metrics.counter(ADAPTER_RELOADS, labels).increment(1);
+    }
+
+    /// Counts a call that took so long; `code` is the name of the result code, or of gRPC's status
+    /// where that is not OK.
     pub fn answered(&self, method: usize, code: &'static str, took: Duration) {
         if let Some(histogram) = self.seconds.get(method) {
             histogram.record(took);

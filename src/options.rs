@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use tokio_rustls::rustls::{ClientConfig, ServerConfig};
 
+use crate::adapter;
 use crate::adapter::tokens::{TokenFile, Tokens};
 use crate::admission;
 use crate::auth as authentication;
@@ -120,6 +121,24 @@ pub fn server_tls(config: &Config) -> Result<Option<Arc<ServerConfig>>, Error> {
     tls::server(&identity, authorities, &[b"h2"])
         .map(Some)
         .map_err(|error| Error::new(key, error))
+}
+
+/// The files that the adapter's TLS is made of.
+pub fn server_tls_files(config: &Config) -> Vec<PathBuf> {
+    let tls = &config.server.ssl_options;
+    let files = [&tls.certfile, &tls.keyfile, &tls.cacertfile];
+    files.into_iter().flatten().cloned().collect()
+}
+
+/// How the adapter serves.
+pub fn adapter(config: &Config) -> adapter::Options {
+    let server = &config.server;
+    adapter::Options {
+        max_message_size: server.max_message_size.bytes(),
+        max_concurrent_streams: server.max_concurrent_streams,
+        max_connection_age: server.max_connection_age.finite(),
+        isolate: server.isolate_handlers,
+    }
 }
 
 /// The files with the tokens that handlers must show. Without any, everybody may call.

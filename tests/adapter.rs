@@ -390,7 +390,7 @@ async fn any_adapter_connection_reaches_any_device() {
         devices.push(stage.device().await);
     }
     for _ in 0..4 {
-        let adapter = Adapter::connect(stage.gateway.addresses().adapter).await;
+        let adapter = Adapter::connect(stage.gateway.addresses().adapter.tcp().unwrap()).await;
         for device in &mut devices {
             adapter.send(&device.conn, "hello").await.ok();
             assert_eq!(device.read(5).await, b"hello");

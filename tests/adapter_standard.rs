@@ -28,7 +28,7 @@ const SERVICE: &str = "emqx.exproto.v1.ConnectionAdapter";
 const TOKEN: &str = "Zm9yLW1ldGVycw.0123456789";
 
 async fn channel(stage: &Stage) -> Channel {
-    let address = stage.gateway.addresses().adapter;
+    let address = stage.gateway.addresses().adapter.tcp().unwrap();
     let endpoint = Endpoint::from_shared(format!("http://{address}")).unwrap();
     within("the adapter", endpoint.connect()).await.unwrap()
 }

@@ -24,7 +24,7 @@ const RENEWED: &str = "Zm9yLW1ldGVycw.9876543210";
 
 /// A Send with this metadata: the result code, or the gRPC status.
 async fn send(stage: &Stage, conn: &str, authorization: Option<&str>) -> Result<ResultCode, Code> {
-    let address = stage.gateway.addresses().adapter;
+    let address = stage.gateway.addresses().adapter.tcp().unwrap();
     let endpoint = Endpoint::from_shared(format!("http://{address}")).unwrap();
     let channel = within("the adapter", endpoint.connect()).await.unwrap();
     let mut client = ConnectionAdapterClient::new(channel);
@@ -120,7 +120,7 @@ const COMMON: &str = "Zm9yLWFsbA.0123456789";
 
 /// The adapter as one with this token calls it.
 async fn adapter_of(stage: &Stage, token: &'static str) -> Adapter {
-    let address = stage.gateway.addresses().adapter;
+    let address = stage.gateway.addresses().adapter.tcp().unwrap();
     let endpoint = Endpoint::from_shared(format!("http://{address}")).unwrap();
     let channel = within("the adapter", endpoint.connect()).await.unwrap();
     Adapter::with_token(channel, token)

@@ -369,7 +369,7 @@ async fn a_handler_of_your_own() {
     let plan = Plan::new(&broker.url(), &handler.url());
     let gateway = Gateway::start(&plan.config()).await.unwrap();
     within("the gateway to be ready", gateway.ready()).await;
-    let adapter = Adapter::connect(gateway.addresses().adapter).await;
+    let adapter = Adapter::connect(gateway.addresses().adapter.tcp().unwrap()).await;
     handler.behave(move |event| {
         let adapter = adapter.clone();
         async move {

@@ -29,7 +29,7 @@ async fn two_gateways_do_not_disturb_each_other() {
     let plan = Plan::new(&other_broker, &handler.url());
     let other = Gateway::start(&plan.config()).await.unwrap();
     within("the other to be ready", other.ready()).await;
-    let adapter = common::Adapter::connect(other.addresses().adapter).await;
+    let adapter = common::Adapter::connect(other.addresses().adapter.tcp().unwrap()).await;
     let mut far = common::Device::dial(other.addresses().listeners["tcp.default"]).await;
     far.conn = handler.created(far.port()).await;
     adapter.authenticate(&far.conn, "same name").await.ok();

@@ -414,7 +414,7 @@ async fn a_group_over_two_gateways_gets_each_message_once() {
     let here = stage.subscriber("here", "$share/g/t", 1).await;
     let there = Device::dial(other.addresses().listeners["tcp.default"]).await;
     let conn = stage.handler.created(there.port()).await;
-    let adapter = common::Adapter::connect(other.addresses().adapter).await;
+    let adapter = common::Adapter::connect(other.addresses().adapter.tcp().unwrap()).await;
     adapter.authenticate(&conn, "there").await.ok();
     adapter.subscribe(&conn, "$share/g/t", 1).await.ok();
     for number in 0..20 {
@@ -450,7 +450,7 @@ async fn a_message_says_who_sent_it_and_when() {
     within("the other gateway", other.ready()).await;
     let there = Device::dial(other.addresses().listeners["tcp.default"]).await;
     let conn = stage.handler.created(there.port()).await;
-    let adapter = common::Adapter::connect(other.addresses().adapter).await;
+    let adapter = common::Adapter::connect(other.addresses().adapter.tcp().unwrap()).await;
     adapter.authenticate(&conn, "publisher").await.ok();
 
     let receiver = stage.subscriber("receiver", "#", 1).await;

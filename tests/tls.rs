@@ -12,7 +12,7 @@ mod common;
 
 use std::fs;
 
-use common::{Adapter, Authority, Broker, Files, Handler, Plan, Stage, within};
+use common::{Adapter, Admin, Authority, Broker, Files, Handler, Plan, Stage, within};
 use exproto_sidecar::gateway::Gateway;
 use exproto_sidecar::proto::ResultCode;
 use tempfile::TempDir;
@@ -23,6 +23,7 @@ struct Certificates {
     ca: String,
     server: Files,
     client: Files,
+    expired: Files,
     _dir: TempDir,
 }
 
@@ -36,6 +37,7 @@ impl Certificates {
             ca: authority.file(),
             server: authority.server("127.0.0.1"),
             client: authority.client("client"),
+            expired: authority.expired("client"),
             _dir: dir,
         }
     }
@@ -75,7 +77,7 @@ async fn encrypted_adapter(made: &Certificates, verify: &str) -> (Gateway, Broke
 async fn the_adapter_speaks_tls() {
     let made = Certificates::make();
     let (gateway, _broker, _handler) = encrypted_adapter(&made, "verify_none").await;
-    let address = gateway.addresses().adapter;
+    let address = gateway.addresses().adapter.tcp().unwrap();
     let adapter = Adapter::connect_tls(address, trusting(&made))
         .await
         .unwrap();
@@ -104,7 +106,7 @@ async fn the_adapter_speaks_tls() {
 async fn the_adapter_asks_for_certificates() {
     let made = Certificates::make();
     let (gateway, _broker, _handler) = encrypted_adapter(&made, "verify_peer").await;
-    let address = gateway.addresses().adapter;
+    let address = gateway.addresses().adapter.tcp().unwrap();
     let known = trusting(&made).identity(identity(&made.client));
     let adapter = Adapter::connect_tls(address, known).await.unwrap();
     adapter.raw_publish("t", 1, "x").await.ok();
@@ -117,6 +119,62 @@ async fn the_adapter_asks_for_certificates() {
         }
     }
     drop(adapter);
+    within("the drain", gateway.drain()).await;
+}
+
+/// A client's certificate that has expired is none.
+#[tokio::test]
+async fn the_adapter_refuses_expired_certificates() {
+    let made = Certificates::make();
+    let (gateway, _broker, _handler) = encrypted_adapter(&made, "verify_peer").await;
+    let address = gateway.addresses().adapter.tcp().unwrap();
+    let expired = trusting(&made).identity(identity(&made.expired));
+    if let Ok(adapter) = Adapter::connect_tls(address, expired).await {
+        assert!(adapter.try_send("x").await.is_err());
+    }
+    let admin = Admin(gateway.addresses().admin.unwrap());
+    let refused = "exproto_adapter_refused_total{reason=\"handshake_failed\"}";
+    admin.metric_until(refused, |count| count > 0.5).await;
+    within("the drain", gateway.drain()).await;
+}
+
+/// Renewed files of the adapter are used for new connections, the old ones go on; files that are
+/// of no use are reported and change nothing.
+#[tokio::test]
+async fn the_adapters_certificate_is_renewed() {
+    let (made, next) = (Certificates::make(), Certificates::make());
+    let (gateway, _broker, _handler) = encrypted_adapter(&made, "verify_peer").await;
+    let address = gateway.addresses().adapter.tcp().unwrap();
+    let admin = Admin(gateway.addresses().admin.unwrap());
+    let known = |made: &Certificates| trusting(made).identity(identity(&made.client));
+    let old = Adapter::connect_tls(address, known(&made)).await.unwrap();
+    old.raw_publish("t", 1, "x").await.ok();
+
+    let outcome =
+        |outcome| format!("exproto_adapter_reloads_total{{what=\"tls\",outcome=\"{outcome}\"}}");
+    fs::write(&made.server.key, "no key").unwrap();
+    admin.metric_until(&outcome("failed"), |n| n > 0.5).await;
+    let still = Adapter::connect_tls(address, known(&made)).await.unwrap();
+    still.raw_publish("t", 1, "x").await.ok();
+
+    for (from, to) in [
+        (&next.server.cert, &made.server.cert),
+        (&next.server.key, &made.server.key),
+        (&next.ca, &made.ca),
+    ] {
+        fs::copy(from, to).unwrap();
+    }
+    // Between the copies it may have been looked at once, and found unfit.
+    admin.metric_until(&outcome("ok"), |n| n > 0.5).await;
+    let renewed = Adapter::connect_tls(address, known(&next)).await.unwrap();
+    renewed.raw_publish("t", 1, "x").await.ok();
+    old.raw_publish("t", 1, "x").await.ok();
+    // Who is known to the old authority alone is not any longer.
+    let former = trusting(&next).identity(identity(&made.client));
+    if let Ok(adapter) = Adapter::connect_tls(address, former).await {
+        assert!(adapter.try_send("x").await.is_err());
+    }
+    drop((old, still, renewed));
     within("the drain", gateway.drain()).await;
 }
 

@@ -1,9 +1,10 @@
 //! The eight calls: each becomes one command to the core.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use tonic::{Request, Response, Status};
+use tonic::{Code, Request, Response, Status};
 
+use super::deadline;
 use crate::auth::Secret;
 use crate::connection::command::{Command, Commands, Credentials, Reach, Refusal};
 use crate::metrics::{ADAPTER_METHODS, AdapterMetrics};
@@ -22,64 +23,100 @@ pub(super) struct Calls {
     pub metrics: AdapterMetrics,
 }
 
-/// A call that has begun.
-struct Call {
+/// A call that has begun. One that is dropped before its answer was given up by the caller.
+struct Call<'a> {
     method: &'static str,
     reach: Reach,
     began: Instant,
+    /// How long the caller waits.
+    limit: Option<Duration>,
+    ended: bool,
+    metrics: &'a AdapterMetrics,
 }
 
-impl Calls {
-    fn begin<T>(&self, method: &'static str, request: Request<T>) -> (Call, T) {
-        let (_, mut extensions, message) = request.into_parts();
-        let reach = extensions.remove::<Reach>();
-        let call = Call {
-            method,
-            reach: reach.unwrap_or_else(|| self.reach.clone()),
-            began: Instant::now(),
-        };
-        (call, message)
-    }
-
-    async fn execute(
-        &self,
-        call: Call,
+impl Call<'_> {
+    /// Says and counts how it ended.
+    fn end(
+        mut self,
         conn: &str,
-        command: Command,
+        result: Result<Result<(), Refusal>, Status>,
     ) -> Result<Response<CodeResponse>, Status> {
-        let result = self.commands.execute(&call.reach, conn, command).await;
-        Ok(self.answer(&call, conn, result))
-    }
-
-    fn answer(
-        &self,
-        call: &Call,
-        conn: &str,
-        result: Result<(), Refusal>,
-    ) -> Response<CodeResponse> {
-        let method = call.method;
+        let method = self.method;
         let (code, message) = match result {
-            Ok(()) => {
+            Ok(Ok(())) => {
                 tracing::debug!(conn, method, "a handler's call is done");
                 (ResultCode::Success, String::new())
             }
-            Err(refusal) => {
+            Ok(Err(refusal)) => {
                 let code = refusal.code.as_str_name();
                 let reason = &refusal.message;
                 tracing::debug!(conn, method, code, reason, "a handler's call is refused");
                 (refusal.code, refusal.message)
             }
+            Err(status) => {
+                tracing::debug!(
+                    conn,
+                    method,
+                    reason = status.message(),
+                    "a handler's call failed"
+                );
+                self.count(match status.code() {
+                    Code::DeadlineExceeded => "DEADLINE_EXCEEDED",
+                    _ => "INTERNAL",
+                });
+                return Err(status);
+            }
         };
-        let index = ADAPTER_METHODS.iter().position(|name| *name == method);
-        self.metrics.answered(
-            index.unwrap_or(usize::MAX),
-            code.as_str_name(),
-            call.began.elapsed(),
-        );
-        Response::new(CodeResponse {
+        self.count(code.as_str_name());
+        Ok(Response::new(CodeResponse {
             code: code.into(),
             message,
-        })
+        }))
+    }
+
+    fn count(&mut self, code: &'static str) {
+        self.ended = true;
+        let index = ADAPTER_METHODS.iter().position(|name| *name == self.method);
+        let took = self.began.elapsed();
+        self.metrics
+            .answered(index.unwrap_or(usize::MAX), code, took);
+    }
+}
+
+impl Drop for Call<'_> {
+    fn drop(&mut self) {
+        if !self.ended {
+            self.count("CANCELLED");
+        }
+    }
+}
+
+impl Calls {
+    fn begin<T>(&self, method: &'static str, request: Request<T>) -> Result<(Call<'_>, T), Status> {
+        let limit = deadline::timeout(request.metadata());
+        let (_, mut extensions, message) = request.into_parts();
+        let reach = extensions.remove::<Reach>();
+        let mut call = Call {
+            method,
+            reach: reach.unwrap_or_else(|| self.reach.clone()),
+            began: Instant::now(),
+            limit: None,
+            ended: false,
+            metrics: &self.metrics,
+        };
+        call.limit = limit.inspect_err(|_| call.count("INTERNAL"))?;
+        Ok((call, message))
+    }
+
+    async fn execute(
+        &self,
+        call: Call<'_>,
+        conn: &str,
+        command: Command,
+    ) -> Result<Response<CodeResponse>, Status> {
+        let work = self.commands.execute(&call.reach, conn, command);
+        let result = deadline::within(call.limit, work).await;
+        call.end(conn, result)
     }
 }
 
@@ -89,7 +126,7 @@ impl ConnectionAdapter for Calls {
         &self,
         request: Request<SendBytesRequest>,
     ) -> Result<Response<CodeResponse>, Status> {
-        let (call, message) = self.begin("Send", request);
+        let (call, message) = self.begin("Send", request)?;
         let SendBytesRequest { conn, bytes } = message;
         self.execute(call, &conn, Command::Send(bytes)).await
     }
@@ -98,7 +135,7 @@ impl ConnectionAdapter for Calls {
         &self,
         request: Request<CloseSocketRequest>,
     ) -> Result<Response<CodeResponse>, Status> {
-        let (call, message) = self.begin("Close", request);
+        let (call, message) = self.begin("Close", request)?;
         let CloseSocketRequest { conn } = message;
         self.execute(call, &conn, Command::Close).await
     }
@@ -107,7 +144,7 @@ impl ConnectionAdapter for Calls {
         &self,
         request: Request<AuthenticateRequest>,
     ) -> Result<Response<CodeResponse>, Status> {
-        let (call, message) = self.begin("Authenticate", request);
+        let (call, message) = self.begin("Authenticate", request)?;
         let AuthenticateRequest {
             conn,
             clientinfo,
@@ -115,7 +152,7 @@ impl ConnectionAdapter for Calls {
         } = message;
         let Some(info) = clientinfo else {
             let refusal = Refusal::new(ResultCode::RequiredParamsMissed, "clientinfo is missing");
-            return Ok(self.answer(&call, &conn, Err(refusal)));
+            return call.end(&conn, Ok(Err(refusal)));
         };
         let credentials = Credentials {
             proto_name: info.proto_name,
@@ -133,7 +170,7 @@ impl ConnectionAdapter for Calls {
         &self,
         request: Request<TimerRequest>,
     ) -> Result<Response<CodeResponse>, Status> {
-        let (call, message) = self.begin("StartTimer", request);
+        let (call, message) = self.begin("StartTimer", request)?;
         let TimerRequest {
             conn,
             r#type,
@@ -144,7 +181,7 @@ impl ConnectionAdapter for Calls {
                 ResultCode::ParamsTypeError,
                 format!("type is {type}, the only timer is KEEPALIVE (0)"),
             );
-            return Ok(self.answer(&call, &conn, Err(refusal)));
+            return call.end(&conn, Ok(Err(refusal)));
         }
         self.execute(call, &conn, Command::StartTimer(interval))
             .await
@@ -154,7 +191,7 @@ impl ConnectionAdapter for Calls {
         &self,
         request: Request<PublishRequest>,
     ) -> Result<Response<CodeResponse>, Status> {
-        let (call, message) = self.begin("Publish", request);
+        let (call, message) = self.begin("Publish", request)?;
         let PublishRequest {
             conn,
             topic,
@@ -173,7 +210,7 @@ impl ConnectionAdapter for Calls {
         &self,
         request: Request<SubscribeRequest>,
     ) -> Result<Response<CodeResponse>, Status> {
-        let (call, message) = self.begin("Subscribe", request);
+        let (call, message) = self.begin("Subscribe", request)?;
         let SubscribeRequest { conn, topic, qos } = message;
         let command = Command::Subscribe { filter: topic, qos };
         self.execute(call, &conn, command).await
@@ -183,7 +220,7 @@ impl ConnectionAdapter for Calls {
         &self,
         request: Request<UnsubscribeRequest>,
     ) -> Result<Response<CodeResponse>, Status> {
-        let (call, message) = self.begin("Unsubscribe", request);
+        let (call, message) = self.begin("Unsubscribe", request)?;
         let UnsubscribeRequest { conn, topic } = message;
         let command = Command::Unsubscribe { filter: topic };
         self.execute(call, &conn, command).await
@@ -193,13 +230,14 @@ impl ConnectionAdapter for Calls {
         &self,
         request: Request<RawPublishRequest>,
     ) -> Result<Response<CodeResponse>, Status> {
-        let (call, message) = self.begin("RawPublish", request);
+        let (call, message) = self.begin("RawPublish", request)?;
         let RawPublishRequest {
             topic,
             qos,
             payload,
         } = message;
-        let result = self.commands.raw_publish(topic, qos, payload).await;
-        Ok(self.answer(&call, "", result))
+        let work = self.commands.raw_publish(topic, qos, payload);
+        let result = deadline::within(call.limit, work).await;
+        call.end("", result)
     }
 }

@@ -1,21 +1,21 @@
 //! ConnectionAdapter: the gRPC edge. Each call becomes one command to the core.
 
 mod calls;
+mod deadline;
+pub mod socket;
 mod standard;
 pub mod tokens;
 
 use std::convert::Infallible;
 use std::io;
-use std::net::SocketAddr;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use futures_util::future::BoxFuture;
+use futures_util::future::{BoxFuture, Either};
 use hyper::body::Incoming;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
-use socket2::TcpKeepalive;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::rustls::ServerConfig;
@@ -29,49 +29,61 @@ use crate::proto::connection_adapter_server::ConnectionAdapterServer;
 use crate::reload::Current;
 
 use calls::Calls;
+use socket::{Peer, Stream};
 use standard::{Standard, Which};
 use tokens::{Doorkeeper, Tokens};
 
-/// Calls that one handler connection may have open. A call waits for the broker or
-/// for a slow device; calls beyond wait at the handler, so it must be far more than
-/// the devices that can be slow at once.
-const MAX_STREAMS: u32 = 65_536;
-
-/// Flow-control windows in bytes: one large Send must not wait for a round trip.
-///
-/// h2 takes half of the connection's as the bound on what small requests cost, up to 255
-/// each, that have come and are not read yet, and closes the connection beyond: as many
-/// calls as may be open may come in one burst.
+/// Flow-control window of a stream in bytes: one large Send must not wait for a round trip.
 const STREAM_WINDOW: u32 = 1024 * 1024;
-const CONNECTION_WINDOW: u32 = 2 * 256 * MAX_STREAMS;
+
+/// What each call that may be under way adds to the connection's window, in bytes.
+///
+/// h2 takes half of the window as the bound on what small requests cost, up to 255 each, that
+/// have come and are not read yet, and closes the connection beyond: as many calls as may be
+/// open may come in one burst.
+const WINDOW_PER_CALL: u32 = 2 * 256;
+
+/// The largest window of HTTP/2 (RFC 9113, 6.9.1).
+const MAX_WINDOW: u32 = (1 << 31) - 1;
 
 /// Longest TLS handshake of a handler.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// A handler's machine that has gone silent is given up after so long without an
-/// acknowledgement of what was sent to it (`TCP_USER_TIMEOUT`), and probed after so
-/// long without a word.
-const SILENCE: Duration = Duration::from_secs(20);
+/// How long calls under way have to end on a connection that is too old.
+const AGE_GRACE: Duration = Duration::from_secs(30);
+
+/// How handlers are served.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// Largest request, bytes.
+    pub max_message_size: usize,
+    /// Calls that one connection may have under way.
+    pub max_concurrent_streams: u32,
+    /// How long a connection lasts, give or take a tenth.
+    pub max_connection_age: Option<Duration>,
+    /// Whether who calls acts only on the connections of the token's owner.
+    pub isolate: bool,
+}
 
 /// Serves handlers' connections. Cheap to clone.
 #[derive(Clone)]
 pub struct Adapter {
     service: Guarded,
-    tls: Option<Arc<ServerConfig>>,
+    options: Options,
+    tls: Option<Arc<Current<ServerConfig>>>,
     metrics: AdapterMetrics,
 }
 
 impl Adapter {
-    /// `max_message_size` in bytes bounds a request. Without `tokens` everybody may call;
-    /// with `isolate` whoever calls acts only on the connections of the token's owner.
+    /// Without `tls` connections are not encrypted, without `tokens` everybody may call.
     pub fn new(
         commands: Commands,
-        max_message_size: usize,
-        tls: Option<Arc<ServerConfig>>,
+        options: Options,
+        tls: Option<Arc<Current<ServerConfig>>>,
         tokens: Option<Arc<Current<Tokens>>>,
-        isolate: bool,
         metrics: AdapterMetrics,
     ) -> Result<Self, tonic_reflection::server::Error> {
+        let isolate = options.isolate;
         let calls = Calls {
             commands,
             // What came by without the doorkeeper's word reaches nothing.
@@ -79,7 +91,8 @@ impl Adapter {
             metrics: metrics.clone(),
         };
         let service = Guarded {
-            calls: ConnectionAdapterServer::new(calls).max_decoding_message_size(max_message_size),
+            calls: ConnectionAdapterServer::new(calls)
+                .max_decoding_message_size(options.max_message_size),
             doorkeeper: Doorkeeper {
                 tokens,
                 isolate,
@@ -89,6 +102,7 @@ impl Adapter {
         };
         Ok(Self {
             service,
+            options,
             tls,
             metrics,
         })
@@ -122,14 +136,9 @@ impl Adapter {
         standard.end().await;
     }
 
-    /// Serves one connection of a handler until it ends, or, once `stop` is
-    /// cancelled, until the calls in flight are answered.
-    pub async fn serve(
-        self,
-        stream: std::net::TcpStream,
-        peer: SocketAddr,
-        stop: CancellationToken,
-    ) {
+    /// Serves one connection of a handler until it ends, or, once `stop` is cancelled or it
+    /// is too old, until the calls in flight are answered.
+    pub async fn serve(self, stream: Stream, peer: Peer, stop: CancellationToken) {
         self.metrics.connections.increment(1.0);
         let result = self.serve_stream(stream, stop).await;
         self.metrics.connections.decrement(1.0);
@@ -138,25 +147,17 @@ impl Adapter {
         }
     }
 
-    async fn serve_stream(
-        &self,
-        stream: std::net::TcpStream,
-        stop: CancellationToken,
-    ) -> io::Result<()> {
-        stream.set_nonblocking(true)?;
-        stream.set_nodelay(true)?;
-        let socket = socket2::SockRef::from(&stream);
-        socket.set_tcp_user_timeout(Some(SILENCE))?;
-        socket.set_tcp_keepalive(
-            &TcpKeepalive::new()
-                .with_time(SILENCE)
-                .with_interval(SILENCE),
-        )?;
-        let stream = tokio::net::TcpStream::from_std(stream)?;
+    async fn serve_stream(&self, stream: Stream, stop: CancellationToken) -> io::Result<()> {
+        let stream = match stream {
+            Stream::Tcp(stream) => socket::settle(stream)?,
+            Stream::Unix(stream) => {
+                return self.serve_http(socket::settle_unix(stream)?, stop).await;
+            }
+        };
         match &self.tls {
             None => self.serve_http(stream, stop).await,
             Some(tls) => {
-                let handshake = TlsAcceptor::from(tls.clone()).accept(stream);
+                let handshake = TlsAcceptor::from(tls.get()).accept(stream);
                 let stream = tokio::time::timeout(HANDSHAKE_TIMEOUT, handshake)
                     .await
                     .map_err(io::Error::from)
@@ -173,21 +174,43 @@ impl Adapter {
         stop: CancellationToken,
     ) -> io::Result<()> {
         let service = TowerToHyperService::new(self.service.clone());
+        let streams = self.options.max_concurrent_streams;
+        let window = streams.saturating_mul(WINDOW_PER_CALL);
         let mut builder = hyper::server::conn::http2::Builder::new(TokioExecutor::new());
         builder
             .timer(TokioTimer::new())
-            .max_concurrent_streams(MAX_STREAMS)
+            .max_concurrent_streams(streams)
             .initial_stream_window_size(STREAM_WINDOW)
-            .initial_connection_window_size(CONNECTION_WINDOW);
+            .initial_connection_window_size(window.clamp(2 * STREAM_WINDOW, MAX_WINDOW));
         let connection = builder.serve_connection(TokioIo::new(stream), service);
         let mut connection = std::pin::pin!(connection);
+        let too_old = match self.options.max_connection_age {
+            Some(age) => Either::Left(tokio::time::sleep(about(age))),
+            None => Either::Right(std::future::pending()),
+        };
         tokio::select! {
             biased;
             result = connection.as_mut() => return result.map_err(io::Error::other),
-            () = stop.cancelled() => connection.as_mut().graceful_shutdown(),
+            () = stop.cancelled() => {
+                connection.as_mut().graceful_shutdown();
+                return connection.await.map_err(io::Error::other);
+            }
+            () = too_old => connection.as_mut().graceful_shutdown(),
         }
-        connection.await.map_err(io::Error::other)
+        tokio::time::timeout(AGE_GRACE, connection)
+            .await
+            .map_err(io::Error::from)?
+            .map_err(io::Error::other)
     }
+}
+
+/// Up to a tenth more or less, so that connections that began together do not end together (gRPC
+/// proposal A9).
+fn about(age: Duration) -> Duration {
+    let mut random = [0; 2];
+    // Without randomness they merely all end together.
+    let _ = getrandom::fill(&mut random);
+    age.mul_f64(0.9 + f64::from(u16::from_le_bytes(random)) / f64::from(u16::MAX) / 5.0)
 }
 
 /// The calls, and reflection, behind the doorkeeper; health beside it.

@@ -179,6 +179,79 @@ url! {
 /// The longest path of a Unix socket, in bytes: `sun_path` of unix(7) without its NUL.
 const MAX_SOCKET_PATH: usize = 107;
 
+/// The path in `unix:/PATH`; nothing where `text` does not begin like one.
+fn socket_path(text: &str) -> Option<Result<PathBuf, Rejected>> {
+    let path = text.trim().strip_prefix("unix:")?;
+    // gRPC writes an absolute path either way.
+    let path = match path.strip_prefix("//") {
+        Some(absolute) if absolute.starts_with('/') => absolute,
+        _ => path,
+    };
+    let is_path = path.starts_with('/') && !path.starts_with("//") && !path.ends_with('/');
+    if !is_path || path.len() > MAX_SOCKET_PATH || path.contains('\0') {
+        return Some(Err(Rejected::new(format!(
+            "unix:/PATH with an absolute path of at most {MAX_SOCKET_PATH} bytes"
+        ))));
+    }
+    Some(Ok(path.into()))
+}
+
+/// Where the adapter listens.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum AdapterBind {
+    /// A TCP port.
+    Tcp(SocketAddr),
+    /// The path of a Unix socket.
+    Unix(PathBuf),
+}
+
+impl AdapterBind {
+    /// The TCP port, if it is one.
+    pub fn tcp(&self) -> Option<SocketAddr> {
+        match self {
+            Self::Tcp(address) => Some(*address),
+            Self::Unix(_) => None,
+        }
+    }
+}
+
+impl fmt::Display for AdapterBind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Tcp(address) => address.fmt(f),
+            Self::Unix(path) => write!(f, "unix:{}", path.display()),
+        }
+    }
+}
+
+impl ConfigValue for AdapterBind {
+    fn allowed() -> String {
+        format!("{}, or unix:/PATH", SocketAddr::allowed())
+    }
+
+    fn from_text(text: &str) -> Result<Self, Rejected> {
+        if let Some(path) = socket_path(text) {
+            return path.map(Self::Unix);
+        }
+        SocketAddr::from_text(text)
+            .map(Self::Tcp)
+            .map_err(|_| Rejected::new(Self::allowed()))
+    }
+
+    fn from_value(value: &Value) -> Result<Self, Rejected> {
+        match value {
+            Value::String(_, text) => Self::from_text(text),
+            value => SocketAddr::from_value(value)
+                .map(Self::Tcp)
+                .map_err(|_| Rejected::new(Self::allowed())),
+        }
+    }
+
+    fn to_text(&self) -> String {
+        self.to_string()
+    }
+}
+
 /// The address of a user's handler service.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum HandlerAddress {
@@ -210,21 +283,10 @@ impl ConfigValue for HandlerAddress {
     }
 
     fn from_text(text: &str) -> Result<Self, Rejected> {
-        let Some(path) = text.trim().strip_prefix("unix:") else {
-            return HandlerUrl::from_text(text).map(Self::Url);
-        };
-        // gRPC writes an absolute path either way.
-        let path = match path.strip_prefix("//") {
-            Some(absolute) if absolute.starts_with('/') => absolute,
-            _ => path,
-        };
-        let is_path = path.starts_with('/') && !path.starts_with("//") && !path.ends_with('/');
-        if !is_path || path.len() > MAX_SOCKET_PATH || path.contains('\0') {
-            return Err(Rejected::new(format!(
-                "unix:/PATH with an absolute path of at most {MAX_SOCKET_PATH} bytes"
-            )));
+        match socket_path(text) {
+            Some(path) => path.map(Self::Unix),
+            None => HandlerUrl::from_text(text).map(Self::Url),
         }
-        Ok(Self::Unix(path.into()))
     }
 
     fn to_text(&self) -> String {
@@ -277,6 +339,25 @@ mod tests {
             assert!(refused.allowed.starts_with("unix:/PATH"), "{bad:?}");
         }
         assert!(text("unix").is_err());
+    }
+
+    #[test]
+    fn the_adapter_may_listen_on_a_path() {
+        let text = |text: &str| AdapterBind::from_text(text).map(|a| a.to_string());
+        assert_eq!(
+            text("unix:///run/x.sock").as_deref(),
+            Ok("unix:/run/x.sock")
+        );
+        assert_eq!(text(":9100").as_deref(), Ok("0.0.0.0:9100"));
+        for bad in ["unix:x", "http://127.0.0.1:9100", "localhost:9100", ""] {
+            let refused = text(bad).unwrap_err();
+            assert!(refused.allowed.contains("unix:/PATH"), "{bad:?}");
+        }
+        let port = AdapterBind::from_value(&Value::from(9100_u16)).map(|bind| bind.tcp());
+        assert_eq!(
+            port,
+            Ok(Some(SocketAddr::from((Ipv4Addr::UNSPECIFIED, 9100))))
+        );
     }
 
     #[test]

@@ -5,7 +5,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
-use super::address::{HandlerAddress, collide};
+use super::address::{AdapterBind, HandlerAddress, collide};
 use super::auth::Authenticator;
 use super::authz::RuleSource;
 use super::layers::Layers;
@@ -13,8 +13,8 @@ use super::paths::Files;
 use super::report::{Fault, Origin};
 use super::template::{Piece, Placeholder, TemplateTable};
 use super::types::{
-    Broker, BrokerMode, ClientTls, Config, Failover, Handler, OnUnavailable, Protocol, ServerTls,
-    ServiceName, Verify,
+    Broker, BrokerMode, ClientTls, Config, Failover, Handler, OnUnavailable, Protocol, Server,
+    ServerTls, ServiceName, Verify,
 };
 use super::value::ConfigValue;
 use super::values::{Limit, Secret};
@@ -24,6 +24,7 @@ pub(crate) fn check(config: &mut Config, layers: &Layers, faults: &mut Vec<Fault
     let mut checks = Checks { layers, faults };
     checks.addresses(config);
     checks.handler_names(config);
+    checks.adapter(&config.server);
     checks.server_tls("server.ssl_options", &config.server.ssl_options);
     checks.device_tls(config);
     checks.health_checks(config);
@@ -64,8 +65,9 @@ impl Checks<'_> {
     }
 
     fn addresses(&mut self, config: &Config) {
-        let mut streams: Vec<(String, SocketAddr)> =
-            vec![("server.bind".to_owned(), config.server.bind)];
+        let adapter = config.server.bind.tcp();
+        let mut streams: Vec<(String, SocketAddr)> = Vec::new();
+        streams.extend(adapter.map(|bind| ("server.bind".to_owned(), bind)));
         streams.extend(
             config
                 .admin
@@ -261,6 +263,27 @@ impl Checks<'_> {
                      ${peerhost} ${cert_common_name} ${cert_subject} ${proto_name}",
                 );
             }
+        }
+    }
+
+    /// What a Unix socket has no use for, and a port neither.
+    fn adapter(&mut self, server: &Server) {
+        let unix = matches!(server.bind, AdapterBind::Unix(_));
+        if self.spoiled("server.bind") {
+            return;
+        }
+        if unix && server.ssl_options.enable {
+            self.fault(
+                "server.ssl_options.enable",
+                "found true with a Unix socket in server.bind; allowed: false, for server.socket_mode says who may connect",
+            );
+        }
+        // A dump has the default written out.
+        if !unix && server.socket_mode != Config::default().server.socket_mode {
+            self.fault(
+                "server.socket_mode",
+                "set without a Unix socket in server.bind; allowed: with \"unix:/PATH\" there",
+            );
         }
     }
 

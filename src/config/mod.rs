@@ -45,7 +45,7 @@ mod values;
 use figment::value::Dict;
 
 pub use access::{AccessRule, AccessRules, Action, PeerList, Peers};
-pub use address::{BrokerUrl, HandlerAddress, HandlerUrl};
+pub use address::{AdapterBind, BrokerUrl, HandlerAddress, HandlerUrl};
 pub use auth::{
     Authenticator, Backend, BrokerLogin, ClientInfoOverride, From, HttpMethod, HttpService,
     JwtOptions, Mechanism, OnError, UserFile, UserIdType,
@@ -67,7 +67,7 @@ pub use types::{
     LoginAttempts, OnUnavailable, Protocol, Queue, QueuePolicy, Server, ServerTls, ServiceName,
     Verify, Will,
 };
-pub use values::{Limit, Rate, Secret, Size};
+pub use values::{FileMode, Limit, Rate, Secret, Size};
 
 use layers::Layers;
 use page::Page;

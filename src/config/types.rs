@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use figment::value::Value;
 
-use super::address::{BrokerUrl, HandlerAddress};
+use super::address::{AdapterBind, BrokerUrl, HandlerAddress};
 use super::auth::{Authenticator, ClientInfoOverride};
 use super::authz::Authorization;
 use super::listeners::Listeners;
@@ -16,7 +16,7 @@ use super::names::{ClientIdPrefix, Mountpoint, NodeName, PropertyName, words};
 use super::schema::{Computed, Listed, Named, Nested, Within, section};
 use super::template::Template;
 use super::value::{ConfigValue, Rejected};
-use super::values::{Limit, Secret, Size};
+use super::values::{FileMode, Limit, Secret, Size};
 
 /// The shortest duration of a key for which zero makes no sense.
 pub(super) const TICK: Duration = Duration::from_millis(1);
@@ -124,10 +124,28 @@ section! {
     /// `[server]`: the gRPC ConnectionAdapter.
     pub struct Server {
         /// IP address and port, such as "127.0.0.1:9100"; a port alone is every IPv4 address.
-        bind: SocketAddr = "127.0.0.1:9100",
+        /// "unix:/PATH" is a Unix socket.
+        bind: AdapterBind = "127.0.0.1:9100",
+
+        /// Who may connect to the Unix socket: octal digits as of chmod, in quotes. Write permission
+        /// is what counts.
+        socket_mode: FileMode = "0660",
 
         /// The largest request taken from a handler. A size (KiB, MiB, GiB).
         max_message_size: Size = Within("4MiB", Size::new(1)..),
+
+        /// Connections of handlers at once; those beyond are closed.
+        max_connections: usize = Within("1024", 1..),
+
+        /// Calls that one connection may have under way. A call waits for the broker or for a slow
+        /// device; those beyond wait at the handler.
+        max_concurrent_streams: u32 = Within("65536", 1..=1_000_000),
+
+        /// How long a connection of a handler lasts, up to a tenth more or less; then it is asked to go
+        /// (GOAWAY), which gRPC's clients answer with a new one. Calls under way have 30 seconds to end.
+        /// Where a proxy spreads connections over gateways, or certificates expire. A duration or
+        /// "infinity".
+        max_connection_age: Limit<Duration> = Within("infinity", Limit::Finite(Duration::from_secs(1))..),
 
         /// File with tokens, one a line, of which a handler must show one with every call, as the
         /// metadata "authorization: Bearer TOKEN". Read again when it changes. "" lets everybody call,

@@ -244,6 +244,41 @@ impl<T: ConfigValue> ConfigValue for Limit<T> {
     }
 }
 
+/// Who may do what with a file: the bits of chmod(1).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FileMode(u32);
+
+impl FileMode {
+    /// The bits.
+    pub const fn bits(self) -> u32 {
+        self.0
+    }
+}
+
+impl ConfigValue for FileMode {
+    fn allowed() -> String {
+        "three octal digits in quotes, with or without a 0 before them, such as \"0660\"".to_owned()
+    }
+
+    // In quotes only: a bare 0660 is no number in TOML, and a bare 660 is decimal.
+    fn from_text(text: &str) -> Result<Self, Rejected> {
+        let text = text.trim();
+        let octal = match text.len() {
+            4 => text.strip_prefix('0'),
+            _ => Some(text),
+        };
+        octal
+            .filter(|octal| octal.len() == 3 && octal.bytes().all(|b| b.is_ascii_digit()))
+            .and_then(|octal| u32::from_str_radix(octal, 8).ok())
+            .map(FileMode)
+            .ok_or_else(|| Rejected::new(Self::allowed()))
+    }
+
+    fn to_text(&self) -> String {
+        format!("{:04o}", self.0)
+    }
+}
+
 /// A value that no log, dump, fault or Debug output shows.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Secret(String);
@@ -354,6 +389,18 @@ mod tests {
         assert_eq!(Rate(1000.0).to_toml(), "1000");
         for bad in ["0", "-1", "inf", "NaN", "1/s", ""] {
             assert!(Rate::from_text(bad).is_err(), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn file_modes_are_octal() {
+        let mode = |text| FileMode::from_text(text).map(|mode| mode.to_text());
+        for text in ["0660", "660", " 0660 "] {
+            assert_eq!(mode(text).as_deref(), Ok("0660"));
+        }
+        assert_eq!(FileMode::from_text("777").map(FileMode::bits), Ok(0o777));
+        for bad in ["", "66", "0668", "1660", "00660", "+66", "rw-", "6600"] {
+            assert!(mode(bad).is_err(), "{bad:?}");
         }
     }
 

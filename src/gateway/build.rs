@@ -11,11 +11,12 @@ use tokio::net::TcpListener as Acceptors;
 use tokio_util::sync::CancellationToken;
 
 use super::{BindError, Clients, Error};
+use crate::adapter::socket;
 use crate::admission::Admission;
 use crate::admission::turns::Turns;
 use crate::config::{
-    Config, DtlsListener, DtlsOptions, Kind, ListenerView, ProxyProtocol, SslListener, SslOptions,
-    TcpListener, TcpOptions, UdpListener, UdpOptions,
+    AdapterBind, Config, DtlsListener, DtlsOptions, Kind, ListenerView, ProxyProtocol, SslListener,
+    SslOptions, TcpListener, TcpOptions, UdpListener, UdpOptions,
 };
 use crate::connection::{ListenerContext, Registry, Settings};
 use crate::handler::client::Client;
@@ -33,7 +34,7 @@ use crate::transport::udp;
 pub(super) struct Sockets<'a> {
     /// Of the listeners that are enabled.
     pub devices: Vec<(ListenerView<'a>, Bound)>,
-    pub adapter: Acceptors,
+    pub adapter: socket::Listener,
     pub admin: Option<Acceptors>,
 }
 
@@ -107,18 +108,26 @@ impl<'a> Sockets<'a> {
         for listener in config.listeners.enabled() {
             match Bound::new(config, &listener, shards) {
                 Ok(bound) => devices.push((listener, bound)),
-                Err(error) => note(format!("{}.bind", listener.key()), listener.bind, error),
+                Err(error) => {
+                    let address = AdapterBind::Tcp(listener.bind);
+                    note(format!("{}.bind", listener.key()), address, error);
+                }
             }
         }
-        let adapter = Acceptors::bind(config.server.bind).await;
+        let adapter = match &config.server.bind {
+            AdapterBind::Tcp(address) => socket::Listener::tcp(*address).await,
+            AdapterBind::Unix(path) => {
+                socket::Listener::unix(path, config.server.socket_mode.bits())
+            }
+        };
         let adapter = adapter
-            .map_err(|error| note("server.bind".to_owned(), config.server.bind, error))
+            .map_err(|error| note("server.bind".to_owned(), config.server.bind.clone(), error))
             .ok();
         let mut admin = None;
         if let Some(address) = config.admin.bind {
             match Acceptors::bind(address).await {
                 Ok(listener) => admin = Some(listener),
-                Err(error) => note("admin.bind".to_owned(), address, error),
+                Err(error) => note("admin.bind".to_owned(), AdapterBind::Tcp(address), error),
             }
         }
         match adapter {

@@ -27,7 +27,7 @@ use crate::adapter::Adapter;
 use crate::admin::{self, Readiness, Status};
 use crate::auth::Auth;
 use crate::broker::{Broker, BrokerTasks, LinkState, OwnSessions};
-use crate::config::{Config, Handler};
+use crate::config::{AdapterBind, Config, Handler};
 use crate::connection::Registry;
 use crate::connection::command::{Commands, RawPublish};
 use crate::connection::own::Own;
@@ -85,7 +85,7 @@ pub struct BindError {
     /// The configuration's key.
     pub key: String,
     /// The address.
-    pub address: SocketAddr,
+    pub address: AdapterBind,
     /// The system's word.
     pub error: io::Error,
 }
@@ -96,7 +96,7 @@ pub struct Addresses {
     /// Each listener, `<kind>.<name>`.
     pub listeners: BTreeMap<String, SocketAddr>,
     /// ConnectionAdapter.
-    pub adapter: SocketAddr,
+    pub adapter: AdapterBind,
     /// The admin server.
     pub admin: Option<SocketAddr>,
 }
@@ -221,7 +221,6 @@ impl Gateway {
         tell: impl FnOnce(&Addresses) + Send + 'static,
     ) -> Result<Self, Error> {
         let metrics = Metrics::new().map_err(|error| Error::Metrics(error.to_string()))?;
-        let server_tls = options::server_tls(config)?;
         let broker_options = options::broker(config)?;
         let own_sessions = options::own_sessions(config)?;
         let stops = Stops::default();
@@ -243,7 +242,10 @@ impl Gateway {
                 .iter()
                 .map(|(listener, bound)| Ok((listener.full_name(), bound.local_addr()?)))
                 .collect::<io::Result<_>>()?,
-            adapter: adapter_listener.local_addr()?,
+            adapter: match adapter_listener.local_addr()? {
+                Some(address) => AdapterBind::Tcp(address),
+                None => config.server.bind.clone(),
+            },
             admin: admin_listener
                 .as_ref()
                 .map(TcpListener::local_addr)
@@ -278,10 +280,9 @@ impl Gateway {
         );
         let adapter = Adapter::new(
             commands,
-            config.server.max_message_size.bytes(),
-            server_tls,
-            adapter::follow_tokens(config, &stops.admin)?,
-            config.server.isolate_handlers,
+            options::adapter(config),
+            adapter::follow_tls(config, &adapter_metrics, &stops.admin)?,
+            adapter::follow_tokens(config, &adapter_metrics, &stops.admin)?,
             adapter_metrics.clone(),
         )?;
         adapter.tell_health(false).await;
@@ -320,7 +321,10 @@ impl Gateway {
         let accept = adapter::accept(
             adapter_listener,
             adapter,
-            adapter_metrics.max_connections,
+            adapter::Bound {
+                max_connections: config.server.max_connections,
+                refused: adapter_metrics.max_connections,
+            },
             shards.clone(),
             adapter_tasks.clone(),
             stops.adapter.clone(),

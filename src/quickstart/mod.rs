@@ -139,7 +139,8 @@ impl Show {
             .map(reachable)
             .with_context(|| format!("the gateway has no listener {}", plan.device_listener))?;
         let topics = mounts.of(device_address.port());
-        let adapter = reachable(gateway.addresses().adapter);
+        let adapter = gateway.addresses().adapter.tcp();
+        let adapter = reachable(adapter.context("the adapter has no port")?);
         let client = worker.runtime().spawn(client::connect(adapter));
         let client = client
             .await?
@@ -210,7 +211,9 @@ impl Show {
                 "built in; a line of text is an MQTT message",
             ));
         }
-        rows.push(("adapter", addresses.adapter, "what the handler calls"));
+        if let Some(adapter) = addresses.adapter.tcp() {
+            rows.push(("adapter", adapter, "what the handler calls"));
+        }
         for (name, address) in &addresses.listeners {
             rows.push(("devices", *address, name));
         }

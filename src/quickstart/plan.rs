@@ -77,7 +77,13 @@ impl Plan {
                 setting: Some(setting("server.ssl_options.enable", "false")),
             });
         }
-        needs.push(Need::new(config.server.bind, "adapter", "server.bind", ""));
+        match config.server.bind.tcp() {
+            Some(bind) => needs.push(Need::new(bind, "adapter", "server.bind", "")),
+            None => faults.push(Fault {
+                problem: "server.bind: the built-in handler calls the adapter over TCP".to_owned(),
+                setting: Some(setting("server.bind", "127.0.0.1:9100")),
+            }),
+        }
         if let Some(address) = config.admin.bind {
             needs.push(Need::new(address, "admin", "admin.bind", ""));
         }
@@ -277,6 +283,7 @@ fn report(faults: &[Fault]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::AdapterBind;
 
     fn faults_of(change: impl FnOnce(&mut Config)) -> String {
         let mut config = Config::default();
@@ -319,7 +326,7 @@ mod tests {
     fn addresses_of_ones_own_may_be_in_the_way() -> io::Result<()> {
         let free = TcpListener::bind("127.0.0.1:0")?.local_addr()?;
         let report = faults_of(|config| {
-            config.server.bind = free;
+            config.server.bind = AdapterBind::Tcp(free);
             config.admin.bind = Some(free);
         });
         let text = format!("{free} for admin (admin.bind): wanted for adapter (server.bind) too");

@@ -97,7 +97,7 @@ impl Stage {
     pub async fn assemble(broker: Broker, handler: Handler, keys: &[(&str, &str)]) -> Self {
         let plan = Plan::new(&broker.url(), &handler.url()).set_all(keys);
         let gateway = Gateway::start(&plan.config()).await.unwrap();
-        let adapter = Adapter::connect(gateway.addresses().adapter).await;
+        let adapter = Adapter::connect(gateway.addresses().adapter.tcp().unwrap()).await;
         let admin = Admin(gateway.addresses().admin.unwrap());
         Self {
             gateway,

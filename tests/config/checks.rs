@@ -309,3 +309,35 @@ fn isolation_needs_a_token_of_each_handler() {
     )
     .unwrap();
 }
+
+#[test]
+fn the_adapter_on_a_path() {
+    let unix = ("server.bind", "unix:/run/x.sock");
+    set(&[unix, ("server.socket_mode", "0600")]).unwrap();
+    one_fault(
+        set(&[("server.socket_mode", "0600")]),
+        &[
+            "server.socket_mode: set without a Unix socket in server.bind; allowed: with \"unix:/PATH\"",
+        ],
+    );
+    one_fault(
+        set(&[("server.bind", "unix:x.sock")]),
+        &["server.bind: found \"unix:x.sock\"; allowed: unix:/PATH with an absolute path"],
+    );
+    let folder = TempDir::new().unwrap();
+    let file = folder.path().join("file.pem");
+    fs::write(&file, "").unwrap();
+    let file = file.display().to_string();
+    let tls = [
+        unix,
+        ("server.ssl_options.enable", "true"),
+        ("server.ssl_options.certfile", &file),
+        ("server.ssl_options.keyfile", &file),
+    ];
+    one_fault(
+        set(&tls),
+        &[
+            "server.ssl_options.enable: found true with a Unix socket in server.bind; allowed: false",
+        ],
+    );
+}
