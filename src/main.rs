@@ -225,8 +225,7 @@ fn ready_line(addresses: &Addresses, format: LogFormat) -> String {
     }
     match format {
         LogFormat::Text => line,
-        // Where both outputs end in one place, every line of it is JSON. The line
-        // holds names and addresses only: nothing that would need escaping.
-        LogFormat::Json => format!("{{\"level\":\"INFO\",\"message\":\"{line}\"}}"),
+        // Where both outputs end in one place, every line of it is JSON.
+        LogFormat::Json => serde_json::json!({"level": "INFO", "message": line}).to_string(),
     }
 }
