@@ -17,14 +17,14 @@ use tokio::time::{Instant, sleep, sleep_until, timeout, timeout_at};
 use tokio_util::sync::CancellationToken;
 use tonic::client::Grpc;
 use tonic::codec::{Codec, EncodeBuf, Encoder};
-use tonic::{Request, Status};
+use tonic::{Code, Request, Status};
 use tonic_prost::{ProstCodec, ProstDecoder};
 
 use super::link::{Channel, Link};
 use super::pool::{self, Pool};
 use super::resolve::Directory;
 use super::seat::{Member, Standing};
-use super::status::{Miss, miss};
+use super::status::{Miss, code_name, miss};
 use super::streaming::{self, Streaming};
 use super::{CallFailure, Caller, Event, EventSink, Handlers, trace};
 use crate::metrics::{HandlerMetrics, METHODS};
@@ -42,6 +42,8 @@ pub(super) const MAX_WAIT: Duration = Duration::from_secs(120);
 pub struct Options {
     /// The gRPC service: `ConnectionUnaryHandler` or `ConnectionHandler`.
     pub service: &'static str,
+    /// What to set where a handler offers the other one, for the log.
+    pub service_advice: String,
     /// Longest time for one callback.
     pub request_timeout: Duration,
     /// Longest time in which OnSocketClosed is tried.
@@ -420,7 +422,20 @@ impl Shared {
         caller: &Caller,
         created: &Event,
     ) -> Result<(), Miss> {
-        let result = self.attempt(link, channel, caller, created).await;
+        let mut result = self.attempt(link, channel, caller, created).await;
+        if let Err(Miss::Refused(CallFailure::Failed { code, message })) = &mut result
+            && *code == code_name(Code::Unimplemented)
+        {
+            // The first callback of every connection: who offers the service at all has it.
+            let Options {
+                service,
+                service_advice,
+                ..
+            } = &self.options;
+            *message = format!(
+                "{message} (asked for {service}; one that offers the other service needs {service_advice})"
+            );
+        }
         caller.seat().standing = match &result {
             // Who refuses it knows of it: OnSocketClosed is to follow.
             Ok(()) | Err(Miss::Refused(_)) => Standing::Known,
