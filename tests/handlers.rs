@@ -304,22 +304,3 @@ async fn a_handler_that_is_killed_again_and_again_loses_nothing() {
     }
     stage.finish().await;
 }
-
-/// What `check` says about failover that cannot be.
-#[test]
-fn failover_with_streams_is_refused() {
-    let env = |name: &str, value: &str| (format!("EXPROTO_HANDLER__{name}"), value.to_owned());
-    let sources = exproto_sidecar::config::Sources {
-        env: vec![
-            env("SERVICE_NAME", "ConnectionHandler"),
-            env("STREAMING", "true"),
-            env("FAILOVER", "recreate"),
-        ],
-        ..Default::default()
-    };
-    let report = exproto_sidecar::config::load(&sources)
-        .unwrap_err()
-        .to_string();
-    let wanted = "handler.failover: found \"recreate\", but handler.streaming is true";
-    assert!(report.contains(wanted), "{report}");
-}
