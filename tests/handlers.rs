@@ -252,6 +252,10 @@ async fn a_blackholed_link_is_replaced() {
     quiet.send("around it").await;
     assert_eq!(stage.handler.bytes(&quiet.conn, 9).await, b"around it");
     assert!(stage.handler.bytes(&lost.conn, 0).await.is_empty());
+    // Its end is told over the new channel.
+    assert_eq!(stage.closed(&lost).await, "handler_error");
+    let untold = "exproto_closed_callbacks_lost_total{handler=\"default\"}";
+    assert!(stage.admin.metric(untold).await < 0.5);
     stage.finish().await;
 }
 

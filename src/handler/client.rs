@@ -476,7 +476,7 @@ impl Shared {
                     let extended = started + limit + wait;
                     if extended <= Instant::now() {
                         if heard.answers() == answers {
-                            heard.doubt();
+                            link.doubt(&heard);
                         }
                         return Err(Miss::Refused(late(limit)));
                     }
