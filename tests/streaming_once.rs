@@ -10,7 +10,7 @@
 
 mod common;
 
-use common::{Broker, Call, Handler, Proxy, Stage, within};
+use common::{Broker, Call, Gate, Handler, Proxy, Stage, within};
 use tonic::Status;
 
 const RESENT: &str = r#"exproto_handler_stream_resent_total{handler="default"}"#;
@@ -40,6 +40,7 @@ async fn what_was_on_a_stream_is_not_sent_again() {
     let gate = stage.handler.hold("bytes");
     read.send("read").await;
     stage.handler.bytes(&read.conn, 4).await;
+    stage.handler.streams(|log| log.deaf = Some(Gate::closed()));
     unread.send("perhaps").await;
     let in_flight = r#"exproto_handler_stream_unacknowledged{handler="default"}"#;
     stage.admin.metric_until(in_flight, |n| n > 1.5).await;
@@ -47,6 +48,7 @@ async fn what_was_on_a_stream_is_not_sent_again() {
     stage.admin.ready_until(503, "- handler default: ").await;
     later.send("not sent").await;
     gate.open();
+    stage.handler.streams(|log| log.deaf = None);
     stage.handler.up().await;
     assert_eq!(stage.handler.bytes(&later.conn, 8).await, b"not sent");
     for device in [&read, &unread] {
