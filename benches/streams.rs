@@ -132,6 +132,7 @@ async fn measure(port: u16, streaming: Option<streaming::Options>, each: usize) 
     let directory = Directory::new(vec![target], Arc::new(System), None);
     let options = Options {
         service: "ConnectionHandler",
+        service_advice: String::new(),
         request_timeout: Duration::from_secs(5),
         close_timeout: Duration::from_secs(5),
         max_outage: None,

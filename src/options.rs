@@ -191,17 +191,25 @@ pub fn targets(key: &str, handler: &Handler) -> Result<Vec<resolve::Target>, Err
     handler.address.iter().map(target).collect()
 }
 
-/// How events are delivered to a handler, by each of so many shards.
-pub fn client(handler: &Handler, shards: usize) -> client::Options {
+/// How events are delivered to the handler of the table `key`, by each of so many shards.
+pub fn client(key: &str, handler: &Handler, shards: usize) -> client::Options {
     let ping = |interval| Pings {
         interval,
         timeout: handler.keepalive_timeout,
     };
+    let (unary, streams) = ("ConnectionUnaryHandler", "ConnectionHandler");
+    let (service, other) = match handler.service_name {
+        ServiceName::ConnectionUnaryHandler => (unary, streams),
+        ServiceName::ConnectionHandler => (streams, unary),
+    };
+    // Streams are of the one service only.
+    let streaming = match handler.streaming {
+        true => format!(" and {key}.streaming = false"),
+        false => String::new(),
+    };
     client::Options {
-        service: match handler.service_name {
-            ServiceName::ConnectionUnaryHandler => "ConnectionUnaryHandler",
-            ServiceName::ConnectionHandler => "ConnectionHandler",
-        },
+        service,
+        service_advice: format!("{key}.service_name = \"{other}\"{streaming}"),
         request_timeout: handler.request_timeout,
         close_timeout: handler.close_timeout,
         max_outage: match handler.on_unavailable {

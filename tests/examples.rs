@@ -54,11 +54,12 @@ async fn start_with(program: &Path, arguments: &[&str], handler: u16, adapter: &
 
 /// A line goes up to MQTT, a message comes down, and a device that falls silent is
 /// closed by the handler's own timer.
-async fn echo(program: &Path, arguments: &[&str]) {
+async fn echo(program: &Path, arguments: &[&str], keys: &[(&str, &str)]) {
     let broker = Broker::start().await;
     let (handler, adapter) = (free_port(), free_port());
     let plan = Plan::new(&broker.url(), &format!("http://127.0.0.1:{handler}"))
-        .set("SERVER__BIND", &format!("127.0.0.1:{adapter}"));
+        .set("SERVER__BIND", &format!("127.0.0.1:{adapter}"))
+        .set_all(keys);
     let gateway = Process::run(&plan);
     let _handler = start(program, arguments, handler, adapter).await;
     gateway.printed("is ready").await;
@@ -88,16 +89,62 @@ async fn echo(program: &Path, arguments: &[&str]) {
     assert!(rest.is_empty());
 }
 
+/// The interpreter that has gRPC, and a script of the examples.
+fn python(script: &str) -> (PathBuf, String) {
+    let script = root(script).display().to_string();
+    (root("target/examples/venv/bin/python"), script)
+}
+
+const UNARY: &str = "examples/echo-python/handler.py";
+const STREAMS: &str = "examples/echo-python-streams/handler.py";
+
 #[tokio::test]
 async fn the_python_example_echoes() {
-    let script = root("examples/echo-python/handler.py");
-    let python = root("target/examples/venv/bin/python");
-    echo(&python, &[script.to_str().unwrap()]).await;
+    let (python, script) = python(UNARY);
+    echo(&python, &[&script], &[]).await;
+}
+
+/// A handler that knows the streaming service only, as those for EMQX 4.2 to 5.0 do.
+#[tokio::test]
+async fn the_python_example_of_the_older_service_echoes() {
+    let (python, script) = python(STREAMS);
+    let service = ("HANDLER__SERVICE_NAME", "ConnectionHandler");
+    echo(&python, &[&script], &[service]).await;
+    let streaming = ("HANDLER__STREAMING", "true");
+    echo(&python, &[&script], &[service, streaming]).await;
 }
 
 #[tokio::test]
 async fn the_rust_example_echoes() {
-    echo(&root("target/examples/rust/debug/echo-rust"), &[]).await;
+    echo(&root("target/examples/rust/debug/echo-rust"), &[], &[]).await;
+}
+
+/// A handler that offers only the service that it is not called by: the device is
+/// closed, and the log says what to set.
+async fn told(script: &str, keys: &[(&str, &str)], advice: &str) {
+    let broker = Broker::start().await;
+    let (handler, adapter) = (free_port(), free_port());
+    let plan = Plan::new(&broker.url(), &format!("http://127.0.0.1:{handler}")).set_all(keys);
+    let gateway = Process::run(&plan);
+    let (python, script) = python(script);
+    let _handler = start(&python, &[&script], handler, adapter).await;
+    let devices = gateway.address("devices on").await;
+    Device::dial(devices).await.closed().await;
+    let line = gateway.logged("the handler answered UNIMPLEMENTED").await;
+    assert!(line.contains(advice), "{line}");
+}
+
+#[tokio::test]
+async fn a_handler_of_the_other_service_is_told_of() {
+    let advice = r#"needs handler.service_name = "ConnectionHandler")"#;
+    told(STREAMS, &[], advice).await;
+    let service = ("HANDLER__SERVICE_NAME", "ConnectionHandler");
+    let advice = r#"needs handler.service_name = "ConnectionUnaryHandler")"#;
+    told(UNARY, &[service], advice).await;
+    let streaming = ("HANDLER__STREAMING", "true");
+    let advice =
+        r#"needs handler.service_name = "ConnectionUnaryHandler" and handler.streaming = false)"#;
+    told(UNARY, &[service, streaming], advice).await;
 }
 
 /// Sends a line up as a device of this listener and gives its topic.

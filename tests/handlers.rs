@@ -5,7 +5,7 @@ mod common;
 
 use std::collections::HashMap;
 
-use common::{Broker, Call, Device, Handler, Proxy, Stage, until, within};
+use common::{Broker, Call, Device, Handler, Proxy, Python, Stage, free_port, until, within};
 use tokio::net::{TcpStream, UnixListener};
 use tonic::{Code, Status};
 use tonic_health::ServingStatus;
@@ -252,6 +252,132 @@ async fn a_blackholed_link_is_replaced() {
     quiet.send("around it").await;
     assert_eq!(stage.handler.bytes(&quiet.conn, 9).await, b"around it");
     assert!(stage.handler.bytes(&lost.conn, 0).await.is_empty());
+    // Its end is told over the new channel.
+    assert_eq!(stage.closed(&lost).await, "handler_error");
+    let untold = "exproto_closed_callbacks_lost_total{handler=\"default\"}";
+    assert!(stage.admin.metric(untold).await < 0.5);
+    stage.finish().await;
+}
+
+/// How many devices are at each of two handlers of which one sleeps, and how often those
+/// of the other one say something and hear it again.
+const SLEEPERS: usize = 20;
+const ROUNDS: usize = 50;
+
+/// Round trips of these devices with a handler that sends back what it gets.
+async fn round_trips(stage: &Stage, handler: &Handler, devices: &mut [Device]) {
+    let adapter = stage.adapter.clone();
+    handler.behave(move |event| {
+        let adapter = adapter.clone();
+        async move {
+            if let Call::Bytes(bytes) = event.call {
+                adapter.send(&event.conn, bytes).await.ok();
+            }
+            Ok(())
+        }
+    });
+    for round in 0..ROUNDS {
+        let text = format!("{round:04}");
+        for device in &mut *devices {
+            device.send(&text).await;
+        }
+        for device in &mut *devices {
+            assert_eq!(device.read_text(4).await, text);
+        }
+    }
+}
+
+/// A handler that sleeps slows its own connections, also with as many callbacks as may be
+/// under way, and nobody at the other address.
+#[tokio::test]
+async fn a_handler_that_sleeps_slows_only_its_own() {
+    for streaming in [false, true] {
+        let mut keys = vec![
+            ("HANDLER__MAX_IN_FLIGHT", "4"),
+            ("HANDLER__REQUEST_TIMEOUT", "10m"),
+        ];
+        if streaming {
+            keys.push(("HANDLER__SERVICE_NAME", "ConnectionHandler"));
+            keys.push(("HANDLER__STREAMING", "true"));
+        }
+        let (stage, other) = two(Handler::start().await, &keys).await;
+        let (mut asleep, mut awake) = (Vec::new(), Vec::new());
+        for _ in 0..2 * SLEEPERS {
+            match device(&stage, &other).await {
+                (device, true) => asleep.push(device),
+                (device, false) => awake.push(device),
+            }
+        }
+        assert_eq!((asleep.len(), awake.len()), (SLEEPERS, SLEEPERS));
+        let gate = stage.handler.hold("bytes");
+        for device in &mut asleep {
+            device.send("good night").await;
+        }
+        // One by one a stream's messages are taken.
+        let begun = if streaming { 1 } else { 4 };
+        let asleep_with = |log: &common::Log| {
+            let calls = log.events.iter();
+            let bytes = calls.filter(|event| matches!(event.call, Call::Bytes(_)));
+            bytes.count()
+        };
+        let enough = |log: &common::Log| (asleep_with(log) >= begun).then_some(());
+        stage.handler.wait("callbacks that sleep", enough).await;
+        let in_flight = "exproto_callbacks_in_flight{handler=\"default\"}";
+        let all = |n: f64| n > SLEEPERS as f64 - 0.5;
+        stage.admin.metric_until(in_flight, all).await;
+        round_trips(&stage, &other, &mut awake).await;
+        // It slept all the time.
+        assert_eq!(
+            stage.handler.wait("", |log| Some(asleep_with(log))).await,
+            begun
+        );
+        assert!(all(stage.admin.metric(in_flight).await));
+        gate.open();
+        for device in &asleep {
+            assert_eq!(stage.handler.bytes(&device.conn, 10).await, b"good night");
+        }
+        stage.finish().await;
+        other.check();
+    }
+}
+
+/// The same of two handlers with names, one of which is in Python, has fewer threads than
+/// there are devices, and never wakes up.
+#[tokio::test]
+async fn a_named_handler_that_sleeps_slows_only_its_own() {
+    let port = free_port();
+    let mut python = Python::start("tests/sleeping_handler/handler.py", &[&port.to_string()]).await;
+    let stage = Stage::with(&[
+        (
+            "HANDLERS__SLEEPS__ADDRESS",
+            &format!("http://127.0.0.1:{port}"),
+        ),
+        ("HANDLERS__SLEEPS__REQUEST_TIMEOUT", "10m"),
+        ("LISTENERS__TCP__SLEEPS__BIND", "127.0.0.1:0"),
+        ("LISTENERS__TCP__SLEEPS__HANDLER", "sleeps"),
+    ])
+    .await;
+    let sleeps = stage.gateway.addresses().listeners["tcp.sleeps"];
+    let mut asleep = Vec::new();
+    for _ in 0..SLEEPERS {
+        let mut device = Device::dial(sleeps).await;
+        device.send("good night").await;
+        asleep.push(device);
+    }
+    // Its threads sleep, and the rest waits in its queue.
+    python.printed("asleep ", 10).await;
+    let in_flight = "exproto_callbacks_in_flight{handler=\"sleeps\"}";
+    let all = |n: f64| n > SLEEPERS as f64 - 0.5;
+    stage.admin.metric_until(in_flight, all).await;
+    let mut awake = Vec::new();
+    for _ in 0..SLEEPERS {
+        awake.push(stage.device().await);
+    }
+    round_trips(&stage, &stage.handler, &mut awake).await;
+    assert!(python.runs());
+    assert_eq!(python.printed("asleep ", 10).await.len(), 10);
+    assert!(all(stage.admin.metric(in_flight).await));
+    python.kill().await;
     stage.finish().await;
 }
 
@@ -303,23 +429,4 @@ async fn a_handler_that_is_killed_again_and_again_loses_nothing() {
         assert_eq!(names.iter().filter(|name| **name == "closed").count(), 0);
     }
     stage.finish().await;
-}
-
-/// What `check` says about failover that cannot be.
-#[test]
-fn failover_with_streams_is_refused() {
-    let env = |name: &str, value: &str| (format!("EXPROTO_HANDLER__{name}"), value.to_owned());
-    let sources = exproto_sidecar::config::Sources {
-        env: vec![
-            env("SERVICE_NAME", "ConnectionHandler"),
-            env("STREAMING", "true"),
-            env("FAILOVER", "recreate"),
-        ],
-        ..Default::default()
-    };
-    let report = exproto_sidecar::config::load(&sources)
-        .unwrap_err()
-        .to_string();
-    let wanted = "handler.failover: found \"recreate\", but handler.streaming is true";
-    assert!(report.contains(wanted), "{report}");
 }

@@ -12,16 +12,14 @@
 mod common;
 
 use std::collections::HashSet;
-use std::path::{Path, PathBuf};
-use std::process::Stdio;
+use std::path::Path;
 use std::time::Duration;
 
 use common::{
-    Broker, Call, Device, Gate, Handler, Log, Peer, Plan, Process, Proxy, Stage, free_port,
+    Broker, Call, Device, Gate, Handler, Log, Peer, Plan, Process, Proxy, Python, Stage, free_port,
     pattern, within,
 };
-use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
-use tokio::process::{Child, Command};
+use tokio::io::AsyncWriteExt;
 use tokio::task::JoinHandle;
 use tonic::Status;
 
@@ -507,33 +505,10 @@ async fn messages_survive_a_killed_handler() {
 }
 
 /// A handler written in Python as EMQX's are, with fewer threads than connections.
-struct Python {
-    child: Child,
-    port: u16,
-}
-
-impl Python {
-    async fn start(port: u16, adapter: u16, file: &Path) -> Self {
-        let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-        let python: PathBuf = root.join("target/examples/venv/bin/python");
-        assert!(
-            python.exists(),
-            "{} is missing: scripts/test.sh makes it ready",
-            python.display()
-        );
-        let mut child = Command::new(python)
-            .arg(root.join("tests/streaming_handler/handler.py"))
-            .args([port.to_string(), adapter.to_string()])
-            .arg(file)
-            .stdout(Stdio::piped())
-            .kill_on_drop(true)
-            .spawn()
-            .unwrap();
-        let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
-        let line = within("the handler to listen", lines.next_line()).await;
-        assert_eq!(line.unwrap().unwrap(), "listening");
-        Self { child, port }
-    }
+async fn python(port: u16, adapter: u16, file: &Path) -> Python {
+    let (port, adapter) = (port.to_string(), adapter.to_string());
+    let arguments = [&*port, &*adapter, file.to_str().unwrap()];
+    Python::start("tests/streaming_handler/handler.py", &arguments).await
 }
 
 /// Python, restarted under load: echoes come to every device in order, none is lost.
@@ -547,7 +522,7 @@ async fn a_python_handler_serves_and_is_restarted() {
         .set("SERVER__BIND", &format!("127.0.0.1:{adapter}"))
         .set_all(&KEYS);
     let gateway = Process::run(&plan);
-    let mut python = Python::start(port, adapter, &file).await;
+    let handler = python(port, adapter, &file).await;
     gateway.printed("is ready").await;
     let address = gateway.address("devices on").await;
     let mut devices = Vec::new();
@@ -571,8 +546,8 @@ async fn a_python_handler_serves_and_is_restarted() {
             devices
         })
     };
-    python.child.kill().await.unwrap();
-    let mut python = Python::start(python.port, adapter, &file).await;
+    handler.kill().await;
+    let handler = python(port, adapter, &file).await;
     let devices = within("the devices", sending).await.unwrap();
     for mut device in devices {
         let mut next = 1;
@@ -586,7 +561,7 @@ async fn a_python_handler_serves_and_is_restarted() {
     let mut gateway = gateway;
     assert_eq!(gateway.exit().await, Some(0));
     // What the handler saw of the connections: the end of each, after all of its bytes.
-    python.child.kill().await.unwrap();
+    handler.kill().await;
     let seen = std::fs::read_to_string(&file).unwrap();
     let closed: Vec<&str> = seen
         .lines()

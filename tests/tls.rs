@@ -11,8 +11,11 @@
 mod common;
 
 use std::fs;
+use std::sync::Arc;
 
-use common::{Adapter, Admin, Authority, Broker, Files, Handler, Plan, Stage, within};
+use common::{
+    Adapter, Admin, Authority, Broker, Device, Files, Handler, Names, Plan, Process, Proxy, Stage, within,
+};
 use exproto_sidecar::gateway::Gateway;
 use exproto_sidecar::proto::ResultCode;
 use tempfile::TempDir;
@@ -22,8 +25,11 @@ use tonic::transport::{Certificate, ClientTlsConfig, Endpoint, Identity, ServerT
 struct Certificates {
     ca: String,
     server: Files,
-    client: Files,
+    /// The server's, but out of date.
     expired: Files,
+    client: Files,
+    /// Another client's, which another authority has made.
+    stranger: Files,
     _dir: TempDir,
 }
 
@@ -36,8 +42,9 @@ impl Certificates {
         Self {
             ca: authority.file(),
             server: authority.server("127.0.0.1"),
+            expired: authority.expired("127.0.0.1"),
+            stranger: Authority::new(dir.path(), "other").client("stranger"),
             client: authority.client("client"),
-            expired: authority.expired("client"),
             _dir: dir,
         }
     }
@@ -158,13 +165,13 @@ async fn the_adapters_certificate_is_renewed() {
     still.raw_publish("t", 1, "x").await.ok();
 
     for (from, to) in [
-        (&next.server.cert, &made.server.cert),
-        (&next.server.key, &made.server.key),
+        // In this order nothing is fit before the last one.
         (&next.ca, &made.ca),
+        (&next.server.key, &made.server.key),
+        (&next.server.cert, &made.server.cert),
     ] {
         fs::copy(from, to).unwrap();
     }
-    // Between the copies it may have been looked at once, and found unfit.
     admin.metric_until(&outcome("ok"), |n| n > 0.5).await;
     let renewed = Adapter::connect_tls(address, known(&next)).await.unwrap();
     renewed.raw_publish("t", 1, "x").await.ok();
@@ -178,9 +185,9 @@ async fn the_adapters_certificate_is_renewed() {
     within("the drain", gateway.drain()).await;
 }
 
-/// The gateway of a handler at `https://`.
-async fn with_handler(made: &Certificates, mutual: bool, keys: &[(&str, &str)]) -> Stage {
-    let mut tls = ServerTlsConfig::new().identity(identity(&made.server));
+/// A handler at `https://` with this certificate. `mutual`: it asks for one.
+async fn handler(made: &Certificates, files: &Files, mutual: bool) -> (Handler, String) {
+    let mut tls = ServerTlsConfig::new().identity(identity(files));
     if mutual {
         tls = tls.client_ca_root(authority(made));
     }
@@ -188,6 +195,12 @@ async fn with_handler(made: &Certificates, mutual: bool, keys: &[(&str, &str)]) 
     handler.tls = Some(tls);
     handler.up().await;
     let url = format!("https://127.0.0.1:{}", handler.port);
+    (handler, url)
+}
+
+/// The gateway of a handler at `https://`.
+async fn with_handler(made: &Certificates, mutual: bool, keys: &[(&str, &str)]) -> Stage {
+    let (handler, url) = handler(made, &made.server, mutual).await;
     let keys = [&[("HANDLER__ADDRESS", url.as_str())], keys].concat();
     Stage::assemble(Broker::start().await, handler, &keys).await
 }
@@ -223,6 +236,131 @@ async fn a_handler_with_a_strange_certificate_is_told() {
     assert!(text.contains("- handler default: https://"), "{text}");
     assert!(stage.handler.events().is_empty());
     stage.finish().await;
+}
+
+/// A handler whose certificate has expired gets nothing and is named so, once, however
+/// often it is tried; the other one serves everybody.
+#[tokio::test]
+async fn a_handler_with_an_expired_certificate_is_told() {
+    let made = Certificates::make();
+    let (expired, expired_url) = handler(&made, &made.expired, false).await;
+    let (good, good_url) = handler(&made, &made.server, false).await;
+    let broker = Broker::start().await;
+    // To see each attempt.
+    let proxy = Proxy::to(expired.port).await;
+    let expired_url = expired_url.replace(&expired.port.to_string(), &proxy.port.to_string());
+    let both = format!("{expired_url},{good_url}");
+    let plan = Plan::new(&broker.url(), &both)
+        .set("HANDLER__SSL_OPTIONS__CACERTFILE", &made.ca)
+        .set("SHARDS", "1");
+    let mut gateway = Process::run(&plan);
+    let devices = gateway.address("devices on").await;
+    let admin = gateway.admin().await;
+    let wanted = "the certificate has expired: it was valid until 2002-01-01T00:00:00Z";
+    let line = gateway.logged(wanted).await;
+    assert!(line.contains("handler channel is down"), "{line}");
+    assert!(line.contains(&expired_url), "{line}");
+    let state = |url: &str, state: &str| {
+        format!(
+            "exproto_handler_channels{{handler=\"default\",address=\"{url}\",state=\"{state}\"}}"
+        )
+    };
+    let one = |n: f64| (n - 1.0).abs() < 0.1;
+    admin.metric_until(&state(&good_url, "up"), one).await;
+    admin.metric_until(&state(&expired_url, "down"), one).await;
+    admin.ready_until(200, "").await;
+    for _ in 0..4 {
+        let mut device = Device::dial(devices).await;
+        let conn = good.created(device.port()).await;
+        device.send("encrypted").await;
+        good.bytes(&conn, 9).await;
+    }
+    // Long enough for a time in seconds to have become another.
+    proxy.dialled(8).await;
+    gateway.signal("TERM");
+    assert_eq!(gateway.exit().await, Some(0));
+    assert!(expired.events().is_empty());
+    let told = gateway
+        .log()
+        .into_iter()
+        .filter(|l| l.contains("channel is down"));
+    let told: Vec<_> = told.filter(|line| line.contains("certificate")).collect();
+    assert_eq!(told.len(), 1, "{told:#?}");
+    good.check();
+}
+
+/// One whose only handler has expired is not ready, and says why.
+#[tokio::test]
+async fn an_expired_certificate_is_in_readyz() {
+    let made = Certificates::make();
+    let (expired, url) = handler(&made, &made.expired, false).await;
+    let keys = [
+        ("HANDLER__ADDRESS", url.as_str()),
+        ("HANDLER__SSL_OPTIONS__CACERTFILE", &made.ca),
+    ];
+    let stage = Stage::assemble(Broker::start().await, expired, &keys).await;
+    let expected = format!("- handler default: {url}: the certificate has expired");
+    stage.admin.ready_until(503, &expected).await;
+    assert!(stage.handler.events().is_empty());
+    stage.finish().await;
+}
+
+/// A handler that asks for a certificate and gets none, or that of a stranger, takes
+/// nothing; it says so only after the handshake, and the channel never counts as up.
+#[tokio::test]
+async fn a_handler_that_refuses_the_gateway_is_told() {
+    let made = Certificates::make();
+    let trust = ("HANDLER__SSL_OPTIONS__CACERTFILE", made.ca.as_str());
+    let stranger = [
+        trust,
+        ("HANDLER__SSL_OPTIONS__CERTFILE", &made.stranger.cert),
+        ("HANDLER__SSL_OPTIONS__KEYFILE", &made.stranger.key),
+    ];
+    for (keys, alert) in [
+        (&[trust][..], "received fatal alert: CertificateRequired"),
+        (&stranger[..], "received fatal alert: "),
+    ] {
+        let keys = [keys, &[("HANDLER__HEALTH_CHECK", "false")]].concat();
+        let stage = with_handler(&made, true, &keys).await;
+        let text = stage.admin.ready_until(503, alert).await;
+        assert!(text.contains("- handler default: https://"), "{text}");
+        let up = stage
+            .admin
+            .metric("exproto_handler_channels_up{handler=\"default\"}");
+        assert!(up.await < 0.5);
+        assert!(stage.handler.events().is_empty());
+        stage.finish().await;
+    }
+}
+
+/// The certificate is for the host name that is configured, whatever addresses that has.
+#[tokio::test]
+async fn a_handlers_certificate_is_for_its_name() {
+    exproto_sidecar::tls::install_provider();
+    let dir = TempDir::new().unwrap();
+    let made = Authority::new(dir.path(), "authority");
+    for (name, serves) in [("handlers.test", true), ("other.test", false)] {
+        let mut handler = Handler::absent();
+        let tls = ServerTlsConfig::new().identity(identity(&made.server(name)));
+        handler.tls = Some(tls);
+        handler.up().await;
+        let url = format!("https://handlers.test:{}", handler.port);
+        let ca = made.file();
+        let keys = [
+            ("HANDLER__ADDRESS", url.as_str()),
+            ("HANDLER__SSL_OPTIONS__CACERTFILE", &ca),
+        ];
+        let names = Arc::new(Names::new(&[handler.host]));
+        let broker = Broker::start().await;
+        let stage = Stage::resolving(broker, handler, &keys, names).await;
+        if serves {
+            self::serves(stage).await;
+        } else {
+            let text = stage.admin.ready_until(503, "not valid for name").await;
+            assert!(text.contains(&format!("{url}: ")), "{text}");
+            stage.finish().await;
+        }
+    }
 }
 
 /// A handler that asks for a certificate gets the gateway's.

@@ -48,7 +48,7 @@ pub(super) enum LinkError {
     HandshakeTimeout(Duration),
     #[error("{0}")]
     Wire(#[from] WireError),
-    #[error("the TLS handshake failed: {0}")]
+    #[error("the TLS handshake failed: {}", crate::tls::explain(.0))]
     Tls(io::Error),
     #[error(
         "the broker hung up before its CONNACK: does it speak MQTT {0}? does it want {1} here?"

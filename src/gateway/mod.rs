@@ -475,7 +475,7 @@ fn start_handlers(
         let mut clients = Vec::new();
         for (number, shard) in shards.iter().enumerate() {
             let client = Client::new(
-                options::client(handler, shards.len()),
+                options::client(&key, handler, shards.len()),
                 directory.clone(),
                 metrics.clone(),
                 draining.clone(),

@@ -1,47 +1,37 @@
 //! Events as gRPC calls, one for each: in order, and tried again while the handler
 //! is away.
-//!
-//! A unary call and a client stream of one message are the same bytes on the wire,
-//! so this speaks to `ConnectionUnaryHandler` and to `ConnectionHandler` alike.
 
 use std::sync::Arc;
 use std::time::Duration;
 
-use bytes::{BufMut, Bytes};
 use futures_util::future::BoxFuture;
-use http::uri::PathAndQuery;
 use metrics::Gauge;
 use tokio::sync::OwnedSemaphorePermit;
-use tokio::sync::mpsc::UnboundedReceiver;
 use tokio::time::{Instant, sleep, sleep_until, timeout, timeout_at};
 use tokio_util::sync::CancellationToken;
-use tonic::client::Grpc;
-use tonic::codec::{Codec, EncodeBuf, Encoder};
-use tonic::{Request, Status};
-use tonic_prost::{ProstCodec, ProstDecoder};
+use tonic::Code;
 
+use super::call::{self, Calls, late};
 use super::link::{Channel, Link};
 use super::pool::{self, Pool};
 use super::resolve::Directory;
 use super::seat::{Member, Standing};
-use super::status::{Miss, miss};
+use super::status::{Miss, code_name};
 use super::streaming::{self, Streaming};
-use super::{CallFailure, Caller, Event, EventSink, Handlers, trace};
-use crate::metrics::{HandlerMetrics, METHODS};
-use crate::proto;
+use super::{CallFailure, Caller, Event, EventSink, Handlers};
+use crate::metrics::HandlerMetrics;
 
 /// First and longest pause before a callback that the handler answered with
 /// UNAVAILABLE is sent again.
 pub(super) const PAUSES: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(1));
-
-/// Most time for which a handler that waits for us is not blamed, in one callback.
-pub(super) const MAX_WAIT: Duration = Duration::from_secs(120);
 
 /// How events are delivered.
 #[derive(Clone, Debug)]
 pub struct Options {
     /// The gRPC service: `ConnectionUnaryHandler` or `ConnectionHandler`.
     pub service: &'static str,
+    /// What to set where a handler offers the other one, for the log.
+    pub service_advice: String,
     /// Longest time for one callback.
     pub request_timeout: Duration,
     /// Longest time in which OnSocketClosed is tried.
@@ -67,7 +57,7 @@ pub struct Client(pub(super) Arc<Shared>);
 
 pub(super) struct Shared {
     pub(super) options: Options,
-    paths: [PathAndQuery; METHODS.len()],
+    pub(super) calls: Calls,
     pool: Arc<Pool>,
     pub(super) metrics: HandlerMetrics,
     /// Cancelled when the gateway drains: nobody is waited for any more.
@@ -90,14 +80,16 @@ impl Client {
         draining: CancellationToken,
         shard: usize,
     ) -> Result<Self, http::uri::InvalidUri> {
-        let mut paths = [const { PathAndQuery::from_static("/") }; METHODS.len()];
-        for (path, method) in paths.iter_mut().zip(METHODS) {
-            *path = format!("/emqx.exproto.v1.{}/{method}", options.service).parse()?;
-        }
+        let calls = Calls::new(call::Options {
+            service: options.service,
+            request_timeout: options.request_timeout,
+            grpc_timeout: options.grpc_timeout,
+            trace_context: options.trace_context,
+        })?;
         let pool = Pool::new(options.pool.clone(), directory, metrics.clone(), shard);
         Ok(Self(Arc::new(Shared {
             options,
-            paths,
+            calls,
             pool,
             metrics,
             draining,
@@ -137,34 +129,6 @@ impl EventSink for Client {
     }
 }
 
-/// Requests that are encoded already.
-struct Encoded;
-
-impl Codec for Encoded {
-    type Encode = Bytes;
-    type Decode = proto::EmptySuccess;
-    type Encoder = Self;
-    type Decoder = ProstDecoder<proto::EmptySuccess>;
-
-    fn encoder(&mut self) -> Self {
-        Self
-    }
-
-    fn decoder(&mut self) -> Self::Decoder {
-        ProstDecoder::default()
-    }
-}
-
-impl Encoder for Encoded {
-    type Item = Bytes;
-    type Error = Status;
-
-    fn encode(&mut self, item: Bytes, buffer: &mut EncodeBuf<'_>) -> Result<(), Status> {
-        buffer.put(item);
-        Ok(())
-    }
-}
-
 /// Waits for room at an address.
 async fn turn(member: Arc<Member>) -> Option<Turn> {
     // The semaphore is never closed.
@@ -185,13 +149,6 @@ impl<'a> Counted<'a> {
 impl Drop for Counted<'_> {
     fn drop(&mut self) {
         self.0.decrement(1.0);
-    }
-}
-
-pub(super) fn late(limit: Duration) -> CallFailure {
-    CallFailure::Failed {
-        code: "DEADLINE_EXCEEDED",
-        message: format!("no answer within {limit:?}"),
     }
 }
 
@@ -246,29 +203,6 @@ impl Shared {
     ) -> Result<(), CallFailure> {
         let turn = self.first_turn(caller, event).await;
         self.persist(turn, caller, event).await
-    }
-
-    /// Makes one call with many requests, encoded, which ends with their channel.
-    pub(super) async fn stream(
-        &self,
-        link: &Link,
-        method: usize,
-        mut requests: UnboundedReceiver<Bytes>,
-    ) -> Result<(), Status> {
-        let Some(channel) = link.channel() else {
-            return Err(super::link::not_sent(link.trouble()));
-        };
-        let Some(path) = self.paths.get(method).cloned() else {
-            return Err(Status::internal("no such callback"));
-        };
-        let heard = channel.clone();
-        let mut grpc = Grpc::with_origin(channel, link.origin());
-        grpc.ready().await?;
-        let requests = futures_util::stream::poll_fn(move |cx| requests.poll_recv(cx));
-        grpc.client_streaming(Request::new(requests), path, Encoded)
-            .await?;
-        heard.answered();
-        Ok(())
     }
 
     /// The turn at the connection's address, if that is there.
@@ -409,7 +343,7 @@ impl Shared {
                 self.metrics.succeeded(method, started.elapsed());
             }
         }
-        self.attempt(link, channel, caller, event).await
+        self.calls.one(link, channel, caller, event).await
     }
 
     /// OnSocketCreated.
@@ -420,7 +354,20 @@ impl Shared {
         caller: &Caller,
         created: &Event,
     ) -> Result<(), Miss> {
-        let result = self.attempt(link, channel, caller, created).await;
+        let mut result = self.calls.one(link, channel, caller, created).await;
+        if let Err(Miss::Refused(CallFailure::Failed { code, message })) = &mut result
+            && *code == code_name(Code::Unimplemented)
+        {
+            // The first callback of every connection: who offers the service at all has it.
+            let Options {
+                service,
+                service_advice,
+                ..
+            } = &self.options;
+            *message = format!(
+                "{message} (asked for {service}; one that offers the other service needs {service_advice})"
+            );
+        }
         caller.seat().standing = match &result {
             // Who refuses it knows of it: OnSocketClosed is to follow.
             Ok(()) | Err(Miss::Refused(_)) => Standing::Known,
@@ -428,110 +375,5 @@ impl Shared {
             Err(Miss::Away { sent: false, .. }) => return result,
         };
         result
-    }
-
-    /// One call. Time that the handler spends waiting for us is not the handler's.
-    async fn attempt(
-        &self,
-        link: &Link,
-        channel: Channel,
-        caller: &Caller,
-        event: &Event,
-    ) -> Result<(), Miss> {
-        let limit = self.options.request_timeout;
-        let (started, waited) = (Instant::now(), caller.waited());
-        let (heard, answers) = (channel.clone(), channel.answers());
-        let mut deadline = started + limit;
-        let mut call = std::pin::pin!(self.call(link, channel, caller, event));
-        loop {
-            match timeout_at(deadline, &mut call).await {
-                Ok(Ok(())) => {
-                    heard.answered();
-                    return Ok(());
-                }
-                Ok(Err(status)) => {
-                    let miss = miss(&status);
-                    if matches!(miss, Miss::Refused(_)) {
-                        heard.answered();
-                    }
-                    return Err(miss);
-                }
-                Err(_) => {
-                    let wait = (caller.waited() - waited).min(MAX_WAIT);
-                    let extended = started + limit + wait;
-                    if extended <= Instant::now() {
-                        if heard.answers() == answers {
-                            heard.doubt();
-                        }
-                        return Err(Miss::Refused(late(limit)));
-                    }
-                    deadline = extended;
-                }
-            }
-        }
-    }
-
-    async fn call(
-        &self,
-        link: &Link,
-        channel: Channel,
-        caller: &Caller,
-        event: &Event,
-    ) -> Result<(), Status> {
-        let conn = caller.conn.text();
-        let method = event.method_index();
-        match event {
-            Event::SocketCreated(conninfo) => {
-                let conninfo = Some(conninfo.clone());
-                let request = proto::SocketCreatedRequest { conn, conninfo };
-                self.unary(link, channel, method, request).await
-            }
-            Event::ReceivedBytes(bytes) => {
-                let bytes = bytes.clone();
-                let request = proto::ReceivedBytesRequest { conn, bytes };
-                self.unary(link, channel, method, request).await
-            }
-            Event::ReceivedMessages(messages) => {
-                let messages = messages.clone();
-                let request = proto::ReceivedMessagesRequest { conn, messages };
-                self.unary(link, channel, method, request).await
-            }
-            Event::TimerTimeout => {
-                let r#type = proto::TimerType::Keepalive.into();
-                let request = proto::TimerTimeoutRequest { conn, r#type };
-                self.unary(link, channel, method, request).await
-            }
-            Event::SocketClosed(reason) => {
-                let reason = reason.clone();
-                let request = proto::SocketClosedRequest { conn, reason };
-                self.unary(link, channel, method, request).await
-            }
-        }
-    }
-
-    async fn unary<M: prost::Message + Default + 'static>(
-        &self,
-        link: &Link,
-        channel: Channel,
-        method: usize,
-        message: M,
-    ) -> Result<(), Status> {
-        let Some(path) = self.paths.get(method) else {
-            return Err(Status::internal("no such callback"));
-        };
-        let mut grpc = Grpc::with_origin(channel, link.origin());
-        grpc.ready().await?;
-        let codec = ProstCodec::<M, proto::EmptySuccess>::default();
-        let mut request = Request::new(message);
-        if self.options.grpc_timeout {
-            request.set_timeout(self.options.request_timeout);
-        }
-        if self.options.trace_context
-            && let Some(parent) = trace::parent()
-        {
-            tracing::debug!(callback = METHODS.get(method), traceparent = ?parent, "calling");
-            request.metadata_mut().insert(trace::KEY, parent);
-        }
-        grpc.unary(request, path.clone(), codec).await.map(drop)
     }
 }

@@ -15,7 +15,9 @@ use tokio_rustls::TlsConnector;
 use tokio_rustls::rustls::pki_types::ServerName;
 use tonic::body::Body;
 
+use super::greeted::Greeted;
 use super::resolve::{Endpoint, Place, Target};
+use crate::tls;
 
 /// A handler whose machine has gone silent is given up after so long without an
 /// acknowledgement of what was sent to it (`TCP_USER_TIMEOUT`). Less than the default
@@ -50,37 +52,49 @@ pub(super) type Dialled = (
     BoxFuture<'static, Result<(), hyper::Error>>,
 );
 
-/// Connects, within the target's `connect_timeout`.
+/// Connects, and waits for the handler's first word, within the target's
+/// `connect_timeout`. The error's text stays the same for as long as the cause does.
 pub(super) async fn dial(
     target: &Target,
     endpoint: &Endpoint,
     pings: Option<Pings>,
-) -> io::Result<Dialled> {
+) -> Result<Dialled, String> {
     let limit = target.connect_timeout;
-    timeout(limit, connect(target, endpoint, pings))
-        .await
-        .unwrap_or_else(|_| {
-            let text = format!("no connection within {limit:?}");
-            Err(io::Error::new(io::ErrorKind::TimedOut, text))
-        })
+    let mut next = "connection";
+    let dialled = timeout(limit, connect(target, endpoint, pings, &mut next)).await;
+    match dialled {
+        Ok(dialled) => dialled.map_err(|error| tls::explain(&error)),
+        Err(_) => Err(format!("no {next} within {limit:?}")),
+    }
 }
 
+/// `next` is what was waited for, if it did not come.
 async fn connect(
     target: &Target,
     endpoint: &Endpoint,
     pings: Option<Pings>,
+    next: &mut &'static str,
 ) -> io::Result<Dialled> {
+    const GREETING: &str = "word of HTTP/2";
     let address = match endpoint {
-        Endpoint::Unix(path) => return speak(UnixStream::connect(path).await?, pings).await,
+        Endpoint::Unix(path) => {
+            let stream = UnixStream::connect(path).await?;
+            *next = GREETING;
+            return speak(stream, pings).await;
+        }
         Endpoint::Tcp(address) => *address,
     };
     let tcp = tcp(address).await?;
     let (Some(tls), Place::Port { host, .. }) = (&target.tls, &target.place) else {
+        *next = GREETING;
         return speak(tcp, pings).await;
     };
     let name = ServerName::try_from(host.clone()).map_err(io::Error::other)?;
     let connector = TlsConnector::from(tls.clone());
-    speak(connector.connect(name, tcp).await?, pings).await
+    *next = "TLS handshake";
+    let encrypted = connector.connect(name, tcp).await?;
+    *next = GREETING;
+    speak(encrypted, pings).await
 }
 
 async fn tcp(address: SocketAddr) -> io::Result<TcpStream> {
@@ -92,6 +106,10 @@ async fn tcp(address: SocketAddr) -> io::Result<TcpStream> {
     Ok(tcp)
 }
 
+/// HTTP/2, from when the handler has said its first word: until then a server that is
+/// there cannot be told from a system that accepts for one that is not, nor one that
+/// takes us (TLS 1.3 refuses a client's certificate after the handshake) from one that
+/// does not.
 async fn speak<S>(stream: S, pings: Option<Pings>) -> io::Result<Dialled>
 where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
@@ -107,7 +125,29 @@ where
             .keep_alive_timeout(pings.timeout)
             .keep_alive_while_idle(false);
     }
+    let (stream, heard) = Greeted::new(stream);
+    let broken = |error: hyper::Error| io::Error::other(causes(&error));
     let handshake = builder.handshake(TokioIo::new(stream));
-    let (sender, connection) = handshake.await.map_err(io::Error::other)?;
-    Ok((sender, Box::pin(connection)))
+    let (sender, connection) = handshake.await.map_err(broken)?;
+    let mut connection: BoxFuture<'static, _> = Box::pin(connection);
+    tokio::select! {
+        // First: it ends with a first word that is none of HTTP/2.
+        biased;
+        ended = &mut connection => match ended {
+            Ok(()) => Err(io::Error::other("the handler closed the connection")),
+            Err(error) => Err(broken(error)),
+        },
+        Ok(()) = heard => Ok((sender, connection)),
+    }
+}
+
+/// What an error of HTTP/2 says, with what is below it.
+pub(super) fn causes(error: &hyper::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = std::error::Error::source(error);
+    while let Some(inner) = cause {
+        text = format!("{text}: {inner}");
+        cause = inner.source();
+    }
+    text
 }

@@ -18,7 +18,7 @@ use tokio::time::{Instant, sleep, timeout};
 use tonic::body::Body;
 use tonic::codegen::Service;
 
-use super::dial::{Pings, dial};
+use super::dial::{Pings, causes, dial};
 use super::health::{self, Health};
 use super::resolve::{Directory, Endpoint, Target};
 use crate::metrics::{ChannelMetrics, ChannelState};
@@ -33,6 +33,9 @@ const FIRST_WORD: Duration = Duration::from_secs(1);
 /// Longest time for which a channel that was replaced goes on with its calls: more
 /// than any call may take.
 const LAST_CALLS: Duration = Duration::from_secs(600);
+
+/// Why a channel is replaced that is still open.
+const NO_ANSWERS: &str = "callbacks got no answer over it";
 
 /// How a link behaves.
 #[derive(Debug, Clone)]
@@ -73,13 +76,6 @@ impl Channel {
     /// Notes that a call was answered.
     pub(super) fn answered(&self) {
         self.heard.answers.fetch_add(1, Ordering::Relaxed);
-    }
-
-    /// Says that a call found no answer in time, nor did any other meanwhile: nothing
-    /// may come through any more. New calls then go over a new channel, those under way
-    /// stay, for the handler may as well be slow.
-    pub(super) fn doubt(&self) {
-        self.heard.doubted.notify_one();
     }
 }
 
@@ -129,12 +125,7 @@ pub(super) fn not_sent(trouble: String) -> tonic::Status {
 
 /// Whatever breaks below gRPC says nothing about the call, unless it never was sent.
 fn unavailable(error: &hyper::Error, sent: bool) -> tonic::Status {
-    let mut text = error.to_string();
-    let mut cause = std::error::Error::source(error);
-    while let Some(inner) = cause {
-        text = format!("{text}: {inner}");
-        cause = inner.source();
-    }
+    let text = causes(error);
     if sent {
         tonic::Status::unavailable(text)
     } else {
@@ -247,6 +238,17 @@ impl Link {
         }
     }
 
+    /// Says that a call over this channel found no answer in time, nor did any other
+    /// meanwhile: nothing may come through any more. From now on calls go over a new
+    /// channel; those under way stay, for the handler may as well be slow.
+    pub(super) fn doubt(&self, channel: &Channel) {
+        let now = self.channel();
+        if now.is_some_and(|now| Arc::ptr_eq(&now.heard, &channel.heard)) {
+            self.lost(NO_ANSWERS);
+        }
+        channel.heard.doubted.notify_one();
+    }
+
     /// Keeps the channel connected, for ever.
     pub(super) async fn run(self: Arc<Self>) {
         let mut pause = PAUSES.0;
@@ -256,7 +258,7 @@ impl Link {
             let (sender, mut connection) = match dial(&self.target, &self.endpoint, pings).await {
                 Ok(dialled) => dialled,
                 Err(error) => {
-                    self.note(&error.to_string());
+                    self.note(&error);
                     self.directory.doubt();
                     sleep(pause).await;
                     pause = (pause * 2).min(PAUSES.1);
@@ -278,7 +280,7 @@ impl Link {
             };
             presence.set(ChannelState::Down);
             let Some(result) = ended else {
-                self.lost("callbacks got no answer over it");
+                self.lost(NO_ANSWERS);
                 // Its calls may yet be answered.
                 tokio::spawn(timeout(LAST_CALLS, connection));
                 continue;
@@ -290,7 +292,7 @@ impl Link {
                         tracing::warn!(handler = %self.target.name, "the handler forbids pings: it gets no more");
                         pings = None;
                     }
-                    self.lost(&error.to_string());
+                    self.lost(&causes(&error));
                 }
             }
             self.directory.doubt();

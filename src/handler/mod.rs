@@ -7,13 +7,16 @@
 //! ```text
 //! streaming  many events on one call, and what is not known to be taken (ledger)
 //! client     retries, deadlines, OnSocketCreated before anything else
+//! call       one gRPC call, of either service
 //! pool       the addresses of a handler, and which of them a connection is at (seat)
-//! link       a channel to one of them: up, down, or not serving (dial, health)
+//! link       a channel to one of them: up, down, or not serving (dial, greeted, health)
 //! resolve    from the configuration's addresses to those that can be dialled
 //! ```
 
+mod call;
 pub mod client;
 mod dial;
+mod greeted;
 mod health;
 mod ledger;
 pub mod link;

@@ -22,7 +22,8 @@ use tokio_rustls::rustls::ClientConfig;
 const MAX_ADDRESSES: usize = 64;
 
 /// Shortest and longest pause between two lookups of a handler whose channels break.
-/// It doubles while lookups bring nothing new.
+/// It doubles while lookups bring nothing new, but is no longer than the interval in
+/// which names are resolved anyway.
 const GAPS: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(10));
 
 /// Longest time for one lookup; the system's resolver may take half a minute to find
@@ -202,6 +203,7 @@ impl Directory {
                 Lookup::News => GAPS.0,
                 Lookup::Same | Lookup::Failed => (gap * 2).min(GAPS.1),
             };
+            let gap = self.interval.map_or(gap, |most| gap.min(most)).max(GAPS.0);
             sleep(gap).await;
             if all_found == Lookup::Failed {
                 continue;

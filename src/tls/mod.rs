@@ -7,8 +7,10 @@ mod choice;
 pub(crate) mod fuzzing;
 mod subject;
 
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use tokio_rustls::rustls::client::danger::{
     HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier,
@@ -21,8 +23,11 @@ use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName,
 use tokio_rustls::rustls::server::WebPkiClientVerifier;
 use tokio_rustls::rustls::sign::CertifiedKey;
 use tokio_rustls::rustls::{
-    ClientConfig, DigitallySignedStruct, RootCertStore, ServerConfig, SignatureScheme,
+    CertificateError, ClientConfig, DigitallySignedStruct, RootCertStore, ServerConfig,
+    SignatureScheme,
 };
+
+use x509_cert::der::DateTime;
 
 pub use subject::Subject;
 
@@ -208,6 +213,35 @@ fn authorities(path: &Path) -> Result<RootCertStore, Error> {
             .map_err(|error| problem(path, "an authority's certificate", &error))?;
     }
     Ok(roots)
+}
+
+/// What an error of a connection says, in words that stay the same for as long as the cause
+/// does. Those of rustls about an expired certificate tell the time of the check, and a log
+/// that leaves out repetitions would find none.
+pub fn explain(error: &io::Error) -> String {
+    let cause = error.get_ref().and_then(|cause| cause.downcast_ref());
+    let Some(tokio_rustls::rustls::Error::InvalidCertificate(fault)) = cause else {
+        return error.to_string();
+    };
+    let date = |time: &UnixTime| {
+        let since = Duration::from_secs(time.as_secs());
+        DateTime::from_unix_duration(since).map_or_else(|_| "?".to_owned(), |date| date.to_string())
+    };
+    match fault {
+        CertificateError::ExpiredContext { not_after, .. } => {
+            format!(
+                "the certificate has expired: it was valid until {}",
+                date(not_after)
+            )
+        }
+        CertificateError::NotValidYetContext { not_before, .. } => {
+            format!(
+                "the certificate is not valid yet: it will be from {}",
+                date(not_before)
+            )
+        }
+        _ => error.to_string(),
+    }
 }
 
 /// `verify_none`: encryption without knowing with whom. For tests.

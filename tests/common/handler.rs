@@ -7,7 +7,7 @@
 
 use std::collections::HashMap;
 use std::future::Future;
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::pin::Pin;
 use std::sync::{Arc, Mutex};
 
@@ -25,6 +25,7 @@ use exproto_sidecar::proto::{
 use tokio::net::TcpListener;
 use tokio::runtime::Runtime;
 use tokio::sync::watch;
+use tonic::metadata::MetadataMap;
 use tonic::transport::server::TcpIncoming;
 use tonic::transport::{Server, ServerTlsConfig};
 use tonic::{Code, Request, Response, Status, Streaming};
@@ -63,6 +64,8 @@ pub struct Log {
     pub deaf: Option<Gate>,
     /// Bytes and messages of one connection may come at the same time.
     pub shared_streams: bool,
+    /// The callbacks that came, each with its headers.
+    pub headers: Vec<(&'static str, MetadataMap)>,
     /// Rules of the interface that were broken.
     faults: Vec<String>,
 }
@@ -97,6 +100,7 @@ impl Gate {
 
 /// See the module.
 pub struct Handler {
+    pub host: IpAddr,
     pub port: u16,
     /// Encrypts, from the next start on.
     pub tls: Option<ServerTlsConfig>,
@@ -122,9 +126,15 @@ impl Handler {
 
     /// A handler that is not there yet.
     pub fn absent() -> Self {
+        Self::absent_at(Ipv4Addr::LOCALHOST.into(), free_port())
+    }
+
+    /// One that will listen there.
+    pub fn absent_at(host: IpAddr, port: u16) -> Self {
         let nothing: Behaviour = Arc::new(|_| Box::pin(async { Ok(()) }));
         Self {
-            port: free_port(),
+            host,
+            port,
             tls: None,
             health: None,
             service: Service {
@@ -142,11 +152,9 @@ impl Handler {
             .enable_all()
             .build()
             .unwrap();
-        let port = self.port;
+        let address = SocketAddr::new(self.host, self.port);
         let bound = runtime.spawn(async move {
-            let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, port))
-                .await
-                .unwrap();
+            let listener = TcpListener::bind(address).await.unwrap();
             TcpIncoming::from(listener).with_nodelay(Some(true))
         });
         let incoming = bound.await.unwrap();
@@ -182,7 +190,7 @@ impl Handler {
     }
 
     pub fn url(&self) -> String {
-        format!("http://127.0.0.1:{}", self.port)
+        format!("http://{}", SocketAddr::new(self.host, self.port))
     }
 
     /// What it does in each callback from now on.
@@ -423,6 +431,14 @@ impl Drop for InFlight<'_> {
 }
 
 impl Service {
+    /// What a call carries; its headers are noted.
+    fn opened<T>(&self, name: &'static str, request: Request<T>) -> T {
+        let (headers, _, message) = request.into_parts();
+        self.log
+            .send_modify(|log| log.headers.push((name, headers)));
+        message
+    }
+
     async fn take(&self, conn: String, call: Call) -> Result<Response<EmptySuccess>, Status> {
         let event = Event { conn, call };
         let behaviour = self.behaviour.lock().unwrap().clone();
@@ -445,29 +461,29 @@ type Taken = Result<Response<EmptySuccess>, Status>;
 #[tonic::async_trait]
 impl ConnectionUnaryHandler for Service {
     async fn on_socket_created(&self, request: Request<SocketCreatedRequest>) -> Taken {
-        let request = request.into_inner();
+        let request = self.opened("created", request);
         let call = Call::Created(request.conninfo.unwrap_or_default());
         self.take(request.conn, call).await
     }
 
     async fn on_socket_closed(&self, request: Request<SocketClosedRequest>) -> Taken {
-        let request = request.into_inner();
+        let request = self.opened("closed", request);
         self.take(request.conn, Call::Closed(request.reason)).await
     }
 
     async fn on_received_bytes(&self, request: Request<ReceivedBytesRequest>) -> Taken {
-        let request = request.into_inner();
+        let request = self.opened("bytes", request);
         self.take(request.conn, Call::Bytes(request.bytes)).await
     }
 
     async fn on_timer_timeout(&self, request: Request<TimerTimeoutRequest>) -> Taken {
-        let request = request.into_inner();
+        let request = self.opened("timer", request);
         let call = Call::Timer(request.r#type());
         self.take(request.conn, call).await
     }
 
     async fn on_received_messages(&self, request: Request<ReceivedMessagesRequest>) -> Taken {
-        let request = request.into_inner();
+        let request = self.opened("messages", request);
         self.take(request.conn, Call::Messages(request.messages))
             .await
     }
@@ -481,7 +497,7 @@ impl Service {
         stream: Request<Streaming<M>>,
         call: impl Fn(M) -> (String, Call),
     ) -> Taken {
-        let mut stream = stream.into_inner();
+        let mut stream = self.opened(name, stream);
         let mut count = 0;
         loop {
             let pause = self.log.borrow().deaf.clone();

@@ -26,13 +26,15 @@ mod dtls;
 mod handler;
 mod http;
 mod mqtt;
+mod names;
 mod process;
 mod proxy;
+mod python;
 mod service;
 mod stage;
 
 use std::future::Future;
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::Mutex;
 use std::time::Duration;
 
@@ -46,8 +48,10 @@ pub use dtls::DtlsDevice;
 pub use handler::{Call, Event, Gate, Handler, Log};
 pub use http::{Admin, Page};
 pub use mqtt::Peer;
+pub use names::Names;
 pub use process::{PROGRAM, Process};
 pub use proxy::Proxy;
+pub use python::Python;
 pub use service::{Asked, Service};
 pub use stage::{Plan, Stage, node_name};
 
@@ -81,14 +85,33 @@ pub async fn until<T, F: Future<Output = Option<T>>>(what: &str, mut look: impl 
 /// ends. The system then gives it to nobody who asks for any port, refuses who connects
 /// to it, and lets in who binds it with SO_REUSEADDR, as servers do.
 pub fn free_port() -> u16 {
+    free_port_at(&[Ipv4Addr::LOCALHOST.into()])
+}
+
+/// One that is free, and stays ours, at each of these addresses.
+pub fn free_port_at(hosts: &[IpAddr]) -> u16 {
     static HELD: Mutex<Vec<Socket>> = Mutex::new(Vec::new());
-    let socket = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
-    socket.set_reuse_address(true).unwrap();
-    let any = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
-    socket.bind(&any.into()).unwrap();
-    let port = socket.local_addr().unwrap().as_socket().unwrap().port();
-    HELD.lock().unwrap().push(socket);
-    port
+    let hold = |address: SocketAddr| {
+        let socket = Socket::new(Domain::for_address(address), Type::STREAM, None)?;
+        socket.set_reuse_address(true)?;
+        socket.bind(&address.into())?;
+        std::io::Result::Ok(socket)
+    };
+    let [first, others @ ..] = hosts else {
+        panic!("no address");
+    };
+    loop {
+        let socket = hold(SocketAddr::new(*first, 0)).unwrap();
+        let port = socket.local_addr().unwrap().as_socket().unwrap().port();
+        let others = others.iter().map(|host| hold(SocketAddr::new(*host, port)));
+        let Ok(others) = others.collect::<Result<Vec<_>, _>>() else {
+            continue;
+        };
+        HELD.lock()
+            .unwrap()
+            .extend(others.into_iter().chain([socket]));
+        return port;
+    }
 }
 
 /// `length` bytes in which every position can be told from its neighbours.

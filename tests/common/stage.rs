@@ -1,10 +1,12 @@
 //! Everything together: a broker, a handler and a gateway in this process.
 
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use exproto_sidecar::config::{self, Config, Sources};
 use exproto_sidecar::gateway::{Drained, Gateway};
+use exproto_sidecar::handler::resolve::{Resolve, System};
 use exproto_sidecar::proto::ConnInfo;
 
 use super::{Adapter, Admin, Answer, Broker, Call, Device, Handler, within};
@@ -95,8 +97,19 @@ impl Stage {
 
     /// With what is there, which need not be running.
     pub async fn assemble(broker: Broker, handler: Handler, keys: &[(&str, &str)]) -> Self {
+        Self::resolving(broker, handler, keys, Arc::new(System)).await
+    }
+
+    /// The same with a resolver of host names.
+    pub async fn resolving(
+        broker: Broker,
+        handler: Handler,
+        keys: &[(&str, &str)],
+        resolver: Arc<dyn Resolve>,
+    ) -> Self {
         let plan = Plan::new(&broker.url(), &handler.url()).set_all(keys);
-        let gateway = Gateway::start(&plan.config()).await.unwrap();
+        let starting = Gateway::start_resolving(&plan.config(), resolver, |_| ()).await;
+        let gateway = starting.unwrap();
         let adapter = Adapter::connect(gateway.addresses().adapter.tcp().unwrap()).await;
         let admin = Admin(gateway.addresses().admin.unwrap());
         Self {

@@ -9,6 +9,7 @@
 
 mod checks;
 mod dump;
+mod handlers;
 mod layers;
 mod lists;
 mod report;

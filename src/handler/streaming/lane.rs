@@ -10,7 +10,8 @@ use futures_util::stream::{FuturesUnordered, StreamExt};
 use tokio::sync::mpsc;
 
 use super::{Entry, Kind, Options, WINDOW};
-use crate::handler::client::{Client, MAX_WAIT, PAUSES, late};
+use crate::handler::call::{MAX_WAIT, late};
+use crate::handler::client::{Client, PAUSES};
 use crate::handler::ledger::{ConnKey, End, Ledger, Limits, Output, StreamId};
 use crate::handler::link::Link;
 use crate::handler::status::{Miss, miss};
@@ -265,7 +266,7 @@ impl Output<Entry> for Hands {
         let (sender, requests) = mpsc::unbounded_channel();
         let (client, link, method) = (self.client.clone(), self.link.clone(), self.kind.method());
         let (answer, abort) =
-            abortable(async move { client.0.stream(&link, method, requests).await });
+            abortable(async move { client.0.calls.stream(&link, method, requests).await });
         let answer = async move { (stream, answer.await.ok()) };
         self.answers.push(Box::pin(answer));
         self.streams.push((stream, Some(sender), abort));

@@ -1,0 +1,220 @@
+//! One gRPC call: what goes out, how long its answer may take, what the answer was.
+//!
+//! A unary call and a client stream of one message are the same bytes on the wire,
+//! so this speaks to `ConnectionUnaryHandler` and to `ConnectionHandler` alike.
+
+use std::time::Duration;
+
+use bytes::{BufMut, Bytes};
+use http::uri::{InvalidUri, PathAndQuery};
+use tokio::sync::mpsc::UnboundedReceiver;
+use tokio::time::{Instant, timeout_at};
+use tonic::client::Grpc;
+use tonic::codec::{Codec, EncodeBuf, Encoder};
+use tonic::{Request, Status};
+use tonic_prost::{ProstCodec, ProstDecoder};
+
+use super::link::{Channel, Link, not_sent};
+use super::status::{Miss, miss};
+use super::{CallFailure, Caller, Event, trace};
+use crate::metrics::METHODS;
+use crate::proto;
+
+/// Most time for which a handler that waits for us is not blamed, in one callback.
+pub(super) const MAX_WAIT: Duration = Duration::from_secs(120);
+
+/// How calls are made.
+#[derive(Debug, Clone)]
+pub(super) struct Options {
+    /// The gRPC service.
+    pub(super) service: &'static str,
+    /// Longest time for the answer to one.
+    pub(super) request_timeout: Duration,
+    /// Whether that is sent along.
+    pub(super) grpc_timeout: bool,
+    /// Whether calls carry a trace id.
+    pub(super) trace_context: bool,
+}
+
+/// See the module.
+pub(super) struct Calls {
+    options: Options,
+    paths: [PathAndQuery; METHODS.len()],
+}
+
+/// Requests that are encoded already.
+struct Encoded;
+
+impl Codec for Encoded {
+    type Encode = Bytes;
+    type Decode = proto::EmptySuccess;
+    type Encoder = Self;
+    type Decoder = ProstDecoder<proto::EmptySuccess>;
+
+    fn encoder(&mut self) -> Self {
+        Self
+    }
+
+    fn decoder(&mut self) -> Self::Decoder {
+        ProstDecoder::default()
+    }
+}
+
+impl Encoder for Encoded {
+    type Item = Bytes;
+    type Error = Status;
+
+    fn encode(&mut self, item: Bytes, buffer: &mut EncodeBuf<'_>) -> Result<(), Status> {
+        buffer.put(item);
+        Ok(())
+    }
+}
+
+/// What a call is that found no answer.
+pub(super) fn late(limit: Duration) -> CallFailure {
+    CallFailure::Failed {
+        code: "DEADLINE_EXCEEDED",
+        message: format!("no answer within {limit:?}"),
+    }
+}
+
+impl Calls {
+    /// # Errors
+    /// A service name that cannot stand in a path.
+    pub(super) fn new(options: Options) -> Result<Self, InvalidUri> {
+        let mut paths = [const { PathAndQuery::from_static("/") }; METHODS.len()];
+        for (path, method) in paths.iter_mut().zip(METHODS) {
+            *path = format!("/emqx.exproto.v1.{}/{method}", options.service).parse()?;
+        }
+        Ok(Self { options, paths })
+    }
+
+    /// Makes one call with many requests, encoded, which ends with their channel. It may
+    /// take any time.
+    pub(super) async fn stream(
+        &self,
+        link: &Link,
+        method: usize,
+        mut requests: UnboundedReceiver<Bytes>,
+    ) -> Result<(), Status> {
+        let Some(channel) = link.channel() else {
+            return Err(not_sent(link.trouble()));
+        };
+        let Some(path) = self.paths.get(method).cloned() else {
+            return Err(Status::internal("no such callback"));
+        };
+        let heard = channel.clone();
+        let mut grpc = Grpc::with_origin(channel, link.origin());
+        grpc.ready().await?;
+        let requests = futures_util::stream::poll_fn(move |cx| requests.poll_recv(cx));
+        grpc.client_streaming(Request::new(requests), path, Encoded)
+            .await?;
+        heard.answered();
+        Ok(())
+    }
+
+    /// One call. Time that the handler spends waiting for us is not the handler's.
+    pub(super) async fn one(
+        &self,
+        link: &Link,
+        channel: Channel,
+        caller: &Caller,
+        event: &Event,
+    ) -> Result<(), Miss> {
+        let limit = self.options.request_timeout;
+        let (started, waited) = (Instant::now(), caller.waited());
+        let (heard, answers) = (channel.clone(), channel.answers());
+        let mut deadline = started + limit;
+        let mut call = std::pin::pin!(self.call(link, channel, caller, event));
+        loop {
+            match timeout_at(deadline, &mut call).await {
+                Ok(Ok(())) => {
+                    heard.answered();
+                    return Ok(());
+                }
+                Ok(Err(status)) => {
+                    let miss = miss(&status);
+                    if matches!(miss, Miss::Refused(_)) {
+                        heard.answered();
+                    }
+                    return Err(miss);
+                }
+                Err(_) => {
+                    let wait = (caller.waited() - waited).min(MAX_WAIT);
+                    let extended = started + limit + wait;
+                    if extended <= Instant::now() {
+                        if heard.answers() == answers {
+                            link.doubt(&heard);
+                        }
+                        return Err(Miss::Refused(late(limit)));
+                    }
+                    deadline = extended;
+                }
+            }
+        }
+    }
+
+    async fn call(
+        &self,
+        link: &Link,
+        channel: Channel,
+        caller: &Caller,
+        event: &Event,
+    ) -> Result<(), Status> {
+        let conn = caller.conn.text();
+        let method = event.method_index();
+        match event {
+            Event::SocketCreated(conninfo) => {
+                let conninfo = Some(conninfo.clone());
+                let request = proto::SocketCreatedRequest { conn, conninfo };
+                self.unary(link, channel, method, request).await
+            }
+            Event::ReceivedBytes(bytes) => {
+                let bytes = bytes.clone();
+                let request = proto::ReceivedBytesRequest { conn, bytes };
+                self.unary(link, channel, method, request).await
+            }
+            Event::ReceivedMessages(messages) => {
+                let messages = messages.clone();
+                let request = proto::ReceivedMessagesRequest { conn, messages };
+                self.unary(link, channel, method, request).await
+            }
+            Event::TimerTimeout => {
+                let r#type = proto::TimerType::Keepalive.into();
+                let request = proto::TimerTimeoutRequest { conn, r#type };
+                self.unary(link, channel, method, request).await
+            }
+            Event::SocketClosed(reason) => {
+                let reason = reason.clone();
+                let request = proto::SocketClosedRequest { conn, reason };
+                self.unary(link, channel, method, request).await
+            }
+        }
+    }
+
+    async fn unary<M: prost::Message + Default + 'static>(
+        &self,
+        link: &Link,
+        channel: Channel,
+        method: usize,
+        message: M,
+    ) -> Result<(), Status> {
+        let Some(path) = self.paths.get(method) else {
+            return Err(Status::internal("no such callback"));
+        };
+        let mut grpc = Grpc::with_origin(channel, link.origin());
+        grpc.ready().await?;
+        let codec = ProstCodec::<M, proto::EmptySuccess>::default();
+        let mut request = Request::new(message);
+        if self.options.grpc_timeout {
+            request.set_timeout(self.options.request_timeout);
+        }
+        if self.options.trace_context
+            && let Some(parent) = trace::parent()
+        {
+            tracing::debug!(callback = METHODS.get(method), traceparent = ?parent, "calling");
+            request.metadata_mut().insert(trace::KEY, parent);
+        }
+        grpc.unary(request, path.clone(), codec).await.map(drop)
+    }
+}
