@@ -30,6 +30,7 @@ mod process;
 mod proxy;
 mod service;
 mod stage;
+mod tokens;
 
 use std::future::Future;
 use std::net::{Ipv4Addr, SocketAddr};
@@ -48,8 +49,9 @@ pub use http::{Admin, Page};
 pub use mqtt::Peer;
 pub use process::{PROGRAM, Process};
 pub use proxy::Proxy;
-pub use service::{Asked, Service};
+pub use service::{Asked, Service, http_item, item};
 pub use stage::{Plan, Stage, node_name};
+pub use tokens::{Signer, hs256, seconds};
 
 /// Guards every wait. Far more than anything takes, also on a busy machine.
 pub const LIMIT: Duration = Duration::from_secs(30);
