@@ -18,6 +18,13 @@
 /// the program's name ends in `_v4`.
 pub const V4: bool = matches!(env!("CARGO_CRATE_NAME").as_bytes(), [.., b'_', b'v', b'4']);
 
+/// Whether each device has a session of its own at the broker: where the program's name
+/// ends in `_own`.
+pub const OWN: bool = matches!(
+    env!("CARGO_CRATE_NAME").as_bytes(),
+    [.., b'_', b'o', b'w', b'n']
+);
+
 mod adapter;
 mod broker;
 mod certs;
