@@ -10,43 +10,17 @@
 mod common;
 
 use std::net::Ipv4Addr;
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
-use aws_lc_rs::rand::SystemRandom;
-use aws_lc_rs::signature::{ECDSA_P256_SHA256_FIXED_SIGNING, EcdsaKeyPair, KeyPair};
 use axum::Router;
 use axum::http::{Method, StatusCode};
-use base64::Engine;
-use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use common::{
-    Adapter, Answer, Authority, Broker, Call, Device, Plan, Process, Service, Stage, client,
-    free_port, until, within,
+    Adapter, Answer, Authority, Broker, Call, Device, Plan, Process, Service, Signer, Stage,
+    client, free_port, http_item, item, seconds, until, within,
 };
 use exproto_sidecar::proto::{ClientInfo, ResultCode};
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-
-/// The keys of an authenticator of HTTP.
-fn http(number: usize, url: &str) -> Vec<(String, String)> {
-    item(
-        number,
-        &[
-            ("MECHANISM", "password_based"),
-            ("BACKEND", "http"),
-            ("URL", url),
-        ],
-    )
-}
-
-fn item(number: usize, keys: &[(&str, &str)]) -> Vec<(String, String)> {
-    let named = |(name, value): &(&str, &str)| {
-        (
-            format!("AUTHENTICATION__{number}__{name}"),
-            (*value).to_owned(),
-        )
-    };
-    keys.iter().map(named).collect()
-}
 
 async fn stage(keys: &[(String, String)]) -> Stage {
     let keys: Vec<(&str, &str)> = keys.iter().map(|(k, v)| (k.as_str(), v.as_str())).collect();
@@ -71,17 +45,10 @@ async fn login(stage: &Stage, clientid: &str, username: &str, password: &str) ->
     (connected, answer)
 }
 
-fn seconds(offset: i64) -> i64 {
-    let now = SystemTime::now()
-        .duration_since(SystemTime::UNIX_EPOCH)
-        .unwrap();
-    i64::try_from(now.as_secs()).unwrap() + offset
-}
-
 #[tokio::test]
 async fn a_service_is_asked_as_emqx_asks_it_and_decides() {
     let service = Service::start().await;
-    let mut keys = http(1, &service.url("/auth?id=${clientid}"));
+    let mut keys = http_item(1, &service.url("/auth?id=${clientid}"));
     keys.extend(item(
         1,
         &[
@@ -128,12 +95,12 @@ async fn a_service_is_asked_as_emqx_asks_it_and_decides() {
 #[tokio::test]
 async fn a_get_has_all_of_it_in_its_query_and_a_form_in_its_body() {
     let service = Service::start().await;
-    let mut keys = http(1, &service.url("/get"));
+    let mut keys = http_item(1, &service.url("/get"));
     keys.extend(item(
         1,
         &[("METHOD", "get"), ("BODY", "{ p = \"${password}\" }")],
     ));
-    keys.extend(http(2, &service.url("/form")));
+    keys.extend(http_item(2, &service.url("/form")));
     keys.extend(item(
         2,
         &[
@@ -193,11 +160,11 @@ async fn a_faulty_service_is_ignored_or_denies_as_configured() {
         Service::start().await,
         Service::start().await,
     );
-    let mut keys = http(1, &first.url("/"));
+    let mut keys = http_item(1, &first.url("/"));
     keys.extend(item(1, &[("REQUEST_TIMEOUT", "300ms")]));
-    keys.extend(http(2, &second.url("/")));
+    keys.extend(http_item(2, &second.url("/")));
     keys.extend(item(2, &[("ON_ERROR", "deny")]));
-    keys.extend(http(3, &third.url("/")));
+    keys.extend(http_item(3, &third.url("/")));
     let stage = stage(&keys).await;
     for (status, kind, body, part) in faults() {
         // The first one's fault leaves the decision to the second; the second one's denies.
@@ -224,7 +191,7 @@ async fn a_faulty_service_is_ignored_or_denies_as_configured() {
 #[tokio::test]
 async fn a_service_that_is_down_is_no_decision_and_it_is_asked_again_when_it_is_back() {
     let port = free_port();
-    let mut keys = http(1, &format!("http://127.0.0.1:{port}/"));
+    let mut keys = http_item(1, &format!("http://127.0.0.1:{port}/"));
     keys.extend(item(1, &[("CONNECT_TIMEOUT", "1s")]));
     let stage = stage(&keys).await;
     let (_, answer) = login(&stage, "c", "u", "p").await;
@@ -243,7 +210,7 @@ async fn a_service_that_is_down_is_no_decision_and_it_is_asked_again_when_it_is_
 #[tokio::test]
 async fn who_waits_holds_up_nobody_and_is_asked_once() {
     let service = Service::start().await;
-    let mut keys = http(1, &service.url("/"));
+    let mut keys = http_item(1, &service.url("/"));
     keys.push((
         "LISTENERS__TCP__OPEN__BIND".to_owned(),
         "127.0.0.1:0".to_owned(),
@@ -317,7 +284,7 @@ async fn who_waits_holds_up_nobody_and_is_asked_once() {
 #[tokio::test]
 async fn a_connection_that_ends_meanwhile_ends_its_authentication() {
     let service = Service::start().await;
-    let stage = stage(&http(1, &service.url("/"))).await;
+    let stage = stage(&http_item(1, &service.url("/"))).await;
     let gate = service.hold();
     let device_ = stage.device().await;
     let (adapter, conn) = (stage.adapter.clone(), device_.conn.clone());
@@ -350,36 +317,6 @@ async fn a_connection_that_ends_meanwhile_ends_its_authentication() {
         .await
         .ok();
     stage.finish().await;
-}
-
-/// Who signs tokens.
-struct Signer {
-    pair: EcdsaKeyPair,
-    kid: &'static str,
-}
-
-impl Signer {
-    fn new(kid: &'static str) -> Self {
-        let pair = EcdsaKeyPair::generate(&ECDSA_P256_SHA256_FIXED_SIGNING).unwrap();
-        Self { pair, kid }
-    }
-
-    fn jwk(&self) -> Value {
-        let point = self.pair.public_key().as_ref();
-        let text = |part: &[u8]| URL_SAFE_NO_PAD.encode(part);
-        json!({"kty": "EC", "crv": "P-256", "kid": self.kid, "use": "sig", "x": text(&point[1..33]), "y": text(&point[33..])})
-    }
-
-    fn token(&self, claims: &Value) -> String {
-        let text = |value: &Value| URL_SAFE_NO_PAD.encode(value.to_string());
-        let header = json!({"alg": "ES256", "kid": self.kid});
-        let message = format!("{}.{}", text(&header), text(claims));
-        let signature = self
-            .pair
-            .sign(&SystemRandom::new(), message.as_bytes())
-            .unwrap();
-        format!("{message}.{}", URL_SAFE_NO_PAD.encode(signature))
-    }
 }
 
 fn jwt(number: usize, keys: &[(&str, &str)]) -> Vec<(String, String)> {
@@ -438,29 +375,10 @@ async fn tokens_are_checked_with_the_keys_of_an_endpoint_that_change() {
     stage.finish().await;
 }
 
-/// A Mosquitto that knows the gateway and `ann`.
-async fn guarded_broker() -> Broker {
-    let mut broker = Broker::absent("allow_anonymous false\npassword_file {dir}/passwd\n");
-    let file = broker.dir.path().join("passwd");
-    for (create, name, password) in [("-c", "gateway", "gateway's"), ("", "ann", "right")] {
-        let mut command = std::process::Command::new("mosquitto_passwd");
-        command
-            .args(["-b"])
-            .args(Some(create).filter(|flag| !flag.is_empty()));
-        let status = command.arg(&file).args([name, password]).status();
-        assert!(
-            status
-                .expect("mosquitto_passwd comes with mosquitto")
-                .success()
-        );
-    }
-    broker.up().await;
-    broker
-}
-
 #[tokio::test]
 async fn the_broker_decides() {
-    let broker = guarded_broker().await;
+    let users = [("gateway", "gateway's"), ("ann", "right")];
+    let broker = Broker::guarded(&users, "pattern readwrite #\n").await;
     let mut keys = item(
         1,
         &[
@@ -510,8 +428,8 @@ async fn no_secret_is_in_the_log_the_metrics_or_an_answer() {
     let (service, broker) = (Service::start().await, Broker::start().await);
     let handler = common::Handler::start().await;
     let mut keys = item(1, &[("MECHANISM", "jwt"), ("SECRET", jwt_secret)]);
-    keys.extend(http(2, &format!("http://127.0.0.1:{}/", free_port())));
-    keys.extend(http(3, &service.url("/x?password=${password}")));
+    keys.extend(http_item(2, &format!("http://127.0.0.1:{}/", free_port())));
+    keys.extend(http_item(3, &service.url("/x?password=${password}")));
     let headers = format!("{{ x-key = \"{header}\", x-password = \"${{password}}\" }}");
     keys.extend(item(
         3,
@@ -620,7 +538,7 @@ async fn a_service_over_tls_is_asked_if_its_authority_is_known() {
     });
     let url = format!("https://localhost:{port}/auth");
     let keys = |number, file: &str| {
-        let mut keys = http(number, &url);
+        let mut keys = http_item(number, &url);
         keys.extend(item(number, &[("SSL_OPTIONS__CACERTFILE", file)]));
         keys
     };

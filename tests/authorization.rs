@@ -10,10 +10,15 @@
 mod common;
 
 use std::fs;
+use std::path::Path;
 
-use common::{Device, Service, Stage, client, until};
+use common::{Authority, Device, Service, Stage, client, until, within};
 use exproto_sidecar::proto::{ClientInfo, ResultCode};
+use exproto_sidecar::tls;
 use serde_json::json;
+use tokio::net::TcpStream;
+use tokio_rustls::TlsConnector;
+use tokio_rustls::rustls::pki_types::ServerName;
 
 /// A device that is a client, with this user name.
 async fn client_of(stage: &Stage, clientid: &str, username: &str) -> Device {
@@ -162,6 +167,53 @@ async fn a_service_is_asked_once_for_each_wish() {
 }
 
 #[tokio::test]
+async fn a_service_that_hangs_or_errs_denies_and_holds_up_nobody_who_does_not_need_it() {
+    let service = Service::start().await;
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("acl.toml");
+    fs::write(&file, RULES).unwrap();
+    let (url, file) = (service.url("/acl"), file.to_str().unwrap());
+    let stage = Stage::with(&[
+        ("AUTHORIZATION__SOURCES__1__TYPE", "file"),
+        ("AUTHORIZATION__SOURCES__1__PATH", file),
+        ("AUTHORIZATION__SOURCES__2__TYPE", "http"),
+        ("AUTHORIZATION__SOURCES__2__URL", &url),
+        ("AUTHORIZATION__SOURCES__2__REQUEST_TIMEOUT", "20s"),
+    ])
+    .await;
+    let gate = service.hold();
+    let waits = client_of(&stage, "c1", "u").await;
+    let (adapter, conn) = (stage.adapter.clone(), waits.conn.clone());
+    let waiting = tokio::spawn(async move { adapter.publish(&conn, "x", 1, "x").await });
+    service.asked(1).await;
+    // Also on the same connection: the file decides.
+    let other = client_of(&stage, "c2", "u").await;
+    for number in 0..50 {
+        let (device, own) = [(&waits, "plant/c1/x"), (&other, "plant/c2/x")][number % 2];
+        stage.publish(device, own, 1, "x").await.ok();
+    }
+    assert!(!waiting.is_finished());
+    service.says(&json!({"result": "allow"}));
+    gate.open();
+    within("its answer", waiting).await.unwrap().ok();
+    // The default of no_match would have allowed it.
+    let large = format!(
+        "{{\"result\":\"allow\",\"x\":\"{}\"}}",
+        "x".repeat(10_000_000)
+    );
+    for (status, kind, body) in [
+        (500, "application/json", "{\"result\":\"allow\"}"),
+        (200, "text/html", "<html>allow</html>"),
+        (200, "application/json", "{}"),
+        (200, "application/json", &large),
+    ] {
+        service.answers(status, kind, body);
+        denied(stage.publish(&other, "y", 1, "x").await);
+    }
+    stage.finish().await;
+}
+
+#[tokio::test]
 async fn rules_that_come_with_the_authentication_are_the_first() {
     let service = Service::start().await;
     let url = service.url("/auth");
@@ -229,6 +281,63 @@ async fn what_a_device_is_can_be_put_in_place_of_what_it_says() {
     peer.subscribe("127.0.0.1-c1/c1/#").await;
     stage.publish(&device, "x", 1, "hello").await.ok();
     assert_eq!(peer.next_text().await.0, "127.0.0.1-c1/c1/x");
+    stage.finish().await;
+}
+
+#[tokio::test]
+async fn a_device_is_who_its_certificate_says() {
+    let folder = tempfile::tempdir().unwrap();
+    let authority = Authority::new(folder.path(), "authority");
+    let (server, files) = (authority.server("localhost"), authority.client("meter-7"));
+    let (ca, service) = (authority.file(), Service::start().await);
+    let url = service.url("/auth");
+    let stage = Stage::with(&[
+        ("LISTENERS__SSL__DEFAULT__BIND", "127.0.0.1:0"),
+        (
+            "LISTENERS__SSL__DEFAULT__SSL_OPTIONS__CERTFILE",
+            &server.cert,
+        ),
+        ("LISTENERS__SSL__DEFAULT__SSL_OPTIONS__KEYFILE", &server.key),
+        ("LISTENERS__SSL__DEFAULT__SSL_OPTIONS__CACERTFILE", &ca),
+        (
+            "LISTENERS__SSL__DEFAULT__SSL_OPTIONS__VERIFY",
+            "verify_peer",
+        ),
+        ("CLIENTINFO_OVERRIDE__CLIENTID", "${cert_common_name}"),
+        ("CLIENTINFO_OVERRIDE__USERNAME", "${cert_subject}"),
+        (
+            "CLIENTINFO_OVERRIDE__PASSWORD",
+            "${cert_common_name}@${peerhost}",
+        ),
+        ("AUTHENTICATION__1__MECHANISM", "password_based"),
+        ("AUTHENTICATION__1__BACKEND", "http"),
+        ("AUTHENTICATION__1__URL", &url),
+        ("MOUNTPOINT", "${clientid}/"),
+    ])
+    .await;
+    let identity = tls::Identity {
+        certfile: files.cert.into(),
+        keyfile: files.key.into(),
+    };
+    let config = tls::client(Some(Path::new(&ca)), Some(&identity), true, &[]).unwrap();
+    let address = stage.gateway.addresses().listeners["ssl.default"];
+    let tcp = TcpStream::connect(address).await.unwrap();
+    let port = tcp.local_addr().unwrap().port();
+    let name = ServerName::try_from("localhost").unwrap();
+    let connecting = TlsConnector::from(config).connect(name, tcp);
+    let _stream = within("the handshake", connecting).await.unwrap();
+    let conn = stage.handler.created(port).await;
+    // Whatever it says.
+    stage.adapter.authenticate(&conn, "another").await.ok();
+    let body: serde_json::Value = serde_json::from_str(&service.asked(1).await.body).unwrap();
+    assert_eq!(
+        body,
+        json!({"clientid": "meter-7", "username": "CN=meter-7", "password": "meter-7@127.0.0.1"})
+    );
+    let mut peer = common::Peer::connect(stage.broker.port).await;
+    peer.subscribe("meter-7/#").await;
+    stage.adapter.publish(&conn, "x", 1, "hello").await.ok();
+    assert_eq!(peer.next_text().await.0, "meter-7/x");
     stage.finish().await;
 }
 

@@ -35,6 +35,9 @@ pub enum ProviderOptions {
     Jwt(Box<jwt::Options>, OnError),
 }
 
+/// In place of user names that are tokens.
+const HIDDEN: &str = "(not shown: authentication has from = \"username\")";
+
 enum Provider {
     File(UserFile),
     Http(Box<HttpAuthenticator>),
@@ -82,6 +85,11 @@ impl Provider {
     /// Whether it is the service's fault when it has no answer, and not the device's.
     fn is_service(&self) -> bool {
         matches!(self, Self::Http(_) | Self::Mqtt(_))
+    }
+
+    /// Whether user names are secret.
+    fn hides_usernames(&self) -> bool {
+        matches!(self, Self::Jwt(jwt) if jwt.is_from_username())
     }
 
     async fn ask(&self, attempt: &Attempt) -> Result<Decision, String> {
@@ -170,6 +178,11 @@ impl Chain {
 
     /// Asks one after the other.
     pub async fn ask(&self, attempt: &Attempt) -> Result<Grant, Denial> {
+        let hidden = self
+            .links
+            .iter()
+            .any(|link| link.provider.hides_usernames());
+        let username = if hidden { HIDDEN } else { &attempt.username };
         let mut ignored = String::new();
         for link in &self.links {
             let provider = link.provider.name();
@@ -189,7 +202,7 @@ impl Chain {
             tracing::debug!(
                 authenticator = link.key,
                 clientid = attempt.clientid,
-                username = attempt.username,
+                username,
                 peer = %attempt.peer,
                 outcome,
                 reason,

@@ -271,7 +271,9 @@ impl Auth {
         &self.acl
     }
 
-    /// Finds out whether a device is who it says. Dropping the future cancels it.
+    /// Finds out whether a device is who it says. Who has guessed at many passwords at a time
+    /// does not learn which one was right: the limit counts when the answer is there, too.
+    /// Dropping the future cancels it.
     pub async fn authenticate(&self, attempt: &Attempt) -> Result<Grant, Denial> {
         if self.is_open() {
             return Ok(Grant::default());
@@ -281,8 +283,10 @@ impl Auth {
         let _in_flight = self.metrics.begin();
         let asked = tokio::time::timeout(LONGEST, self.chain.ask(attempt)).await;
         let decided = asked.unwrap_or(Err(Denial::Late));
-        if matches!(decided, Err(Denial::Refused(_))) {
-            self.failed(attempt);
+        match decided {
+            Err(Denial::Refused(_)) => self.failed(attempt),
+            Ok(_) => self.admit(attempt)?,
+            Err(_) => {}
         }
         decided
     }

@@ -361,6 +361,11 @@ impl Filters {
         }
     }
 
+    /// When to call [`Filters::retry`], if at all.
+    pub(super) fn retry_at(&self) -> Option<Instant> {
+        self.retry_at
+    }
+
     /// Asks again for what the broker would not restore, when it is time; true if there is
     /// anything to send.
     pub(super) fn retry(&mut self, now: Instant) -> bool {

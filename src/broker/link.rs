@@ -5,6 +5,8 @@
 //! comes first so that everything that waits goes into one write; the clock comes
 //! last so that a packet that has arrived counts before a time-out.
 
+mod clock;
+
 use std::future::poll_fn;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -14,9 +16,10 @@ use std::time::Duration;
 use bytes::{Buf, Bytes, BytesMut};
 use metrics::Gauge;
 use tokio::io::{AsyncWrite, AsyncWriteExt};
-use tokio::time::{Instant, Interval, MissedTickBehavior, interval};
+use tokio::time::{Instant, Sleep, sleep_until};
 use tokio_util::io::poll_read_buf;
 
+use self::clock::{Clock, Intervals};
 use super::dial::{self, LinkError, Round, STEADY, Stream, stall_of};
 use super::member::{AckOnDrop, LinkState, Member, WriteWaiters};
 use super::session::{Event, Receipt, Session};
@@ -30,9 +33,6 @@ const READ_CHUNK: usize = 64 * 1024;
 
 /// The same for a device's own connection, of which there are thousands.
 const OWN_READ_CHUNK: usize = 1024;
-
-/// How often the clock is looked at.
-const TICK: Duration = Duration::from_secs(1);
 
 /// Keeps the member connected until it is closed and drained.
 pub(super) async fn run(member: Arc<Member>) {
@@ -212,8 +212,13 @@ pub(super) async fn serve(
     session.connected(&welcome, &mut output);
     member.welcomed(&welcome);
     let now = Instant::now();
-    let mut ticks = interval(TICK);
-    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let intervals = Intervals {
+        keep_alive,
+        patience: options.keep_alive,
+        stall: stall_of(options),
+    };
+    let mut clock = Clock::new(intervals, now);
+    clock.retry_at = member.retry_at();
     let mut link = Link {
         member,
         address,
@@ -226,12 +231,8 @@ pub(super) async fn serve(
         flush: true,
         written: WriteWaiters::new(),
         ids: MessageIds::new()?,
-        ticks,
-        keep_alive,
-        last_write: now,
-        last_read: now,
-        write_blocked: None,
-        ping_sent: None,
+        timer: Box::pin(sleep_until(clock.next())),
+        clock,
         announced: false,
         up,
         complaints: Seldom::default(),
@@ -262,12 +263,9 @@ struct Link<'a> {
     flush: bool,
     written: WriteWaiters,
     ids: MessageIds,
-    ticks: Interval,
-    keep_alive: Duration,
-    last_write: Instant,
-    last_read: Instant,
-    write_blocked: Option<Instant>,
-    ping_sent: Option<Instant>,
+    clock: Clock,
+    /// Never later than what the clock says is next.
+    timer: Pin<Box<Sleep>>,
     announced: bool,
     up: &'a Gauge,
     /// For lines about messages, which anybody may publish.
@@ -341,14 +339,9 @@ impl Link<'_> {
             self.flush = false;
         }
         if progress {
-            self.last_write = Instant::now();
-            self.write_blocked = None;
+            self.clock.wrote(Instant::now());
         }
-        if self.output.is_empty() {
-            self.write_blocked = None;
-        } else if self.write_blocked.is_none() {
-            self.write_blocked = Some(Instant::now());
-        }
+        self.clock.blocked(!self.output.is_empty(), Instant::now);
         // Bytes that an encrypting stream may still hold do not count as written.
         if !self.flush {
             while let Some((end, _)) = self.written.front()
@@ -383,9 +376,7 @@ impl Link<'_> {
             Poll::Ready(Ok(0)) => return Err(LinkError::Closed),
             Poll::Ready(result) => result?,
         };
-        // Any packet shows that the broker lives.
-        self.ping_sent = None;
-        self.last_read = Instant::now();
+        self.clock.read(Instant::now());
         while let Some(packet) = self.decoder.next(&mut self.input)? {
             match self.session.receive(packet, &mut self.output) {
                 Event::None => {}
@@ -405,6 +396,7 @@ impl Link<'_> {
                 }
                 Event::NotRestored(filter, refusal) => {
                     self.member.not_restored(&filter, &refusal);
+                    self.clock.retry_at = self.member.retry_at();
                 }
                 Event::Ended(notice) if notice.taken_over => {
                     return Err(LinkError::TakenOver(self.member.client_id().to_owned()));
@@ -467,34 +459,32 @@ impl Link<'_> {
 
     /// Pings, and finds a broker that has gone silent.
     fn poll_clock(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), LinkError>> {
-        let stall = stall_of(self.member.options());
         loop {
-            let now = ready!(self.ticks.poll_tick(cx));
-            self.member.retry(now);
-            if self.session.tick(&mut self.output) {
+            if self.session.is_watching() {
+                self.clock.watch(Instant::now);
+            }
+            // Put off when it has rung, and not with each packet.
+            let next = self.clock.next();
+            if next < self.timer.deadline() {
+                self.timer.as_mut().reset(next);
+            }
+            ready!(self.timer.as_mut().poll(cx));
+            let now = Instant::now();
+            if self.clock.retries(now) {
+                self.member.retry(now);
+                self.clock.retry_at = self.member.retry_at();
+            }
+            if self.clock.looks(now) && self.session.tick(&mut self.output) {
                 // What it allows is pulled, and written, in a poll of its own.
                 cx.waker().wake_by_ref();
             }
-            let stalled = |since: Option<Instant>| since.is_some_and(|at| now - at >= stall);
-            if stalled(self.write_blocked) {
-                return Poll::Ready(Err(LinkError::WriteStalled(stall)));
-            }
-            if stalled(self.ping_sent) {
-                return Poll::Ready(Err(LinkError::PingTimeout(stall)));
-            }
-            // A tick early, so that the broker never sees it late.
-            let quiet = now - self.last_write + TICK;
-            let due = !self.keep_alive.is_zero() && quiet >= self.keep_alive;
-            // A broker that hangs may leave us writing for long, into buffers on the
-            // way: one that says nothing is asked, whatever we wrote meanwhile.
-            let silent = now - self.last_read + TICK >= self.member.options().keep_alive;
-            if due || (silent && self.ping_sent.is_none()) {
+            self.clock.check(now)?;
+            if self.clock.pings(now) {
                 self.member.options().protocol.pingreq(&mut self.output);
-                self.ping_sent.get_or_insert(now);
-                self.last_write = now;
                 // The write happens in a poll of its own.
                 cx.waker().wake_by_ref();
             }
+            self.timer.as_mut().reset(self.clock.next());
         }
     }
 

@@ -381,6 +381,11 @@ impl Member {
         self.lock().filters.not_restored(filter, refusal, now);
     }
 
+    /// When to call [`Member::retry`], if at all.
+    pub(super) fn retry_at(&self) -> Option<Instant> {
+        self.lock().filters.retry_at()
+    }
+
     /// Asks again for what the broker would not restore, when it is time.
     pub(super) fn retry(&self, now: Instant) {
         let mut shared = self.lock();

@@ -370,7 +370,13 @@ impl Session {
         }
     }
 
-    /// To be called every second or so while there is a link; true if there is anything to
+    /// Whether [`Session::tick`] is to be called: something awaits an answer that may not come.
+    pub(super) fn is_watching(&self) -> bool {
+        self.trial.on_trial().is_some() || self.inbox.is_watching()
+    }
+
+    /// To be called every second or so while there is a link and
+    /// [`Session::is_watching`]; true if there is anything to
     /// be sent now.
     pub(super) fn tick(&mut self, out: &mut BytesMut) -> bool {
         let before = out.len();

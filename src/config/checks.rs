@@ -1,5 +1,7 @@
 //! Checks that look at more than one key, or at the file system.
 
+mod placeholders;
+
 use std::fs::File;
 use std::io;
 use std::net::SocketAddr;
@@ -11,7 +13,7 @@ use super::authz::RuleSource;
 use super::layers::Layers;
 use super::paths::Files;
 use super::report::{Fault, Origin};
-use super::template::{Piece, Placeholder, TemplateTable};
+use super::template::TemplateTable;
 use super::types::{
     Broker, BrokerMode, ClientTls, Config, Failover, Handler, OnUnavailable, Protocol, Server,
     ServerTls, ServiceName, Verify,
@@ -34,6 +36,7 @@ pub(crate) fn check(config: &mut Config, layers: &Layers, faults: &mut Vec<Fault
     }
     checks.isolation(config);
     checks.broker(config);
+    checks.overrides(&config.clientinfo_override);
     for (number, authenticator) in &mut config.authentication {
         checks.authenticator(&format!("authentication.{number}"), authenticator);
     }
@@ -248,22 +251,7 @@ impl Checks<'_> {
                 ),
             );
         }
-        let known = |piece: &&Piece| {
-            use Placeholder::{Action, Password, Qos, Topic};
-            matches!(piece, Piece::Fill(Password | Action | Topic | Qos))
-        };
-        for (name, template) in [
-            ("topic", &broker.will.topic),
-            ("payload", &broker.will.payload),
-        ] {
-            if template.pieces().iter().find(known).is_some() {
-                self.fault(
-                    &format!("broker.will.{name}"),
-                    "found a placeholder that a will has no value for; allowed: ${clientid} ${username} \
-                     ${peerhost} ${cert_common_name} ${cert_subject} ${proto_name}",
-                );
-            }
-        }
+        self.will(&broker.will);
     }
 
     /// What a Unix socket has no use for, and a port neither.

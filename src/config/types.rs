@@ -82,8 +82,8 @@ section! {
         authentication: BTreeMap<u16, Authenticator> = Listed,
 
         /// What a device is, in place of what it says, before anybody is asked. Placeholders:
-        /// ${clientid} ${username} ${password} ${peerhost} ${cert_common_name} ${cert_subject}
-        /// ${proto_name}.
+        /// ${clientid} ${username} ${peerhost} ${cert_common_name} ${cert_subject} ${proto_name}, and
+        /// ${password} for the password alone.
         clientinfo_override: ClientInfoOverride = Nested,
 
         /// What devices may publish and subscribe to.

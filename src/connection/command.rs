@@ -434,11 +434,14 @@ impl Commands {
                 self.auth.admit(&attempt)?;
                 let opened = own.open(&self.registry, handle, &attempt);
                 let opened = Box::pin(authentication.run(opened)).await?;
-                Some(opened.inspect_err(|refusal| {
+                let opened = opened.inspect_err(|refusal| {
                     if refusal.code == ResultCode::PermissionDeny {
                         self.auth.failed(&attempt);
                     }
-                })?)
+                })?;
+                // There may have been many guesses at a time.
+                self.auth.admit(&attempt)?;
+                Some(opened)
             }
         };
         let known = Known { grant, own };

@@ -96,6 +96,29 @@ impl Broker {
         broker
     }
 
+    /// A broker that knows these users and their passwords and nobody else; `acl` are the
+    /// lines of an `acl_file`.
+    pub async fn guarded(users: &[(&str, &str)], acl: &str) -> Self {
+        let mut broker =
+            Self::absent("allow_anonymous false\npassword_file {dir}/users\nacl_file {dir}/acl\n");
+        broker.users(users);
+        fs::write(broker.dir.path().join("acl"), acl).unwrap();
+        broker.up().await;
+        broker
+    }
+
+    /// The users of a broker that is guarded, from its next start or `HUP` on.
+    pub fn users(&self, users: &[(&str, &str)]) {
+        let file = self.dir.path().join("users");
+        fs::write(&file, "").unwrap();
+        for (name, password) in users {
+            let mut command = Command::new("mosquitto_passwd");
+            let status = command.arg("-b").arg(&file).args([name, password]).status();
+            let made = status.expect("mosquitto_passwd comes with Mosquitto");
+            assert!(made.success());
+        }
+    }
+
     /// A free port for a second listener.
     pub fn plain(&self) -> u16 {
         self.plain

@@ -18,6 +18,13 @@
 /// the program's name ends in `_v4`.
 pub const V4: bool = matches!(env!("CARGO_CRATE_NAME").as_bytes(), [.., b'_', b'v', b'4']);
 
+/// Whether each device has a session of its own at the broker: where the program's name
+/// ends in `_own`.
+pub const OWN: bool = matches!(
+    env!("CARGO_CRATE_NAME").as_bytes(),
+    [.., b'_', b'o', b'w', b'n']
+);
+
 mod adapter;
 mod broker;
 mod certs;
@@ -32,6 +39,7 @@ mod proxy;
 mod python;
 mod service;
 mod stage;
+mod tokens;
 
 use std::future::Future;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
@@ -52,8 +60,9 @@ pub use names::Names;
 pub use process::{PROGRAM, Process};
 pub use proxy::Proxy;
 pub use python::Python;
-pub use service::{Asked, Service};
+pub use service::{Asked, Service, http_item, item};
 pub use stage::{Plan, Stage, node_name};
+pub use tokens::{Signer, hs256, seconds};
 
 /// Guards every wait. Far more than anything takes, also on a busy machine.
 pub const LIMIT: Duration = Duration::from_secs(30);

@@ -42,10 +42,22 @@ impl Peer {
         if let Some((username, password)) = login {
             options.set_credentials(username, password);
         }
+        Self::connect_with(options, None).await
+    }
+
+    /// With the session that was there, which stays when this one is dropped.
+    pub async fn durable(port: u16, client_id: &str) -> Self {
+        let mut options = v5::MqttOptions::new(client_id, "127.0.0.1", port);
+        options.set_clean_start(false);
+        Self::connect_with(options, Some(3600)).await
+    }
+
+    async fn connect_with(mut options: v5::MqttOptions, expiry: Option<u32>) -> Self {
         options.set_keep_alive(Duration::from_secs(60));
         options.set_connect_properties(ConnectProperties {
             max_packet_size: Some(4 << 20),
             receive_maximum: Some(u16::MAX),
+            session_expiry_interval: expiry,
             ..ConnectProperties::new()
         });
         let (client, mut events) = v5::AsyncClient::new(options, 100);

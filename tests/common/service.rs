@@ -12,6 +12,29 @@ use tokio::sync::watch;
 
 use super::{Gate, within};
 
+/// The keys of an authenticator.
+pub fn item(number: usize, keys: &[(&str, &str)]) -> Vec<(String, String)> {
+    let named = |(name, value): &(&str, &str)| {
+        (
+            format!("AUTHENTICATION__{number}__{name}"),
+            (*value).to_owned(),
+        )
+    };
+    keys.iter().map(named).collect()
+}
+
+/// The keys of one of HTTP.
+pub fn http_item(number: usize, url: &str) -> Vec<(String, String)> {
+    item(
+        number,
+        &[
+            ("MECHANISM", "password_based"),
+            ("BACKEND", "http"),
+            ("URL", url),
+        ],
+    )
+}
+
 /// A request as the service got it.
 #[derive(Clone, Debug)]
 pub struct Asked {

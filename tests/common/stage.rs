@@ -33,7 +33,11 @@ impl Plan {
             .set("HANDLER__ADDRESS", handler_url)
             .set("BROKER__URL", broker_url)
             .set("BROKER__PROTOCOL", if super::V4 { "4" } else { "5" })
-            .set("BROKER__POOL_SIZE", "2")
+            .set(
+                "BROKER__MODE",
+                if super::OWN { "per_client" } else { "pool" },
+            )
+            .set("BROKER__POOL_SIZE", if super::OWN { "1" } else { "2" })
             .set("BROKER__RECONNECT_MIN", "20ms")
             .set("BROKER__RECONNECT_MAX", "200ms")
     }

@@ -180,6 +180,18 @@ fn bad_values() {
             "broker.will.payload: found a placeholder that a will has no value for",
         ),
         (
+            "[clientinfo_override]\nusername = '${password}'",
+            "clientinfo_override.username: found a placeholder that it cannot have",
+        ),
+        (
+            "[clientinfo_override]\nclientid = 'a-${password}'",
+            "clientinfo_override.clientid: found a placeholder that it cannot have",
+        ),
+        (
+            "[clientinfo_override]\npassword = '${topic}'",
+            "clientinfo_override.password: found a placeholder that it cannot have",
+        ),
+        (
             "[admin]\nbind = 'localhost:1'",
             "admin.bind: found \"localhost:1\"; allowed: an IP address and port",
         ),

@@ -118,6 +118,11 @@ impl JwtAuthenticator {
         })
     }
 
+    /// Whether user names are tokens, which nobody is to see.
+    pub fn is_from_username(&self) -> bool {
+        self.options.from_username
+    }
+
     /// Follows changes of the keys until `stop` is cancelled.
     pub fn follow(&self, key: &str, metrics: &AuthMetrics, stop: &CancellationToken) {
         match &self.ring {

@@ -215,7 +215,12 @@ impl Inbox {
         reply
     }
 
-    /// To be called every second or so. Brokers do not say how many messages they leave
+    /// Whether there is anything to look at.
+    pub(super) fn is_watching(&self) -> bool {
+        !self.held.is_empty() || self.eager > 0
+    }
+
+    /// To be called every second or so while [`Inbox::is_watching`]. Brokers do not say how many messages they leave
     /// unacknowledged, and some stop at fewer than a client allows (ejabberd at one, HiveMQ
     /// at fifty, of which it wants all before it goes on). Where the same ones wait for long
     /// and nothing comes, it may be that: they are acknowledged, and for a while whatever

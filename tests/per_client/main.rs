@@ -7,10 +7,11 @@
     clippy::indexing_slicing
 )]
 
+#[path = "../common/mod.rs"]
 mod common;
+mod secrets;
 
 use std::fs;
-use std::process::Command;
 
 use common::{Broker, Peer, Stage, client, until, within};
 use exproto_sidecar::proto::{ClientInfo, ResultCode};
@@ -38,22 +39,11 @@ async fn stage(broker: Broker, keys: &[(&str, &str)]) -> Stage {
 /// A broker that knows `gateway`, `ann` and `bob`, each with the password `right`. A device may
 /// read `cmd/` and write `data/` behind its own name only.
 async fn guarded() -> Broker {
-    let mut broker =
-        Broker::absent("allow_anonymous false\npassword_file {dir}/users\nacl_file {dir}/acl\n");
-    let users = broker.dir.path().join("users");
-    fs::write(&users, "").unwrap();
-    for name in ["gateway", "ann", "bob"] {
-        let made = Command::new("mosquitto_passwd")
-            .arg("-b")
-            .args([users.to_str().unwrap(), name, "right"])
-            .status();
-        assert!(made.unwrap().success());
-    }
     let acl = "user gateway\ntopic readwrite #\npattern read cmd/%u/#\npattern write data/%u/#\n";
-    fs::write(broker.dir.path().join("acl"), acl).unwrap();
-    broker.up().await;
-    broker
+    Broker::guarded(&USERS, acl).await
 }
+
+const USERS: [(&str, &str); 3] = [("gateway", "right"), ("ann", "right"), ("bob", "right")];
 
 const GATEWAY: [(&str, &str); 2] = [
     ("BROKER__USERNAME", "gateway"),
@@ -69,13 +59,26 @@ fn info(clientid: &str, username: &str) -> Option<ClientInfo> {
 
 /// A foreign client with this id: its socket, once the broker has taken it.
 async fn rival(port: u16, clientid: &str) -> TcpStream {
+    rival_as(port, clientid, None).await
+}
+
+/// With user name and password.
+async fn rival_as(port: u16, clientid: &str, login: Option<(&str, &str)>) -> TcpStream {
     let mut stream = TcpStream::connect(("127.0.0.1", port)).await.unwrap();
-    let id = clientid.as_bytes();
-    let mut packet = vec![0x10, u8::try_from(13 + id.len()).unwrap(), 0, 4];
-    packet.extend(b"MQTT\x05\x02\x00\x3c\x00");
-    packet.extend([0, u8::try_from(id.len()).unwrap()]);
-    packet.extend(id);
-    stream.write_all(&packet).await.unwrap();
+    let mut body = b"\x00\x04MQTT\x05".to_vec();
+    // Clean start, and whether there are user name and password; keep-alive, no properties.
+    body.push(if login.is_some() { 0xC2 } else { 0x02 });
+    body.extend([0, 60, 0]);
+    let login = login.map_or_else(Vec::new, |(username, password)| vec![username, password]);
+    for text in [vec![clientid], login].concat() {
+        body.extend([0, u8::try_from(text.len()).unwrap()]);
+        body.extend(text.as_bytes());
+    }
+    let head = [0x10, u8::try_from(body.len()).unwrap()];
+    stream
+        .write_all(&[&head, &body[..]].concat())
+        .await
+        .unwrap();
     let mut head = [0; 4];
     within("a CONNACK", stream.read_exact(&mut head))
         .await
@@ -233,10 +236,8 @@ async fn who_is_refused_when_the_broker_comes_back_is_kicked() {
         devices.push(device);
     }
     stage.broker.kill();
-    let users = stage.broker.dir.path().join("users");
-    let known = fs::read_to_string(&users).unwrap();
-    let known: Vec<_> = known.lines().filter(|l| !l.starts_with("ann")).collect();
-    fs::write(&users, known.join("\n") + "\n").unwrap();
+    let [gateway, _, bob] = USERS;
+    stage.broker.users(&[gateway, bob]);
     stage.broker.up().await;
     assert_eq!(stage.closed(&devices[0]).await, "kicked");
     stage.publish(&devices[1], "data/bob/t", 1, "x").await.ok();
@@ -296,12 +297,17 @@ async fn the_will_follows_an_abnormal_end_and_no_other() {
 
 #[tokio::test]
 async fn a_broker_that_comes_back_finds_everything_again() {
-    let mut stage = stage(Broker::start().await, &[]).await;
+    let mut stage = stage(Broker::with(Broker::PERSISTENT).await, &[]).await;
     let devices = [
         stage.subscriber("d0", "down/0", 1).await,
         stage.subscriber("d1", "down/1", 1).await,
     ];
+    // The broker keeps for this one what comes before it is back itself.
+    let mut watcher = Peer::durable(stage.broker.port, "watcher").await;
+    watcher.subscribe("up").await;
     let up = "exproto_broker_sessions_up";
+    stage.broker.save().await;
+    drop(watcher);
     stage.broker.kill();
     stage.admin.metric_until(up, |up| up == 0.0).await;
     // Held until the broker is back.
@@ -317,6 +323,9 @@ async fn a_broker_that_comes_back_finds_everything_again() {
     stage.broker.caught_up().await;
     let published = "Received PUBLISH from d0 ";
     assert_eq!(stage.broker.counted(published).await, 1);
+    let mut watcher = Peer::durable(stage.broker.port, "watcher").await;
+    let held = ("up".to_owned(), 1, "held".to_owned());
+    assert_eq!(watcher.next_text().await, held);
     let mut peer = Peer::connect(stage.broker.port).await;
     for (number, device) in devices.iter().enumerate() {
         peer.publish(&format!("down/{number}"), 1, format!("m{number}"))
