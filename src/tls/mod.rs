@@ -284,3 +284,40 @@ impl ServerCertVerifier for TrustAny {
         self.0.signature_verification_algorithms.supported_schemes()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A log that leaves out repetitions must find them.
+    #[test]
+    fn the_time_of_the_check_is_in_no_explanation() {
+        let time = |secs| UnixTime::since_unix_epoch(Duration::from_secs(secs));
+        let explained =
+            |fault| explain(&io::Error::other(tokio_rustls::rustls::Error::from(fault)));
+        for now in [2_000_000_000, 2_000_000_001] {
+            let expired = CertificateError::ExpiredContext {
+                time: time(now),
+                not_after: time(1_000_000_000),
+            };
+            assert_eq!(
+                explained(expired),
+                "the certificate has expired: it was valid until 2001-09-09T01:46:40Z"
+            );
+            let early = CertificateError::NotValidYetContext {
+                time: time(now),
+                not_before: time(3_000_000_000),
+            };
+            assert_eq!(
+                explained(early),
+                "the certificate is not valid yet: it will be from 2065-01-24T05:20:00Z"
+            );
+            let stranger = CertificateError::UnknownIssuer;
+            assert_eq!(
+                explained(stranger),
+                "invalid peer certificate: UnknownIssuer"
+            );
+        }
+        assert_eq!(explain(&io::Error::other("torn")), "torn");
+    }
+}
