@@ -378,7 +378,7 @@ async fn a_broker_that_is_silent_or_is_none_has_no_say() {
                 .await
                 .unwrap();
             let addresses = gateway.addresses();
-            let adapter = Adapter::connect(addresses.adapter).await;
+            let adapter = Adapter::connect(addresses.adapter.tcp().unwrap()).await;
             let device = Device::dial(addresses.listeners["tcp.default"]).await;
             let conn = handler.created(device.port()).await;
             let answer = adapter.authenticate_as(&conn, info("c", "u"), "p").await;

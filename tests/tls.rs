@@ -14,7 +14,8 @@ use std::fs;
 use std::sync::Arc;
 
 use common::{
-    Adapter, Admin, Authority, Broker, Device, Files, Handler, Names, Plan, Process, Proxy, Stage, within,
+    Adapter, Admin, Authority, Broker, Device, Files, Handler, Names, Plan, Process, Proxy, Stage,
+    within,
 };
 use exproto_sidecar::gateway::Gateway;
 use exproto_sidecar::proto::ResultCode;
