@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio_rustls::rustls::{ClientConfig, ServerConfig};
+use tokio_rustls::rustls::ServerConfig;
 
 use crate::adapter;
 use crate::adapter::tokens::{TokenFile, Tokens};
@@ -26,7 +26,7 @@ use crate::connection::own::WillTemplate;
 use crate::connection::{Limits, Policy, Settings};
 use crate::handler::{Pings, client, link, pool, resolve, streaming};
 use crate::id::HandlerName;
-use crate::tls::{self, Identity, PeerCheck};
+use crate::tls::{self, ClientFiles, Identity, PeerCheck, Renewed};
 use crate::transport::dtls::{self, ClientCertificates};
 use crate::transport::{tcp, udp};
 
@@ -99,11 +99,19 @@ fn identity(certfile: &Option<PathBuf>, keyfile: &Option<PathBuf>) -> Option<Ide
     })
 }
 
-fn client_tls(key: &str, tls: &ClientTls, alpn: &[&[u8]]) -> Result<Arc<ClientConfig>, Error> {
-    let identity = identity(&tls.certfile, &tls.keyfile);
-    let verify = tls.verify == Verify::Peer;
-    tls::client(tls.cacertfile.as_deref(), identity.as_ref(), verify, alpn)
-        .map_err(|error| Error::new(&format!("{key}.ssl_options"), error))
+fn client_tls(
+    key: &str,
+    tls: &ClientTls,
+    alpn: &'static [&'static [u8]],
+) -> Result<Arc<Renewed>, Error> {
+    let key = format!("{key}.ssl_options");
+    let files = ClientFiles {
+        cacertfile: tls.cacertfile.clone(),
+        identity: identity(&tls.certfile, &tls.keyfile),
+        verify: tls.verify == Verify::Peer,
+        alpn,
+    };
+    Renewed::new(&key, files).map_err(|error| Error::new(&key, error))
 }
 
 /// TLS of the adapter, if it is on.

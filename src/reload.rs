@@ -62,7 +62,7 @@ fn stamps(files: &[PathBuf]) -> Vec<Option<Stamp>> {
 }
 
 /// Files, and the state in which they were last used.
-#[derive(Clone)]
+#[derive(Debug, Clone)]
 pub struct Watch {
     files: Vec<PathBuf>,
     used: Vec<Option<Stamp>>,
@@ -73,6 +73,14 @@ impl Watch {
     pub fn new(files: Vec<PathBuf>) -> Self {
         let used = stamps(&files);
         Self { files, used }
+    }
+
+    /// Whether the files are others than those that were last used; if so, these count as used.
+    pub fn changed(&mut self) -> bool {
+        let now = stamps(&self.files);
+        let changed = now != self.used;
+        self.used = now;
+        changed
     }
 
     /// Makes the value again whenever the files change, until `stop` is cancelled.

@@ -140,7 +140,7 @@ async fn a_wrong_host_name_is_told() {
 #[tokio::test]
 async fn an_expired_certificate_is_told() {
     let mut scene = Scene::with(|authority| authority.expired("127.0.0.1")).await;
-    let (program, _handler) = told(&scene.keys(), "certificate expired").await;
+    let (program, _handler) = told(&scene.keys(), "the certificate has expired").await;
     scene.broker.kill();
     let renewed = scene.authority.server("127.0.0.1");
     let plain = scene.broker.plain();
@@ -242,4 +242,26 @@ async fn a_login_over_tls() {
     let keys = [scene.keys(), vec![user, wrong]].concat();
     let (program, _handler) = told(&keys, "refused the connection: not authorized").await;
     assert!(!program.log().join("\n").contains("hunter2"));
+}
+
+/// The gateway's own certificate is renewed without a restart: the next connection shows it.
+#[tokio::test]
+async fn the_gateways_certificate_is_renewed() {
+    let scene = Scene::with(|authority| authority.server("127.0.0.1")).await;
+    let mut keys = scene.keys();
+    let expired = scene.authority.expired("renewed");
+    for (key, value) in &mut keys {
+        match *key {
+            "BROKER__SSL_OPTIONS__CERTFILE" => value.clone_from(&expired.cert),
+            "BROKER__SSL_OPTIONS__KEYFILE" => value.clone_from(&expired.key),
+            _ => {}
+        }
+    }
+    let handler = Handler::start().await;
+    let stage = Stage::assemble(scene.broker, handler, &borrowed(&keys)).await;
+    stage.admin.ready_until(503, "- broker link 0: ").await;
+    std::fs::copy(&scene.client.key, &expired.key).unwrap();
+    std::fs::copy(&scene.client.cert, &expired.cert).unwrap();
+    within("the gateway to be ready", stage.gateway.ready()).await;
+    stage.finish().await;
 }

@@ -334,6 +334,28 @@ async fn a_handler_that_refuses_the_gateway_is_told() {
     }
 }
 
+/// The gateway's own certificate is renewed without a restart: the next connection shows it.
+#[tokio::test]
+async fn the_gateways_certificate_towards_handlers_is_renewed() {
+    let made = Certificates::make();
+    let folder = TempDir::new().unwrap();
+    let path = |name: &str| folder.path().join(name).display().to_string();
+    let (cert, key) = (path("cert.pem"), path("key.pem"));
+    fs::copy(&made.stranger.cert, &cert).unwrap();
+    fs::copy(&made.stranger.key, &key).unwrap();
+    let keys = [
+        ("HANDLER__SSL_OPTIONS__CACERTFILE", made.ca.as_str()),
+        ("HANDLER__SSL_OPTIONS__CERTFILE", &cert),
+        ("HANDLER__SSL_OPTIONS__KEYFILE", &key),
+        ("HANDLER__HEALTH_CHECK", "false"),
+    ];
+    let stage = with_handler(&made, true, &keys).await;
+    stage.admin.ready_until(503, "received fatal alert: ").await;
+    fs::copy(&made.client.key, &key).unwrap();
+    fs::copy(&made.client.cert, &cert).unwrap();
+    serves(stage).await;
+}
+
 /// The certificate is for the host name that is configured, whatever addresses that has.
 #[tokio::test]
 async fn a_handlers_certificate_is_for_its_name() {

@@ -174,8 +174,7 @@ pub(super) async fn connect(
         };
         let name = tokio_rustls::rustls::pki_types::ServerName::try_from(address.host.clone())
             .map_err(io::Error::other)?;
-        let connector = tokio_rustls::TlsConnector::from(tls.clone());
-        let encrypted = connector.connect(name, tcp).await;
+        let encrypted = tls.connector().connect(name, tcp).await;
         Ok(Box::new(encrypted.map_err(LinkError::Tls)?) as Box<dyn Stream>)
     };
     timeout(limit, dial)

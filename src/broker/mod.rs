@@ -37,6 +37,7 @@ use std::time::Duration;
 use bytes::Bytes;
 
 use crate::id::MessageId;
+use crate::tls::Renewed;
 pub use group::SubscriptionKey;
 pub use login::{LoginError, try_login};
 pub use member::{AckOnDrop, LinkState};
@@ -197,7 +198,7 @@ pub struct Address {
     /// TCP port.
     pub port: u16,
     /// Encrypts the link.
-    pub tls: Option<Arc<tokio_rustls::rustls::ClientConfig>>,
+    pub tls: Option<Arc<Renewed>>,
 }
 
 /// What the broker publishes when a device's connection ends without a farewell.

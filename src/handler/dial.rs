@@ -11,7 +11,6 @@ use socket2::TcpKeepalive;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpStream, UnixStream};
 use tokio::time::timeout;
-use tokio_rustls::TlsConnector;
 use tokio_rustls::rustls::pki_types::ServerName;
 use tonic::body::Body;
 
@@ -90,7 +89,7 @@ async fn connect(
         return speak(tcp, pings).await;
     };
     let name = ServerName::try_from(host.clone()).map_err(io::Error::other)?;
-    let connector = TlsConnector::from(tls.clone());
+    let connector = tls.connector();
     *next = "TLS handshake";
     let encrypted = connector.connect(name, tcp).await?;
     *next = GREETING;

@@ -15,7 +15,8 @@ use futures_util::future::{BoxFuture, join_all};
 use http::Uri;
 use tokio::sync::{Notify, watch};
 use tokio::time::{sleep, timeout};
-use tokio_rustls::rustls::ClientConfig;
+
+use crate::tls::Renewed;
 
 /// Most addresses of one host name. Each is a channel from every shard; a service of
 /// more replicas than that has a balancer of its own.
@@ -68,7 +69,7 @@ pub struct Target {
     pub name: String,
     pub(super) place: Place,
     /// Encrypts the channel.
-    pub(super) tls: Option<Arc<ClientConfig>>,
+    pub(super) tls: Option<Arc<Renewed>>,
     pub(super) connect_timeout: Duration,
     /// Of the requests' URIs.
     pub(super) origin: Uri,
@@ -82,7 +83,7 @@ impl Target {
     pub fn new(
         name: String,
         place: Place,
-        tls: Option<Arc<ClientConfig>>,
+        tls: Option<Arc<Renewed>>,
         connect_timeout: Duration,
     ) -> Result<Self, http::Error> {
         let scheme = if tls.is_some() { "https" } else { "http" };

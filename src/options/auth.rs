@@ -4,7 +4,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use http::{HeaderName, Method};
-use tokio_rustls::rustls::ClientConfig;
 
 use super::{Error, broker, client_tls};
 use crate::auth::http::client;
@@ -13,6 +12,7 @@ use crate::config::{
     Authenticator, ClientTls, Config, From, HttpMethod, HttpService, HttpUrl, JwtOptions, NoMatch,
     RuleService, RuleSource, Template, TemplateTable,
 };
+use crate::tls::Renewed;
 
 /// The largest set of keys in bytes: certificates of some hundred keys.
 const MAX_JWKS: usize = 256 * 1024;
@@ -99,7 +99,7 @@ fn provider(
     })
 }
 
-fn tls(key: &str, url: &HttpUrl, options: &ClientTls) -> Result<Option<Arc<ClientConfig>>, Error> {
+fn tls(key: &str, url: &HttpUrl, options: &ClientTls) -> Result<Option<Arc<Renewed>>, Error> {
     url.tls
         .then(|| client_tls(key, options, &[b"http/1.1"]))
         .transpose()

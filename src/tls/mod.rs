@@ -5,6 +5,7 @@
 
 mod choice;
 pub(crate) mod fuzzing;
+mod renewed;
 mod subject;
 
 use std::io;
@@ -29,6 +30,7 @@ use tokio_rustls::rustls::{
 
 use x509_cert::der::DateTime;
 
+pub use renewed::{ClientFiles, Renewed};
 pub use subject::Subject;
 
 /// Why a TLS configuration cannot be made.

@@ -17,10 +17,10 @@ use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
 use tokio::sync::Semaphore;
-use tokio_rustls::TlsConnector;
-use tokio_rustls::rustls::ClientConfig;
 use tokio_rustls::rustls::pki_types::ServerName;
 use tonic::codegen::Service;
+
+use crate::tls::Renewed;
 
 /// A connection that is not used for so long is closed: before most servers close it.
 const IDLE: Duration = Duration::from_secs(30);
@@ -29,7 +29,7 @@ const IDLE: Duration = Duration::from_secs(30);
 #[derive(Clone)]
 pub struct Options {
     /// For https.
-    pub tls: Option<Arc<ClientConfig>>,
+    pub tls: Option<Arc<Renewed>>,
     /// The longest that connecting takes.
     pub connect_timeout: Duration,
     /// The longest that a request takes, waiting for its turn included.
@@ -163,7 +163,7 @@ impl<T: AsyncRead + AsyncWrite + Unpin + Send> Stream for T {}
 /// Opens connections.
 #[derive(Clone)]
 struct Connector {
-    tls: Option<Arc<ClientConfig>>,
+    tls: Option<Arc<Renewed>>,
     timeout: Duration,
 }
 
@@ -182,7 +182,7 @@ impl Connector {
             None => Box::new(tcp),
             Some(tls) => {
                 let name = ServerName::try_from(host.to_owned()).map_err(io::Error::other)?;
-                Box::new(TlsConnector::from(tls).connect(name, tcp).await?)
+                Box::new(tls.connector().connect(name, tcp).await?)
             }
         };
         Ok(Open(TokioIo::new(stream)))
