@@ -154,6 +154,7 @@ async fn run(size: Size, keys: &[(&str, &str)]) -> Duration {
     let plan = Plan::new(&broker.url(), &handler.url()).set_all(&[
         ("HANDLER__REQUEST_TIMEOUT", "60s"),
         ("BROKER__PUBLISH_TIMEOUT", "50s"),
+        ("LISTENERS__TCP__DEFAULT__MAX_CONN_RATE", "infinity"),
         // The defaults.
         ("BROKER__RECONNECT_MIN", "100ms"),
         ("BROKER__RECONNECT_MAX", "1500ms"),
