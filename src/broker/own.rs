@@ -29,7 +29,7 @@ use super::session::Session;
 use super::{Broker, LinkState, Login, Options, Will};
 use crate::metrics::BrokerMetrics;
 
-/// A device's session whose CONNECT the broker refused so often in a row is over: once may
+/// A device's session whose CONNECT the broker denied so often in a row is over: once may
 /// be a broker that has just started and does not know its users yet.
 const MAX_REFUSED: u32 = 2;
 
@@ -312,6 +312,7 @@ async fn live(
         let Err(error) = served else {
             return None;
         };
+        let is_first = !opened;
         opened |= place.welcomed;
         let was_up = member.state().is_up();
         if place.welcomed
@@ -348,18 +349,25 @@ async fn live(
             return Some(Ended::Superseded);
         }
         let lived = began.elapsed();
+        let denied = |error: &LinkError| matches!(error, LinkError::Refused(no) if no.denied);
         refused = match &error {
-            LinkError::Refused(_) => refused + 1,
+            error if denied(error) => refused + 1,
+            // One that is busy, or starts, has no word on who it is.
+            LinkError::Refused(_) => refused,
             _ if place.welcomed => 0,
             _ => refused,
         };
-        // Not every broker says that another client has the session (Mosquitto 2.0 does not),
-        // and a client that begins anew has ended ours.
+        // Not every broker says that another client has the session (Mosquitto 2.0 does not). Two
+        // gateways that have a device of this name each end the other's link in turn, beginning
+        // with the older one's: the newer one's first does not count, so the older one gives up.
         let soon = lived < SOON.max(2 * longest);
-        contested = match place.welcomed && soon && error.is_without_a_word() {
-            true => contested + 1,
-            false if place.welcomed => 0,
-            false => contested,
+        let without_a_word = error.is_without_a_word() && soon && !is_first;
+        contested = match place.welcomed {
+            true if without_a_word => contested + 1,
+            true => 0,
+            false if denied(&error) => contested,
+            // Another client does not make the broker go away.
+            false => 0,
         };
         let is_over = match &error {
             LinkError::TakenOver(_) => true,
