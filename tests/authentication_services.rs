@@ -10,10 +10,13 @@
 mod common;
 
 use std::net::Ipv4Addr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use axum::Router;
 use axum::http::{Method, StatusCode};
+use axum::serve::ListenerExt;
 use common::{
     Adapter, Answer, Authority, Broker, Call, Device, Plan, Process, Service, Signer, Stage,
     client, free_port, http_item, item, seconds, until, within,
@@ -278,6 +281,50 @@ async fn who_waits_holds_up_nobody_and_is_asked_once() {
     gate.open();
     within("the answer", answers.recv()).await.unwrap().ok();
     stage.publish(&waiting, "t", 1, "x").await.ok();
+    stage.finish().await;
+}
+
+/// Connections are kept and used again, and there are no more than the pool may have.
+#[tokio::test]
+async fn a_service_is_asked_over_a_few_connections() {
+    let listener = tokio::net::TcpListener::bind((Ipv4Addr::LOCALHOST, 0))
+        .await
+        .unwrap();
+    let url = format!("http://{}/", listener.local_addr().unwrap());
+    let (opened, at_once, most) =
+        <(Arc<AtomicUsize>, Arc<AtomicUsize>, Arc<AtomicUsize>)>::default();
+    let counted = opened.clone();
+    let listener = listener.tap_io(move |_| {
+        counted.fetch_add(1, Ordering::SeqCst);
+    });
+    let (now, peak) = (at_once.clone(), most.clone());
+    let router = Router::new().fallback(move || {
+        let (now, peak) = (now.clone(), peak.clone());
+        async move {
+            peak.fetch_max(now.fetch_add(1, Ordering::SeqCst) + 1, Ordering::SeqCst);
+            // Others come meanwhile, if they may.
+            for _ in 0..100 {
+                tokio::task::yield_now().await;
+            }
+            now.fetch_sub(1, Ordering::SeqCst);
+            StatusCode::NO_CONTENT
+        }
+    });
+    tokio::spawn(async move { axum::serve(listener, router).await.unwrap() });
+    let mut keys = http_item(1, &url);
+    keys.extend(item(1, &[("POOL_SIZE", "2")]));
+    let stage = stage(&keys).await;
+    for _ in 0..3 {
+        let logins = (0..20).map(|number| {
+            let stage = &stage;
+            async move { login(stage, &format!("c{number}"), "u", "p").await.1.ok() }
+        });
+        futures_util::future::join_all(logins).await;
+    }
+    assert_eq!(most.load(Ordering::SeqCst), 2);
+    // Of sixty requests; one may be opened while another is just given back.
+    let opened = opened.load(Ordering::SeqCst);
+    assert!((2..=10).contains(&opened), "{opened}");
     stage.finish().await;
 }
 

@@ -12,7 +12,7 @@ mod common;
 mod kicked;
 mod secrets;
 
-use common::{Broker, Peer, Stage, client, until, within};
+use common::{Adapter, Broker, Device, Handler, Peer, Plan, Process, Stage, client, until, within};
 use exproto_sidecar::proto::{ClientInfo, ResultCode};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
@@ -221,6 +221,34 @@ async fn the_will_follows_an_abnormal_end_and_no_other() {
     let _left = stage.client("left").await;
     within("the drain", stage.gateway.drain()).await;
     assert_eq!(peer.next_text().await.0, "gone/left");
+}
+
+/// The broker says it for a gateway that cannot any more, as it was asked to.
+#[tokio::test]
+async fn the_will_outlives_the_gateway() {
+    let (broker, handler) = tokio::join!(Broker::start(), Handler::start());
+    let plan = Plan::new(&broker.url(), &handler.url())
+        .set_all(&WILL)
+        .set("BROKER__WILL__QOS", "1")
+        .set("BROKER__WILL__RETAIN", "true");
+    let process = Process::run(&plan);
+    let adapter = Adapter::connect(process.address("adapter on").await).await;
+    let device = Device::dial(process.address("devices on").await).await;
+    let conn = handler.created(device.port()).await;
+    adapter.authenticate(&conn, "d1").await.ok();
+    process.signal("KILL");
+    let said = (
+        "gone/d1".to_owned(),
+        1,
+        "d1 of user of d1 is gone".to_owned(),
+    );
+    let mut peer = Peer::connect(broker.port).await;
+    peer.subscribe("gone/#").await;
+    assert_eq!(peer.next_text().await, said);
+    // Also for those that come later.
+    let mut peer = Peer::connect(broker.port).await;
+    peer.subscribe("gone/#").await;
+    assert_eq!(peer.next_text().await, said);
 }
 
 #[tokio::test]
