@@ -9,7 +9,9 @@
 
 mod common;
 
+use std::io::Write;
 use std::net::Ipv4Addr;
+use std::process::Stdio;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
@@ -17,6 +19,8 @@ use std::time::Duration;
 use axum::Router;
 use axum::http::{Method, StatusCode};
 use axum::serve::ListenerExt;
+use base64::Engine;
+use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use common::{
     Adapter, Answer, Authority, Broker, Call, Device, Plan, Process, Service, Signer, Stage,
     client, free_port, http_item, item, seconds, until, within,
@@ -455,6 +459,67 @@ async fn the_broker_decides() {
     stage.admin.ready_until(200, "").await;
     login(&stage, "meter-3", "ann", "right").await.1.ok();
     stage.finish().await;
+}
+
+fn openssl(arguments: &[&str], input: &[u8]) -> Vec<u8> {
+    let mut command = std::process::Command::new("openssl");
+    let command = command.args(arguments).stdin(Stdio::piped());
+    let mut child = command.stdout(Stdio::piped()).spawn().unwrap();
+    child.stdin.take().unwrap().write_all(input).unwrap();
+    let output = child.wait_with_output().unwrap();
+    assert!(output.status.success(), "{arguments:?}");
+    output.stdout
+}
+
+/// Keys and signatures of other people's making.
+#[tokio::test]
+async fn tokens_that_openssl_has_signed_are_good() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name).display().to_string();
+    let (rsa, ed, message) = (path("rsa"), path("ed"), path("message"));
+    openssl(
+        &["genpkey", "-quiet", "-algorithm", "RSA", "-out", &rsa],
+        b"",
+    );
+    openssl(&["genpkey", "-algorithm", "ED25519", "-out", &ed], b"");
+    let sign = |algorithm: &str| {
+        let text = |value: &Value| URL_SAFE_NO_PAD.encode(value.to_string());
+        let (header, claims) = (json!({"alg": algorithm}), json!({"sub": "c"}));
+        let signed = format!("{}.{}", text(&header), text(&claims));
+        std::fs::write(&message, &signed).unwrap();
+        let pss = [
+            "-sigopt",
+            "rsa_padding_mode:pss",
+            "-sigopt",
+            "rsa_pss_saltlen:digest",
+        ];
+        let signature = match algorithm {
+            "RS256" => openssl(&["dgst", "-sha256", "-sign", &rsa, &message], b""),
+            "PS384" => openssl(
+                &[&["dgst", "-sha384"], &pss[..], &["-sign", &rsa, &message]].concat(),
+                b"",
+            ),
+            _ => openssl(
+                &["pkeyutl", "-sign", "-rawin", "-inkey", &ed, "-in", &message],
+                b"",
+            ),
+        };
+        format!("{signed}.{}", URL_SAFE_NO_PAD.encode(signature))
+    };
+    for (key, good, bad) in [
+        (&rsa, &["RS256", "PS384"][..], "EdDSA"),
+        (&ed, &["EdDSA"][..], "RS256"),
+    ] {
+        let public = format!("{key}.pub");
+        openssl(&["pkey", "-in", key, "-pubout", "-out", &public], b"");
+        let stage = stage(&jwt(1, &[("PUBLIC_KEY", &public)])).await;
+        for algorithm in good {
+            login(&stage, "c", "", &sign(algorithm)).await.1.ok();
+        }
+        let (_, answer) = login(&stage, "c", "", &sign(bad)).await;
+        answer.refused(ResultCode::PermissionDeny);
+        stage.finish().await;
+    }
 }
 
 /// Everything at trace level, every authenticator, whether it works or not.
