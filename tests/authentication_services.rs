@@ -9,11 +9,18 @@
 
 mod common;
 
+use std::io::Write;
 use std::net::Ipv4Addr;
+use std::process::Stdio;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use axum::Router;
 use axum::http::{Method, StatusCode};
+use axum::serve::ListenerExt;
+use base64::Engine;
+use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use common::{
     Adapter, Answer, Authority, Broker, Call, Device, Plan, Process, Service, Signer, Stage,
     client, free_port, http_item, item, seconds, until, within,
@@ -281,6 +288,50 @@ async fn who_waits_holds_up_nobody_and_is_asked_once() {
     stage.finish().await;
 }
 
+/// Connections are kept and used again, and there are no more than the pool may have.
+#[tokio::test]
+async fn a_service_is_asked_over_a_few_connections() {
+    let listener = tokio::net::TcpListener::bind((Ipv4Addr::LOCALHOST, 0))
+        .await
+        .unwrap();
+    let url = format!("http://{}/", listener.local_addr().unwrap());
+    let (opened, at_once, most) =
+        <(Arc<AtomicUsize>, Arc<AtomicUsize>, Arc<AtomicUsize>)>::default();
+    let counted = opened.clone();
+    let listener = listener.tap_io(move |_| {
+        counted.fetch_add(1, Ordering::SeqCst);
+    });
+    let (now, peak) = (at_once.clone(), most.clone());
+    let router = Router::new().fallback(move || {
+        let (now, peak) = (now.clone(), peak.clone());
+        async move {
+            peak.fetch_max(now.fetch_add(1, Ordering::SeqCst) + 1, Ordering::SeqCst);
+            // Others come meanwhile, if they may.
+            for _ in 0..100 {
+                tokio::task::yield_now().await;
+            }
+            now.fetch_sub(1, Ordering::SeqCst);
+            StatusCode::NO_CONTENT
+        }
+    });
+    tokio::spawn(async move { axum::serve(listener, router).await.unwrap() });
+    let mut keys = http_item(1, &url);
+    keys.extend(item(1, &[("POOL_SIZE", "2")]));
+    let stage = stage(&keys).await;
+    for _ in 0..3 {
+        let logins = (0..20).map(|number| {
+            let stage = &stage;
+            async move { login(stage, &format!("c{number}"), "u", "p").await.1.ok() }
+        });
+        futures_util::future::join_all(logins).await;
+    }
+    assert_eq!(most.load(Ordering::SeqCst), 2);
+    // Of sixty requests; one may be opened while another is just given back.
+    let opened = opened.load(Ordering::SeqCst);
+    assert!((2..=10).contains(&opened), "{opened}");
+    stage.finish().await;
+}
+
 #[tokio::test]
 async fn a_connection_that_ends_meanwhile_ends_its_authentication() {
     let service = Service::start().await;
@@ -408,6 +459,67 @@ async fn the_broker_decides() {
     stage.admin.ready_until(200, "").await;
     login(&stage, "meter-3", "ann", "right").await.1.ok();
     stage.finish().await;
+}
+
+fn openssl(arguments: &[&str], input: &[u8]) -> Vec<u8> {
+    let mut command = std::process::Command::new("openssl");
+    let command = command.args(arguments).stdin(Stdio::piped());
+    let mut child = command.stdout(Stdio::piped()).spawn().unwrap();
+    child.stdin.take().unwrap().write_all(input).unwrap();
+    let output = child.wait_with_output().unwrap();
+    assert!(output.status.success(), "{arguments:?}");
+    output.stdout
+}
+
+/// Keys and signatures of other people's making.
+#[tokio::test]
+async fn tokens_that_openssl_has_signed_are_good() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name).display().to_string();
+    let (rsa, ed, message) = (path("rsa"), path("ed"), path("message"));
+    openssl(
+        &["genpkey", "-quiet", "-algorithm", "RSA", "-out", &rsa],
+        b"",
+    );
+    openssl(&["genpkey", "-algorithm", "ED25519", "-out", &ed], b"");
+    let sign = |algorithm: &str| {
+        let text = |value: &Value| URL_SAFE_NO_PAD.encode(value.to_string());
+        let (header, claims) = (json!({"alg": algorithm}), json!({"sub": "c"}));
+        let signed = format!("{}.{}", text(&header), text(&claims));
+        std::fs::write(&message, &signed).unwrap();
+        let pss = [
+            "-sigopt",
+            "rsa_padding_mode:pss",
+            "-sigopt",
+            "rsa_pss_saltlen:digest",
+        ];
+        let signature = match algorithm {
+            "RS256" => openssl(&["dgst", "-sha256", "-sign", &rsa, &message], b""),
+            "PS384" => openssl(
+                &[&["dgst", "-sha384"], &pss[..], &["-sign", &rsa, &message]].concat(),
+                b"",
+            ),
+            _ => openssl(
+                &["pkeyutl", "-sign", "-rawin", "-inkey", &ed, "-in", &message],
+                b"",
+            ),
+        };
+        format!("{signed}.{}", URL_SAFE_NO_PAD.encode(signature))
+    };
+    for (key, good, bad) in [
+        (&rsa, &["RS256", "PS384"][..], "EdDSA"),
+        (&ed, &["EdDSA"][..], "RS256"),
+    ] {
+        let public = format!("{key}.pub");
+        openssl(&["pkey", "-in", key, "-pubout", "-out", &public], b"");
+        let stage = stage(&jwt(1, &[("PUBLIC_KEY", &public)])).await;
+        for algorithm in good {
+            login(&stage, "c", "", &sign(algorithm)).await.1.ok();
+        }
+        let (_, answer) = login(&stage, "c", "", &sign(bad)).await;
+        answer.refused(ResultCode::PermissionDeny);
+        stage.finish().await;
+    }
 }
 
 /// Everything at trace level, every authenticator, whether it works or not.

@@ -12,7 +12,7 @@ mod common;
 use std::fs;
 use std::path::Path;
 
-use common::{Authority, Device, Service, Stage, client, until, within};
+use common::{Authority, Device, Service, Stage, client, hs256, until, within};
 use exproto_sidecar::proto::{ClientInfo, ResultCode};
 use exproto_sidecar::tls;
 use serde_json::json;
@@ -167,6 +167,29 @@ async fn a_service_is_asked_once_for_each_wish() {
 }
 
 #[tokio::test]
+async fn a_decision_is_remembered_for_a_while_only() {
+    let service = Service::start().await;
+    let url = service.url("/acl");
+    let stage = Stage::with(&[
+        ("AUTHORIZATION__CACHE_TTL", "300ms"),
+        ("AUTHORIZATION__SOURCES__1__TYPE", "http"),
+        ("AUTHORIZATION__SOURCES__1__URL", &url),
+    ])
+    .await;
+    let device = client_of(&stage, "c1", "u").await;
+    service.says(&json!({"result": "allow"}));
+    stage.publish(&device, "a", 1, "x").await.ok();
+    service.says(&json!({"result": "deny"}));
+    let refused = until("another decision", || async {
+        let answer = stage.publish(&device, "a", 1, "x").await;
+        (answer.code != ResultCode::Success).then_some(answer)
+    });
+    denied(refused.await);
+    assert_eq!(service.asked.borrow().len(), 2);
+    stage.finish().await;
+}
+
+#[tokio::test]
 async fn a_service_that_hangs_or_errs_denies_and_holds_up_nobody_who_does_not_need_it() {
     let service = Service::start().await;
     let folder = tempfile::tempdir().unwrap();
@@ -253,6 +276,38 @@ async fn rules_that_come_with_the_authentication_are_the_first() {
     let device = stage.device().await;
     let answer = stage.adapter.authenticate(&device.conn, "c4").await;
     answer.refused(ResultCode::PermissionDeny);
+    stage.finish().await;
+}
+
+#[tokio::test]
+async fn rules_that_a_token_carries_are_the_first() {
+    let secret = "a secret of the tokens with more than 32 bytes";
+    let stage = Stage::with(&[
+        ("AUTHENTICATION__1__MECHANISM", "jwt"),
+        ("AUTHENTICATION__1__SECRET", secret),
+        ("AUTHENTICATION__1__ACL_CLAIM_NAME", "rights"),
+        ("MOUNTPOINT", "plant/"),
+    ])
+    .await;
+    let login = async |claims| {
+        let device = stage.device().await;
+        let token = hs256(secret, &claims);
+        let info = Some(client("c1"));
+        let asked = stage.adapter.authenticate_as(&device.conn, info, &token);
+        asked.await.ok();
+        device
+    };
+    let rights = json!({"pub": ["plant/${clientid}/up"], "sub": ["plant/down/#"]});
+    let device = login(json!({"rights": rights})).await;
+    stage.publish(&device, "c1/up", 1, "x").await.ok();
+    stage.subscribe(&device, "down/x", 1).await.ok();
+    denied(stage.publish(&device, "c2/up", 1, "x").await);
+    denied(stage.subscribe(&device, "#", 1).await);
+    // Without the claim there is nothing to go by.
+    let device = login(json!({"acl": {}})).await;
+    stage.publish(&device, "c2/up", 1, "x").await.ok();
+    let device = login(json!({"rights": {}, "is_superuser": true})).await;
+    stage.publish(&device, "c2/up", 1, "x").await.ok();
     stage.finish().await;
 }
 

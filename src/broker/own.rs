@@ -12,12 +12,13 @@
 //! more, is not fought for.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::Duration;
 
 use metrics::Gauge;
 use tokio::runtime::Handle;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
-use tokio::time::{Instant, sleep, timeout_at};
+use tokio::sync::{Semaphore, oneshot};
+use tokio::time::{Instant, sleep, timeout, timeout_at};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -28,9 +29,12 @@ use super::session::Session;
 use super::{Broker, LinkState, Login, Options, Will};
 use crate::metrics::BrokerMetrics;
 
-/// A device's session whose CONNECT the broker refused so often in a row is over: once may
+/// A device's session whose CONNECT the broker denied so often in a row is over: once may
 /// be a broker that has just started and does not know its users yet.
 const MAX_REFUSED: u32 = 2;
+
+/// How long sessions that are cut off have to say what they leave behind.
+const COUNTING: Duration = Duration::from_millis(500);
 
 /// Why a session cannot be opened.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -79,6 +83,23 @@ struct Shared {
     places: Arc<Semaphore>,
     max: usize,
     tasks: TaskTracker,
+    end: Arc<End>,
+}
+
+/// The gateway's end, and what is left then.
+#[derive(Default)]
+struct End {
+    is_now: CancellationToken,
+    publishes: AtomicUsize,
+}
+
+/// What [`OwnSessions::drain`] cut off.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct CutOff {
+    /// Sessions that had not said farewell.
+    pub sessions: usize,
+    /// Publishes of theirs that were accepted and not confirmed.
+    pub publishes: usize,
 }
 
 /// What a session and its task share.
@@ -143,6 +164,7 @@ impl OwnSessions {
             places: Arc::new(Semaphore::new(max)),
             max,
             tasks: TaskTracker::new(),
+            end: Arc::default(),
         }))
     }
 
@@ -184,7 +206,18 @@ impl OwnSessions {
         let Some(runtime) = runtime else {
             return Err(OpenError::Failed("the gateway stops".to_owned()));
         };
-        let task = run(member, control, failure, ended, place);
+        let end = shared.end.clone();
+        let task = async move {
+            let lived = run(&member, &control, failure, &end).await;
+            // Who is told may open the next one.
+            drop(place);
+            if let Some(how) = lived {
+                if how == Ended::Kicked {
+                    member.metrics().sessions_kicked.increment(1);
+                }
+                ended(how);
+            }
+        };
         shared.tasks.spawn_on(task, runtime);
         tokio::select! {
             biased;
@@ -194,13 +227,20 @@ impl OwnSessions {
         }
     }
 
-    /// Waits for the farewells of those that were ended; how many sessions were cut off at
-    /// `deadline`.
-    pub async fn drain(&self, deadline: Instant) -> usize {
-        let tasks = &self.0.tasks;
+    /// Waits for the farewells of those that were ended, and cuts off the rest at `deadline`.
+    pub async fn drain(&self, deadline: Instant) -> CutOff {
+        let Shared { tasks, end, .. } = &*self.0;
         tasks.close();
-        let all = timeout_at(deadline, tasks.wait()).await;
-        if all.is_ok() { 0 } else { tasks.len() }
+        if timeout_at(deadline, tasks.wait()).await.is_ok() {
+            return CutOff::default();
+        }
+        let sessions = tasks.len();
+        end.is_now.cancel();
+        let _ = timeout(COUNTING, tasks.wait()).await;
+        CutOff {
+            sessions,
+            publishes: end.publishes.load(Ordering::Acquire),
+        }
     }
 }
 
@@ -220,37 +260,33 @@ impl Drop for Counted {
     }
 }
 
-/// The task of a session.
+/// The life of a session; how it ended where nobody here has ended it.
 async fn run(
-    member: Arc<Member>,
-    control: Arc<Control>,
+    member: &Arc<Member>,
+    control: &Control,
     failure: oneshot::Sender<OpenError>,
-    ended: impl FnOnce(Ended),
-    place: OwnedSemaphorePermit,
-) {
-    let counted = Counted::new(&member.metrics().sessions);
+    end: &End,
+) -> Option<Ended> {
+    let _counted = Counted::new(&member.metrics().sessions);
     let patience = member.options().publish_timeout;
     let grace = async {
         control.closing.cancelled().await;
         sleep(patience).await;
     };
-    let end = tokio::select! {
-        end = live(&member, &control, failure) => end,
+    let ended = tokio::select! {
+        ended = live(member, control, failure) => ended,
         () = grace => None,
+        () = end.is_now.cancelled() => {
+            end.publishes.fetch_add(member.waiting(), Ordering::AcqRel);
+            None
+        }
     };
     if member.state().is_up() {
         member.metrics().links_up.decrement(1.0);
         member.set_state(LinkState::Down("the session is over".to_owned()));
     }
     member.abandon();
-    // Who was told may open the next one.
-    drop((counted, place));
-    if let Some(end) = end {
-        if end == Ended::Kicked {
-            member.metrics().sessions_kicked.increment(1);
-        }
-        ended(end);
-    }
+    ended
 }
 
 /// Keeps the session connected until it is ended: by the other side, if it says so.
@@ -276,6 +312,7 @@ async fn live(
         let Err(error) = served else {
             return None;
         };
+        let is_first = !opened;
         opened |= place.welcomed;
         let was_up = member.state().is_up();
         if place.welcomed
@@ -312,18 +349,25 @@ async fn live(
             return Some(Ended::Superseded);
         }
         let lived = began.elapsed();
+        let denied = |error: &LinkError| matches!(error, LinkError::Refused(no) if no.denied);
         refused = match &error {
-            LinkError::Refused(_) => refused + 1,
+            error if denied(error) => refused + 1,
+            // One that is busy, or starts, has no word on who it is.
+            LinkError::Refused(_) => refused,
             _ if place.welcomed => 0,
             _ => refused,
         };
-        // Not every broker says that another client has the session (Mosquitto 2.0 does not),
-        // and a client that begins anew has ended ours.
+        // Not every broker says that another client has the session (Mosquitto 2.0 does not). Two
+        // gateways that have a device of this name each end the other's link in turn, beginning
+        // with the older one's: the newer one's first does not count, so the older one gives up.
         let soon = lived < SOON.max(2 * longest);
-        contested = match place.welcomed && soon && error.is_without_a_word() {
-            true => contested + 1,
-            false if place.welcomed => 0,
-            false => contested,
+        let without_a_word = error.is_without_a_word() && soon && !is_first;
+        contested = match place.welcomed {
+            true if without_a_word => contested + 1,
+            true => 0,
+            false if denied(&error) => contested,
+            // Another client does not make the broker go away.
+            false => 0,
         };
         let is_over = match &error {
             LinkError::TakenOver(_) => true,

@@ -26,7 +26,7 @@ use tokio_util::task::TaskTracker;
 use crate::adapter::Adapter;
 use crate::admin::{self, Readiness, Status};
 use crate::auth::Auth;
-use crate::broker::{Broker, BrokerTasks, LinkState, OwnSessions};
+use crate::broker::{Broker, BrokerTasks, CutOff, LinkState, OwnSessions};
 use crate::config::{AdapterBind, Config, Handler};
 use crate::connection::Registry;
 use crate::connection::command::{Commands, RawPublish};
@@ -397,16 +397,17 @@ impl Gateway {
         let reserve = BROKER_RESERVE.min(self.shutdown_timeout / 4);
         let all = tokio::time::timeout_at(deadline - reserve, self.connections.wait()).await;
         let connections = if all.is_ok() { 0 } else { self.registry.len() };
-        if let Some(own) = &self.own_sessions {
-            let cut_off = own.drain(deadline).await;
-            if cut_off > 0 {
-                tracing::warn!(
-                    cut_off,
-                    "devices' sessions at the broker were not ended in time"
-                );
-            }
+        let cut_off = match &self.own_sessions {
+            Some(own) => own.drain(deadline).await,
+            None => CutOff::default(),
+        };
+        if cut_off.sessions > 0 {
+            tracing::warn!(
+                cut_off = cut_off.sessions,
+                "devices' sessions at the broker were not ended in time"
+            );
         }
-        let publishes = self.broker_tasks.drain(deadline).await;
+        let publishes = cut_off.publishes + self.broker_tasks.drain(deadline).await;
         self.stops.adapter.cancel();
         self.adapter_tasks.close();
         // Handlers that keep their connection open are not waited for.

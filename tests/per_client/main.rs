@@ -9,11 +9,10 @@
 
 #[path = "../common/mod.rs"]
 mod common;
+mod kicked;
 mod secrets;
 
-use std::fs;
-
-use common::{Broker, Peer, Stage, client, until, within};
+use common::{Adapter, Broker, Device, Handler, Peer, Plan, Process, Stage, client, until, within};
 use exproto_sidecar::proto::{ClientInfo, ResultCode};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
@@ -174,77 +173,6 @@ async fn the_mqtt_authenticator_asks_a_guarded_broker() {
 }
 
 #[tokio::test]
-async fn who_loses_its_session_to_another_client_is_kicked() {
-    let stage = stage(Broker::start().await, &[]).await;
-    let mut device = stage.client("d1").await;
-    let other = stage.client("d2").await;
-    // A client that comes back whenever it is taken over, as clients do.
-    let port = stage.broker.port;
-    let rivals = tokio::spawn(async move {
-        loop {
-            let mut stream = rival(port, "d1").await;
-            let mut rest = Vec::new();
-            let _ = stream.read_to_end(&mut rest).await;
-        }
-    });
-    assert_eq!(stage.closed(&device).await, "kicked");
-    rivals.abort();
-    device.closed().await;
-    stage.publish(&other, "t", 1, "still there").await.ok();
-    let kicked = "exproto_broker_sessions_kicked_total";
-    assert_eq!(stage.admin.metric(kicked).await, 1.0);
-    stage.finish().await;
-}
-
-/// An operator disables the user: Mosquitto says *administrative action*.
-#[tokio::test]
-async fn who_is_kicked_by_the_operator_is_kicked() {
-    let mut broker = Broker::limited().await;
-    broker.kill();
-    let file = broker.dir.path().join("roles.json");
-    let operator = r#""acls":[{"acltype":"publishClientSend","topic":"$CONTROL/#","priority":9,"allow":true},"#;
-    let roles = fs::read_to_string(&file).unwrap();
-    fs::write(&file, roles.replacen(r#""acls":["#, operator, 1)).unwrap();
-    broker.up().await;
-    let stage = stage(broker, &[]).await;
-    let mut peer = Peer::connect(stage.broker.port).await;
-    let control = "$CONTROL/dynamic-security/v1";
-    let create = r#"{"commands":[{"command":"createClient","username":"ann","password":"right"}]}"#;
-    peer.publish(control, 1, create).await;
-    let device = stage.device().await;
-    let adapter = &stage.adapter;
-    let answer = adapter.authenticate_as(&device.conn, info("a1", "ann"), "right");
-    answer.await.ok();
-    let disable = r#"{"commands":[{"command":"disableClient","username":"ann"}]}"#;
-    peer.publish(control, 1, disable).await;
-    assert_eq!(stage.closed(&device).await, "kicked");
-    let again = stage.device().await;
-    let answer = adapter.authenticate_as(&again.conn, info("a1", "ann"), "right");
-    answer.await.refused(ResultCode::PermissionDeny);
-    stage.finish().await;
-}
-
-#[tokio::test]
-async fn who_is_refused_when_the_broker_comes_back_is_kicked() {
-    let mut stage = stage(guarded().await, &GATEWAY).await;
-    let mut devices = Vec::new();
-    for name in ["ann", "bob"] {
-        let device = stage.device().await;
-        let info = info(name, name);
-        let answer = stage.adapter.authenticate_as(&device.conn, info, "right");
-        answer.await.ok();
-        devices.push(device);
-    }
-    stage.broker.kill();
-    let [gateway, _, bob] = USERS;
-    stage.broker.users(&[gateway, bob]);
-    stage.broker.up().await;
-    assert_eq!(stage.closed(&devices[0]).await, "kicked");
-    stage.publish(&devices[1], "data/bob/t", 1, "x").await.ok();
-    stage.finish().await;
-}
-
-#[tokio::test]
 async fn a_client_id_moves_to_its_newest_connection() {
     let stage = stage(Broker::start().await, &[]).await;
     let older = stage.subscriber("d", "down/#", 1).await;
@@ -293,6 +221,34 @@ async fn the_will_follows_an_abnormal_end_and_no_other() {
     let _left = stage.client("left").await;
     within("the drain", stage.gateway.drain()).await;
     assert_eq!(peer.next_text().await.0, "gone/left");
+}
+
+/// The broker says it for a gateway that cannot any more, as it was asked to.
+#[tokio::test]
+async fn the_will_outlives_the_gateway() {
+    let (broker, handler) = tokio::join!(Broker::start(), Handler::start());
+    let plan = Plan::new(&broker.url(), &handler.url())
+        .set_all(&WILL)
+        .set("BROKER__WILL__QOS", "1")
+        .set("BROKER__WILL__RETAIN", "true");
+    let process = Process::run(&plan);
+    let adapter = Adapter::connect(process.address("adapter on").await).await;
+    let device = Device::dial(process.address("devices on").await).await;
+    let conn = handler.created(device.port()).await;
+    adapter.authenticate(&conn, "d1").await.ok();
+    process.signal("KILL");
+    let said = (
+        "gone/d1".to_owned(),
+        1,
+        "d1 of user of d1 is gone".to_owned(),
+    );
+    let mut peer = Peer::connect(broker.port).await;
+    peer.subscribe("gone/#").await;
+    assert_eq!(peer.next_text().await, said);
+    // Also for those that come later.
+    let mut peer = Peer::connect(broker.port).await;
+    peer.subscribe("gone/#").await;
+    assert_eq!(peer.next_text().await, said);
 }
 
 #[tokio::test]
