@@ -178,7 +178,7 @@ async fn device(sink: Arc<dyn EventSink>, count: usize) {
     let mut under_way = FuturesUnordered::new();
     let mut left = count;
     while left > 0 || !under_way.is_empty() {
-        while left > 0 && (under_way.is_empty() || under_way.len() < sink.window(&caller)) {
+        while left > 0 && (under_way.is_empty() || under_way.len() < sink.window(&caller, false)) {
             let event = Event::ReceivedBytes(Bytes::from_static(&PAYLOAD));
             under_way.push(sink.deliver(caller.clone(), event));
             left -= 1;

@@ -227,7 +227,7 @@ impl<S: Socket> Driver<S> {
         }
         let room = self.calls.size() < MAX_AHEAD;
         self.machine.set_window(if room {
-            self.sink.window(&self.caller)
+            self.sink.window(&self.caller, S::STREAM)
         } else {
             1
         });

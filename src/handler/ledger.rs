@@ -76,6 +76,8 @@ pub(super) enum End {
 pub(super) trait Output<E> {
     /// Open a stream.
     fn open(&mut self, stream: StreamId);
+    /// This one has to wait for a stream, until it is written or settled.
+    fn hold(&mut self, entry: &mut E);
     /// Write to a stream; `again` is a message that was on another one before.
     fn write(&mut self, stream: StreamId, entry: &mut E, again: bool);
     /// Write nothing more to a stream and wait for its answer.
@@ -220,7 +222,7 @@ impl<E> Ledger<E> {
         if self.suspended {
             self.outage.get_or_insert(now);
         }
-        let item = Item {
+        let mut item = Item {
             conn,
             size,
             again: false,
@@ -231,6 +233,7 @@ impl<E> Ledger<E> {
             self.write(item, out);
         } else {
             self.conns.entry(conn).or_default().waiting += 1;
+            out.hold(&mut item.entry);
             self.waiting.push_back(item);
         }
         // What waits already waits for an answer; nothing came that lets it go.
@@ -262,7 +265,7 @@ impl<E> Ledger<E> {
                     out.settle(item.entry, Ok(()));
                 }
             }
-            End::NotSent(_) => self.again(stream.items, now),
+            End::NotSent(_) => self.again(stream.items, now, out),
             End::Broken(trouble) => self.broke(stream.items, &trouble, now, out),
             // An answer before the end: nobody can know what the handler has read.
             End::Taken | End::Refused | End::Late => {
@@ -485,11 +488,12 @@ impl<E> Ledger<E> {
     }
 
     /// What was on a stream goes before what waits.
-    fn again(&mut self, items: Vec<Item<E>>, now: Instant) {
+    fn again(&mut self, items: Vec<Item<E>>, now: Instant, out: &mut impl Output<E>) {
         self.suspend(now);
         self.outage.get_or_insert(now);
         for mut item in items.into_iter().rev() {
             item.again = true;
+            out.hold(&mut item.entry);
             self.conns.entry(item.conn).or_default().waiting += 1;
             self.release(item.conn);
             self.waiting.push_front(item);
@@ -505,7 +509,7 @@ impl<E> Ledger<E> {
         out: &mut impl Output<E>,
     ) {
         if self.limits.at_least_once {
-            return self.again(items, now);
+            return self.again(items, now, out);
         }
         self.suspend(now);
         self.outage.get_or_insert(now);

@@ -29,6 +29,7 @@ mod trace;
 
 pub use dial::Pings;
 
+use std::sync::atomic::AtomicUsize;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -124,6 +125,8 @@ pub struct Caller {
     pub conn: ConnId,
     waits: Mutex<Waits>,
     seat: Mutex<Seat>,
+    /// Events that wait for a stream.
+    behind: AtomicUsize,
 }
 
 #[derive(Debug, Default)]
@@ -146,6 +149,7 @@ impl Caller {
             conn,
             waits: Mutex::default(),
             seat: Mutex::default(),
+            behind: AtomicUsize::new(0),
         }
     }
 
@@ -230,9 +234,10 @@ pub trait EventSink: Send + Sync {
     ) -> BoxFuture<'static, Result<(), CallFailure>>;
 
     /// How many events with bytes or messages of one connection may be under way at this
-    /// moment. Whoever finds more of its own under way waits until one ends.
-    fn window(&self, caller: &Caller) -> usize {
-        let _ = caller;
+    /// moment. Whoever finds more of its own under way waits until one ends. `joins` says
+    /// that what waits meanwhile becomes one event, as bytes of a stream do.
+    fn window(&self, caller: &Caller, joins: bool) -> usize {
+        let _ = (caller, joins);
         1
     }
 }

@@ -33,6 +33,11 @@ use lane::Lane;
 
 /// Events of one kind of one connection that may be under way. With a stream that
 /// ends every five milliseconds it allows some ten thousand datagrams a second.
+///
+/// A connection whose bytes can be joined gets no further than to the first event that
+/// has to wait for a stream: what comes then is better off in the kernel, for it makes one
+/// event, and a connection that has much to say does not have all of it in pieces on
+/// each stream.
 pub const WINDOW: usize = 64;
 
 /// Events under way on one channel from which on a connection may have only one: what
@@ -84,6 +89,24 @@ struct Entry {
     /// How long calls about the connection had waited when it was written.
     waited: Duration,
     held: Held,
+    /// While it waits for a stream.
+    behind: Option<Behind>,
+}
+
+/// An event that waits for a stream, as its connection sees it.
+struct Behind(Arc<Caller>);
+
+impl Behind {
+    fn new(caller: &Arc<Caller>) -> Self {
+        caller.behind.fetch_add(1, Ordering::Relaxed);
+        Self(caller.clone())
+    }
+}
+
+impl Drop for Behind {
+    fn drop(&mut self) {
+        self.0.behind.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 /// An entry's part of the load, until it is dropped.
@@ -190,6 +213,7 @@ impl EventSink for Streaming {
             handed: Instant::now(),
             waited: Duration::ZERO,
             held,
+            behind: None,
         };
         let begin = || Lane::new(self.client.clone(), member.link.clone(), kind, options);
         member.lanes.enqueue(begin, kind, entry);
@@ -199,7 +223,10 @@ impl EventSink for Streaming {
         })
     }
 
-    fn window(&self, caller: &Caller) -> usize {
+    fn window(&self, caller: &Caller, joins: bool) -> usize {
+        if joins && caller.behind.load(Ordering::Relaxed) > 0 {
+            return 1;
+        }
         let Some(member) = caller.member() else {
             return 1;
         };

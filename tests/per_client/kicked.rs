@@ -41,7 +41,7 @@ async fn the_newer_of_two_gateways_has_the_session() {
     let plan = stage.plan.clone().set("NODE_NAME", &node_name("second"));
     let second = Gateway::start(&plan.config()).await.unwrap();
     within("the second gateway", second.ready()).await;
-    let adapter = Adapter::connect(second.addresses().adapter).await;
+    let adapter = Adapter::connect(second.addresses().adapter.tcp().unwrap()).await;
     let older = stage.subscriber("d1", "down/#", 1).await;
     // Its link has lived for seconds: a young one could be taken for one that is contested.
     stage.broker.logged("Received PINGREQ from d1").await;
@@ -145,7 +145,7 @@ async fn who_is_put_off_when_the_broker_comes_back_is_not_kicked() {
     let handler = Handler::start().await;
     let plan = Plan::new(&url, &handler.url()).set_all(&WILL[..2]);
     let gateway = Gateway::start(&plan.config()).await.unwrap();
-    let adapter = Adapter::connect(gateway.addresses().adapter).await;
+    let adapter = Adapter::connect(gateway.addresses().adapter.tcp().unwrap()).await;
     let device = Device::dial(gateway.addresses().listeners["tcp.default"]).await;
     let conn = handler.created(device.port()).await;
     adapter.authenticate(&conn, "d1").await.ok();

@@ -7,7 +7,7 @@
     clippy::indexing_slicing
 )]
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 
 use proptest::prelude::*;
 
@@ -40,6 +40,8 @@ struct Recorder {
     /// Each entry's first time on a stream, in order, for each connection.
     first: HashMap<usize, Vec<usize>>,
     fates: HashMap<Name, Fate>,
+    /// Entries that wait for a stream.
+    held: HashSet<Name>,
     again: usize,
     broken: usize,
     /// Entries on streams that were not sent.
@@ -58,7 +60,12 @@ impl Output<Name> for Recorder {
         assert_eq!(open, 1, "one is written to");
     }
 
+    fn hold(&mut self, entry: &mut Name) {
+        assert!(self.held.insert(*entry), "held twice: {entry:?}");
+    }
+
     fn write(&mut self, stream: StreamId, entry: &mut Name, again: bool) {
+        self.held.remove(entry);
         let (conn, number) = *entry;
         for (other, (entries, _)) in &self.streams {
             let also = entries.iter().any(|(c, _)| *c == conn);
@@ -103,6 +110,7 @@ impl Output<Name> for Recorder {
             self.failed.push(entry.0);
             Fate::Failed
         };
+        self.held.remove(&entry);
         let before = self.fates.insert(entry, fate);
         assert_eq!(before, None, "settled twice: {entry:?}");
     }
@@ -238,6 +246,9 @@ impl World {
         }
         assert_eq!(self.out.again.min(self.out.broken), self.out.again);
         assert!(self.out.longest <= self.limits.max_messages);
+        let waiting = self.ledger.waiting.iter();
+        let waiting: HashSet<Name> = waiting.map(|item| item.entry).collect();
+        assert_eq!(self.out.held, waiting, "who waits is told so");
         let known = self.ledger.conns.len();
         assert!(known <= self.pushed.len());
         if self.ledger.is_empty() {

@@ -9,7 +9,7 @@ use futures_util::future::{AbortHandle, BoxFuture, abortable};
 use futures_util::stream::{FuturesUnordered, StreamExt};
 use tokio::sync::mpsc;
 
-use super::{Entry, Kind, Options, WINDOW};
+use super::{Behind, Entry, Kind, Options, WINDOW};
 use crate::handler::call::{MAX_WAIT, late};
 use crate::handler::client::{Client, PAUSES};
 use crate::handler::ledger::{ConnKey, End, Ledger, Limits, Output, StreamId};
@@ -273,7 +273,13 @@ impl Output<Entry> for Hands {
         self.client.0.metrics.stream_opened(method);
     }
 
+    fn hold(&mut self, entry: &mut Entry) {
+        let behind = || Behind::new(&entry.caller);
+        entry.behind.get_or_insert_with(behind);
+    }
+
     fn write(&mut self, stream: StreamId, entry: &mut Entry, again: bool) {
+        entry.behind = None;
         entry.waited = entry.caller.waited();
         if again {
             self.client.0.metrics.resent.increment(1);
