@@ -1,42 +1,24 @@
 """The example handler for the older, streaming service: written as handlers for EMQX 4.2 to 5.0 are."""
 
-import argparse
 import logging
-import os
-import signal
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import grpc
-
-# The stubs are made in memory at each start: none to generate by hand, none to grow stale.
-sys.path.append(str(Path(__file__).resolve().parents[2] / "proto"))
-pb, rpc = grpc.protos_and_services("exproto.proto")
+# What is around the callbacks is the same for both services.
+sys.path.append(str(Path(__file__).resolve().parents[1] / "echo-python"))
+from gateway import pb, rpc, serve
 
 log = logging.getLogger("handler")
-CODES = {number: name for name, number in pb.ResultCode.items()}
-ADAPTER_TIMEOUT = 4.0  # seconds; below the gateway's request_timeout, so that no thread works for a lost callback
-MAX_CALLBACK_BYTES = 64 * 1024 * 1024  # a batch of messages can outgrow gRPC's default of 4 MiB
 
 
 class Handler(rpc.ConnectionHandlerServicer):
     """Each callback is a stream of requests, which is read to its end and answered then. It carries one request, or,
     with the gateway's handler.streaming, those of many connections."""
 
-    def __init__(self, channel, keepalive):
-        self.adapter = rpc.ConnectionAdapterStub(channel)
+    def __init__(self, adapter, keepalive):
+        self.call = adapter.call
         self.keepalive = keepalive
         self.clients = {}  # conn -> clientid, until OnSocketClosed
-
-    def call(self, name, request):
-        """Calls the gateway. A refusal is an answer with a code and a message, not an exception. An exception (the
-        gateway cannot be reached) fails the stream."""
-        answer = getattr(self.adapter, name)(request, timeout=ADAPTER_TIMEOUT, wait_for_ready=True)
-        if answer.code != pb.SUCCESS:
-            code = CODES.get(answer.code, "?")
-            log.warning("%s refused: %d %s %s (conn %s)", name, answer.code, code, answer.message, request.conn)
-        return answer.code == pb.SUCCESS
 
     def OnSocketCreated(self, requests, context):
         for request in requests:
@@ -87,32 +69,5 @@ class Handler(rpc.ConnectionHandlerServicer):
         return pb.EmptySuccess()
 
 
-def main():
-    parser, env = argparse.ArgumentParser(description=__doc__), os.environ.get
-    parser.add_argument("--listen", default=env("HANDLER_LISTEN", "127.0.0.1:9001"), help="[HANDLER_LISTEN]")
-    parser.add_argument("--adapter", default=env("ADAPTER_ADDRESS", "127.0.0.1:9100"), help="[ADAPTER_ADDRESS]")
-    parser.add_argument("--keepalive", type=int, default=env("HANDLER_KEEPALIVE", "300"), help="[HANDLER_KEEPALIVE]")
-    args = parser.parse_args()
-    if not 0 <= args.keepalive < 2**32:
-        parser.error("--keepalive: seconds, 0 for no timer")
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    for stop in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(stop, signal.default_int_handler)  # raises KeyboardInterrupt
-
-    # With so_reuseport a second handler on the port would start and take a part of the calls, unnoticed.
-    options = [("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", MAX_CALLBACK_BYTES)]
-    with grpc.insecure_channel(args.adapter) as channel:  # every thread shares it
-        # A stream holds a thread until it is answered.
-        server = grpc.server(ThreadPoolExecutor(max_workers=32), options=options)
-        rpc.add_ConnectionHandlerServicer_to_server(Handler(channel, args.keepalive), server)
-        port = server.add_insecure_port(args.listen)
-        server.start()
-        try:
-            print(f"handler listening on {args.listen.rpartition(':')[0]}:{port}", flush=True)
-            server.wait_for_termination()
-        except KeyboardInterrupt:
-            server.stop(grace=ADAPTER_TIMEOUT).wait()  # callbacks in flight may finish
-
-
 if __name__ == "__main__":
-    main()
+    serve(__doc__, Handler, rpc.add_ConnectionHandlerServicer_to_server)

@@ -1,41 +1,19 @@
 """An example handler: a device's bytes go up to MQTT, messages come down to the device."""
 
-import argparse
 import logging
-import os
-import signal
-import sys
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
-import grpc
-
-# The stubs are made in memory at each start: none to generate by hand, none to grow stale.
-sys.path.append(str(Path(__file__).resolve().parents[2] / "proto"))
-pb, rpc = grpc.protos_and_services("exproto.proto")
+from gateway import pb, rpc, serve
 
 log = logging.getLogger("handler")
-CODES = {number: name for name, number in pb.ResultCode.items()}
-ADAPTER_TIMEOUT = 4.0  # seconds; below the gateway's request_timeout, so that no thread works for a lost callback
-MAX_CALLBACK_BYTES = 64 * 1024 * 1024  # a batch of messages can outgrow gRPC's default of 4 MiB
 
 
 class Handler(rpc.ConnectionUnaryHandlerServicer):
     """The gateway makes the calls about one connection one after another, those about many at once."""
 
-    def __init__(self, channel, keepalive):
-        self.adapter = rpc.ConnectionAdapterStub(channel)
+    def __init__(self, adapter, keepalive):
+        self.call = adapter.call
         self.keepalive = keepalive
         self.clients = {}  # conn -> clientid, until OnSocketClosed
-
-    def call(self, name, request):
-        """Calls the gateway. A refusal is an answer with a code and a message, not an exception. An exception (the
-        gateway cannot be reached) fails the callback, and then the gateway closes the connection."""
-        answer = getattr(self.adapter, name)(request, timeout=ADAPTER_TIMEOUT, wait_for_ready=True)
-        if answer.code != pb.SUCCESS:
-            code = CODES.get(answer.code, "?")
-            log.warning("%s refused: %d %s %s (conn %s)", name, answer.code, code, answer.message, request.conn)
-        return answer.code == pb.SUCCESS
 
     def OnSocketCreated(self, request, context):
         conn, info = request.conn, request.conninfo
@@ -80,63 +58,5 @@ class Handler(rpc.ConnectionUnaryHandlerServicer):
         return pb.EmptySuccess()
 
 
-def adapter_channel(args, tls):
-    """The way to the gateway: encrypted where there are certificates, with the token in every call where there is one.
-    gRPC shows a token only to whom it trusts: over TLS, or a Unix socket."""
-    credentials = grpc.ssl_channel_credentials(*tls) if tls else None
-    if args.token_file:
-        local = grpc.local_channel_credentials(grpc.LocalConnectionType.UDS)
-        token = grpc.access_token_call_credentials(Path(args.token_file).read_text().strip())
-        credentials = grpc.composite_channel_credentials(credentials or local, token)
-    # By itself grpcio names a Unix socket's path as the authority, which is none and is refused by strict servers.
-    options = [("grpc.default_authority", "localhost")] if args.adapter.startswith("unix:") else []
-    if credentials:
-        return grpc.secure_channel(args.adapter, credentials, options)
-    return grpc.insecure_channel(args.adapter, options)
-
-
-def listen(server, args, tls):
-    """Where the gateway comes to; with certificates it must show one too, of the same authority. Returns the port."""
-    if not tls:
-        return server.add_insecure_port(args.listen)
-    ca, key, cert = tls
-    return server.add_secure_port(args.listen, grpc.ssl_server_credentials([(key, cert)], ca, require_client_auth=True))
-
-
-def main():
-    parser, env = argparse.ArgumentParser(description=__doc__), os.environ.get
-    parser.add_argument("--listen", default=env("HANDLER_LISTEN", "127.0.0.1:9001"), help="[HANDLER_LISTEN]")
-    parser.add_argument("--adapter", default=env("ADAPTER_ADDRESS", "127.0.0.1:9100"), help="[ADAPTER_ADDRESS]")
-    parser.add_argument("--keepalive", type=int, default=env("HANDLER_KEEPALIVE", "300"), help="[HANDLER_KEEPALIVE]")
-    for name, text in (("ca", "authority of both sides"), ("key", "key of the handler"), ("cert", "its certificate")):
-        variable = f"HANDLER_{name.upper()}"
-        parser.add_argument(f"--{name}", default=env(variable), help=f"PEM file, for TLS: {text} [{variable}]")
-    parser.add_argument("--token-file", default=env("ADAPTER_TOKEN_FILE"), help="[ADAPTER_TOKEN_FILE]")
-    args = parser.parse_args()
-    files = [args.ca, args.key, args.cert]
-    if any(files) and not all(files):
-        parser.error("--ca, --key and --cert: all three, or none")
-    tls = [Path(file).read_bytes() for file in files] if all(files) else None
-    if not 0 <= args.keepalive < 2**32:
-        parser.error("--keepalive: seconds, 0 for no timer")
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    for stop in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(stop, signal.default_int_handler)  # raises KeyboardInterrupt
-
-    # With so_reuseport a second handler on the port would start and take a part of the calls, unnoticed.
-    options = [("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", MAX_CALLBACK_BYTES)]
-    with adapter_channel(args, tls) as channel:  # every thread shares it
-        server = grpc.server(ThreadPoolExecutor(max_workers=32), options=options)
-        rpc.add_ConnectionUnaryHandlerServicer_to_server(Handler(channel, args.keepalive), server)
-        port = listen(server, args, tls)
-        server.start()
-        try:
-            here = args.listen if args.listen.startswith("unix:") else f"{args.listen.rpartition(':')[0]}:{port}"
-            print(f"handler listening on {here}", flush=True)
-            server.wait_for_termination()
-        except KeyboardInterrupt:
-            server.stop(grace=ADAPTER_TIMEOUT).wait()  # callbacks in flight may finish
-
-
 if __name__ == "__main__":
-    main()
+    serve(__doc__, Handler, rpc.add_ConnectionUnaryHandlerServicer_to_server)
