@@ -35,6 +35,9 @@ use tonic::transport::Server;
 use tonic::transport::server::TcpIncoming;
 use tonic::{Request, Response, Status, Streaming};
 
+/// Of everything that may take time.
+const LIMIT: Duration = Duration::from_secs(5);
+
 /// Bytes of a device in one callback.
 const PAYLOAD: [u8; 64] = [7; 64];
 
@@ -128,7 +131,7 @@ async fn measure(port: u16, streaming: Option<streaming::Options>, each: usize) 
         host: "127.0.0.1".to_owned(),
         port,
     };
-    let target = Target::new("bench".to_owned(), place, None, Duration::from_secs(5)).unwrap();
+    let target = Target::new("bench".to_owned(), place, None, LIMIT, LIMIT).unwrap();
     let directory = Directory::new(vec![target], Arc::new(System), None);
     let options = Options {
         service: "ConnectionHandler",

@@ -22,6 +22,7 @@ pub mod connection;
 #[doc(hidden)]
 pub mod fuzzing;
 pub mod gateway;
+mod greeted;
 pub mod handler;
 pub mod id;
 pub mod listener;

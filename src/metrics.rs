@@ -112,11 +112,11 @@ const TABLE: &[(Kind, &str, Unit, &str, &str)] = &[
     (Kind::Counter, RESENT, Unit::Count, "handler", "With handler.streaming: callbacks sent again because their stream was not answered with OK; a handler may have had them before."),
     (Kind::Gauge, HANDLER_UP, Unit::Count, "handler", "Connected channels to the handler; each shard keeps one for each address."),
     (Kind::Gauge, HANDLER_CHANNELS, Unit::Count, "handler, address, state", "Channels to the handler by the address of the configuration and their state: up, not_serving (new connections go elsewhere), down. Each shard keeps one for each IP address that a host name resolves to."),
-    (Kind::Gauge, CONNECTIONS_HELD, Unit::Count, "handler", "Connections held: a callback of theirs waits for a handler that is away."),
+    (Kind::Gauge, CONNECTIONS_HELD, Unit::Count, "handler", "Connections held: a callback of theirs waits for a handler that is away. With handler.streaming the bytes and messages that wait are in exproto_handler_stream_unacknowledged."),
     (Kind::Counter, FAILOVERS, Unit::Count, "handler", "Connections that moved to another address of their handler."),
-    (Kind::Counter, ADAPTER_CALLS, Unit::Count, "method, code", "Calls of handlers to the adapter, by result code; CANCELLED where the handler did not wait for the answer, DEADLINE_EXCEEDED where its grpc-timeout was over, INTERNAL where that could not be read."),
+    (Kind::Counter, ADAPTER_CALLS, Unit::Count, "method, code", "Calls of handlers to the adapter, by result code, or by gRPC's status where that is not OK: CANCELLED where the handler did not wait for the answer, DEADLINE_EXCEEDED where its grpc-timeout was over, OUT_OF_RANGE where the request was larger than server.max_message_size, UNAUTHENTICATED without a token. The method is \"other\" for what is no call."),
     (Kind::Histogram, ADAPTER_CALL_SECONDS, Unit::Seconds, "method", "Time from a handler's call to its answer; waiting for the broker or for a slow device is in it."),
-    (Kind::Counter, ADAPTER_REFUSED, Unit::Count, "reason", "What handlers were refused, by reason: unauthenticated (a call without a token that is known), foreign (with server.isolate_handlers: a call about a connection of another handler, answered with CONN_PROCESS_NOT_ALIVE), max_connections (a connection too many), handshake_failed (TLS)."),
+    (Kind::Counter, ADAPTER_REFUSED, Unit::Count, "reason", "What handlers were refused, by reason: unauthenticated (a call without a token that is known), foreign (with server.isolate_handlers: a call about a connection of another handler, answered with CONN_PROCESS_NOT_ALIVE), max_connections (a connection too many), handshake_failed (no TLS, or no word of HTTP/2 within 10 s), unread (a request that is not whole after 30 s, or one too many of those that are not), watches (of health, one too many)."),
     (Kind::Gauge, ADAPTER_CONNECTIONS, Unit::Count, "", "Connections of handlers to the adapter."),
     (Kind::Counter, ADAPTER_RELOADS, Unit::Count, "what, outcome", "Changes of the adapter's files, tls or tokens, by outcome: ok, or failed where the old ones stay in use."),
     (Kind::Counter, DELIVERED, Unit::Count, "", "Messages that a handler took, counted for each connection."),
@@ -428,6 +428,11 @@ impl HandlerMetrics {
         }
     }
 
+    /// The handler's name in the configuration.
+    pub fn handler(&self) -> &str {
+        &self.handler
+    }
+
     /// Records a callback that the handler took.
     pub fn succeeded(&self, method: usize, elapsed: Duration) {
         if let (Some(ok), Some(seconds)) = (self.ok.get(method), self.seconds.get(method)) {
@@ -475,6 +480,7 @@ impl HandlerMetrics {
             self.metrics.gauge(HANDLER_CHANNELS, labels)
         };
         ChannelMetrics {
+            handler: self.handler.clone(),
             all_up: self.channels_up.clone(),
             up: gauge("up"),
             not_serving: gauge("not_serving"),
@@ -508,6 +514,7 @@ pub enum ChannelState {
 /// Metrics of the channels to one address of a handler.
 #[derive(Clone)]
 pub struct ChannelMetrics {
+    handler: String,
     all_up: Gauge,
     up: Gauge,
     not_serving: Gauge,
@@ -515,6 +522,11 @@ pub struct ChannelMetrics {
 }
 
 impl ChannelMetrics {
+    /// The handler's name in the configuration.
+    pub fn handler(&self) -> &str {
+        &self.handler
+    }
+
     /// Counts one more channel, for as long as the value lives; it is down.
     pub fn presence(&self) -> Presence {
         self.down.increment(1.0);
@@ -569,8 +581,12 @@ pub struct AdapterMetrics {
     pub foreign: Counter,
     /// Connections that are too many.
     pub max_connections: Counter,
-    /// Connections without a TLS handshake.
+    /// Connections without a TLS handshake, or without a word of HTTP/2.
     pub handshake_failed: Counter,
+    /// Requests that were not whole in time, or were too many.
+    pub unread: Counter,
+    /// Watches of health that were too many.
+    pub watches: Counter,
     seconds: [Histogram; ADAPTER_METHODS.len()],
     succeeded: [Counter; ADAPTER_METHODS.len()],
 }
@@ -597,6 +613,8 @@ impl AdapterMetrics {
             foreign: refused("foreign"),
             max_connections: refused("max_connections"),
             handshake_failed: refused("handshake_failed"),
+            unread: refused("unread"),
+            watches: refused("watches"),
             seconds: ADAPTER_METHODS.map(|method| {
                 metrics.histogram(ADAPTER_CALL_SECONDS, vec![label("method", method)])
             }),
@@ -623,7 +641,7 @@ impl AdapterMetrics {
         match self.succeeded.get(method) {
             Some(counter) if code == "SUCCESS" => counter.increment(1),
             _ => {
-                let method = ADAPTER_METHODS.get(method).copied().unwrap_or_default();
+                let method = ADAPTER_METHODS.get(method).copied().unwrap_or("other");
                 let labels = vec![label("method", method), label("code", code)];
                 self.metrics.counter(ADAPTER_CALLS, labels).increment(1);
             }

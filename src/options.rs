@@ -61,7 +61,13 @@ impl From<authentication::Error> for Error {
 pub fn check(config: &Config) -> Vec<Error> {
     let mut errors = Vec::new();
     errors.extend(server_tls(config).err());
-    errors.extend(tokens(&token_files(config)).err());
+    let files = token_files(config);
+    let each = files.iter().map(std::slice::from_ref).map(tokens);
+    let faults: Vec<Error> = each.filter_map(Result::err).collect();
+    match faults.is_empty() {
+        true => errors.extend(tokens(&files).err()),
+        false => errors.extend(faults),
+    }
     errors.extend(broker(config).err());
     match auth(config) {
         Ok(options) => errors.extend(authentication::check(&options).into_iter().map(Error::from)),
@@ -193,7 +199,8 @@ pub fn targets(key: &str, handler: &Handler) -> Result<Vec<resolve::Target>, Err
             HandlerAddress::Unix(path) => resolve::Place::Socket(path.clone()),
         };
         let tls = tls.clone().filter(|_| address.uses_tls());
-        resolve::Target::new(address.to_string(), place, tls, handler.connect_timeout)
+        let (connect, request) = (handler.connect_timeout, handler.request_timeout);
+        resolve::Target::new(address.to_string(), place, tls, connect, request)
             .map_err(|error| Error::new(&format!("{key}.address"), error))
     };
     handler.address.iter().map(target).collect()

@@ -1,11 +1,15 @@
 //! Logs: text or JSON on standard error, and what keeps peers from filling them.
 
+use std::fmt::{self, Debug, Write};
 use std::io;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use tracing::field::Field;
 use tracing_subscriber::EnvFilter;
+use tracing_subscriber::field::MakeExt;
 use tracing_subscriber::filter::ParseError;
+use tracing_subscriber::fmt::format::{self, Writer};
 
 use crate::config::{LogFormat, LogLevel};
 
@@ -21,11 +25,48 @@ pub fn init(level: LogLevel, format: LogFormat) -> anyhow::Result<()> {
         .with_writer(io::stderr);
     let started = match format {
         LogFormat::Text => builder
+            .fmt_fields(format::debug_fn(field).delimited(" "))
             .with_ansi(io::IsTerminal::is_terminal(&io::stderr()))
             .try_init(),
         LogFormat::Json => builder.json().flatten_event(true).try_init(),
     };
     started.map_err(|error| anyhow::anyhow!("logging cannot be started: {error}"))
+}
+
+/// Writes a field of a line as text.
+fn field(writer: &mut Writer<'_>, field: &Field, value: &dyn Debug) -> fmt::Result {
+    match field.name() {
+        "message" => {}
+        name => write!(writer, "{}=", name.strip_prefix("r#").unwrap_or(name))?,
+    }
+    let mut escaped = Escaped {
+        writer,
+        left: LONGEST,
+    };
+    write!(escaped, "{value:?}")
+}
+
+/// Keeps a value in its line, and the line short: what peers say is in some of them, who could
+/// feign lines otherwise.
+struct Escaped<'a, 'w> {
+    writer: &'a mut Writer<'w>,
+    /// Characters that may still come.
+    left: usize,
+}
+
+impl Write for Escaped<'_, '_> {
+    fn write_str(&mut self, text: &str) -> fmt::Result {
+        for c in text.chars() {
+            match self.left {
+                0 => return Ok(()),
+                1 => self.writer.write_str("...")?,
+                _ if c.is_control() => write!(self.writer, "{}", c.escape_default())?,
+                _ => self.writer.write_char(c)?,
+            }
+            self.left -= 1;
+        }
+        Ok(())
+    }
 }
 
 fn filter(level: LogLevel) -> Result<EnvFilter, ParseError> {
@@ -44,6 +85,9 @@ fn filter(level: LogLevel) -> Result<EnvFilter, ParseError> {
     };
     EnvFilter::try_new(format!("{others},rustls={rustls},exproto_sidecar={ours}"))
 }
+
+/// Characters of a value in a line of text.
+const LONGEST: usize = 2048;
 
 /// Lines of one kind within [`INTERVAL`]: enough to see what is wrong, whether it is one
 /// peer or many.
@@ -90,7 +134,55 @@ impl Seldom {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use super::*;
+
+    /// What is logged goes here.
+    #[derive(Clone, Default)]
+    struct Page(Arc<Mutex<Vec<u8>>>);
+
+    impl io::Write for Page {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            self.0.lock().unwrap().write(bytes)
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn nobody_feigns_a_line() {
+        let page = Page::default();
+        let to = page.clone();
+        let logger = tracing_subscriber::fmt()
+            .fmt_fields(format::debug_fn(field).delimited(" "))
+            .with_ansi(false)
+            .without_time()
+            .with_writer(move || to.clone())
+            .finish();
+        let said = "bad\n2026-01-01T00:00:00Z  INFO exproto_sidecar: feigned\u{1b}[2J";
+        tracing::subscriber::with_default(logger, || {
+            tracing::warn!(error = %said, quoted = said, number = 7, "it {said}");
+            tracing::warn!(long = %"x".repeat(10_000), "long");
+        });
+        let text = String::from_utf8(page.0.lock().unwrap().clone()).unwrap();
+        let lines: Vec<_> = text.lines().collect();
+        assert_eq!(lines.len(), 2, "{text}");
+        assert!(
+            lines[0].contains(r"error=bad\n2026-01-01T00:00:00Z"),
+            "{text}"
+        );
+        assert!(
+            lines[0].contains(r"feigned\u{1b}[2J") && lines[0].contains("number=7"),
+            "{text}"
+        );
+        assert!(
+            lines[1].len() < 2 * LONGEST && lines[1].ends_with("..."),
+            "{text}"
+        );
+    }
 
     #[test]
     fn the_others_are_counted_and_told_with_the_next() {

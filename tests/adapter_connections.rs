@@ -16,21 +16,27 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 use std::task::{Context, Poll};
 
+use bytes::Bytes;
 use common::{Adapter, Plan, Proxy, Stage, until, within};
 use exproto_sidecar::config::AdapterBind;
 use exproto_sidecar::gateway::Gateway;
 use exproto_sidecar::proto::connection_adapter_client::ConnectionAdapterClient;
 use exproto_sidecar::proto::{RawPublishRequest, ResultCode};
-use futures_util::future::BoxFuture;
-use hyper::body::Incoming;
+use futures_util::future::{BoxFuture, select_all};
+use futures_util::stream::{self, StreamExt};
+use http_body_util::StreamBody;
+use hyper::body::{Frame, Incoming};
 use hyper::client::conn::http2::SendRequest;
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use tempfile::TempDir;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpStream, UnixStream};
 use tonic::body::Body;
 use tonic::codegen::Service;
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Request, Response, Status};
+use tonic_health::pb::HealthCheckRequest;
+use tonic_health::pb::health_client::HealthClient;
 
 /// One connection to the adapter, which unlike a channel of tonic's keeps no deadlines itself.
 #[derive(Clone)]
@@ -301,5 +307,116 @@ async fn calls_that_are_given_up_are_counted() {
         .metric_until(&cancelled, |count| count > 0.5)
         .await;
     stage.broker.up().await;
+    stage.finish().await;
+}
+
+/// A call of a handler's that is refused below the result codes is counted by its status.
+#[tokio::test]
+async fn calls_that_fail_are_counted() {
+    let stage = Stage::with(&[("SERVER__MAX_MESSAGE_SIZE", "1KiB")]).await;
+    let mut client = Raw::connect(&stage).await;
+    let mut large = publish("t", None);
+    large.get_mut().payload = vec![0; 2048].into();
+    let status = client.raw_publish(large).await.unwrap_err();
+    assert_eq!(status.code(), Code::OutOfRange);
+    assert!(stage.admin.metric(&calls("OUT_OF_RANGE")).await > 0.5);
+    client.raw_publish(publish("t", None)).await.unwrap();
+    stage.finish().await;
+}
+
+/// Requests that do not come to their end have only so much memory; then they are refused, and
+/// when they have gone there is room again.
+#[tokio::test]
+async fn requests_that_are_not_whole_are_bounded() {
+    const SIZE: usize = 4 * 1024 * 1024 - 64;
+    let stage = Stage::start().await;
+    let address = stage.gateway.addresses().adapter.tcp().unwrap();
+    let mut requests = Vec::new();
+    for _ in 0..20 {
+        let stream = TokioIo::new(TcpStream::connect(address).await.unwrap());
+        let handshake = hyper::client::conn::http2::handshake(TokioExecutor::new(), stream);
+        let (mut sender, connection) = within("HTTP/2", handshake).await.unwrap();
+        let connection = tokio::spawn(connection);
+        // All but the last bytes of a message, in pieces, and no end.
+        let mut head = vec![0];
+        head.extend(u32::try_from(SIZE).unwrap().to_be_bytes());
+        let pieces = std::iter::once(head).chain(vec![vec![0; SIZE / 64]; 63]);
+        let frames = pieces.map(|piece| Ok::<_, io::Error>(Frame::data(Bytes::from(piece))));
+        let endless = stream::iter(frames).chain(stream::pending());
+        let path = "http://adapter/emqx.exproto.v1.ConnectionAdapter/Send";
+        let request = http::Request::post(path)
+            .header("content-type", "application/grpc")
+            .header("te", "trailers")
+            .body(Body::new(StreamBody::new(endless)));
+        let answer = sender.send_request(request.unwrap());
+        requests.push((Box::pin(answer), connection));
+    }
+    let answers = requests.iter_mut().map(|(answer, _)| answer);
+    let (refused, _, _) = within("a refusal", select_all(answers)).await;
+    let headers = refused.unwrap().headers().clone();
+    let status = Status::from_header_map(&headers).unwrap();
+    assert_eq!(status.code(), Code::ResourceExhausted, "{status:?}");
+    let unread = "exproto_adapter_refused_total{reason=\"unread\"}";
+    assert!(stage.admin.metric(unread).await > 0.5);
+    for (answer, connection) in requests {
+        drop(answer);
+        connection.abort();
+    }
+    let open = "exproto_adapter_connections";
+    stage.admin.metric_until(open, |open| open < 1.5).await;
+    stage
+        .adapter
+        .raw_publish("t", 1, vec![0; 1 << 20])
+        .await
+        .ok();
+    stage.finish().await;
+}
+
+/// Who connects and says nothing does not keep its place.
+#[tokio::test]
+async fn a_silent_connection_is_closed() {
+    let stage = Stage::start().await;
+    let address = stage.gateway.addresses().adapter.tcp().unwrap();
+    let mut silent = TcpStream::connect(address).await.unwrap();
+    let mut half = TcpStream::connect(address).await.unwrap();
+    half.write_all(b"PRI * HTTP/2.0\r\n").await.unwrap();
+    for stream in [&mut silent, &mut half] {
+        let mut said = Vec::new();
+        // The gateway's own first words, and the end; a reset where something was not read.
+        let _ = within("the end", stream.read_to_end(&mut said)).await;
+    }
+    let failed = "exproto_adapter_refused_total{reason=\"handshake_failed\"}";
+    stage.admin.metric_until(failed, |count| count > 1.5).await;
+    stage.adapter.raw_publish("t", 1, "x").await.ok();
+    stage.finish().await;
+}
+
+/// Watches of health are open to everybody, and there may be so many.
+#[tokio::test]
+async fn watches_of_health_are_bounded() {
+    let stage = Stage::start().await;
+    let address = stage.gateway.addresses().adapter.tcp().unwrap();
+    let endpoint = Endpoint::from_shared(format!("http://{address}")).unwrap();
+    let channel = within("the adapter", endpoint.connect()).await.unwrap();
+    let mut client = HealthClient::new(channel);
+    let whole = HealthCheckRequest::default();
+    let mut watches = Vec::new();
+    for _ in 0..1024 {
+        watches.push(client.watch(whole.clone()).await.unwrap());
+    }
+    let status = client.watch(whole.clone()).await.unwrap_err();
+    assert_eq!(status.code(), Code::ResourceExhausted);
+    client.check(whole.clone()).await.unwrap();
+    watches.pop();
+    until("room for a watch", || async {
+        client.clone().watch(whole.clone()).await.ok()
+    })
+    .await;
+    // A question is a service's name.
+    let long = HealthCheckRequest {
+        service: "x".repeat(2048),
+    };
+    let status = client.check(long).await.unwrap_err();
+    assert_eq!(status.code(), Code::OutOfRange);
     stage.finish().await;
 }

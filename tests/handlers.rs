@@ -5,7 +5,8 @@ mod common;
 
 use std::collections::HashMap;
 
-use common::{Broker, Call, Device, Handler, Proxy, Python, Stage, free_port, until, within};
+use common::{Broker, Call, Device, Handler, Peer, Proxy, Python, Stage, free_port, until, within};
+use exproto_sidecar::proto::ResultCode;
 use tokio::net::{TcpStream, UnixListener};
 use tonic::{Code, Status};
 use tonic_health::ServingStatus;
@@ -51,7 +52,8 @@ async fn one_at_each(stage: &Stage, other: &Handler) -> [Device; 2] {
 }
 
 /// `failover = "recreate"`: the connections of a handler that dies move to the other one,
-/// which is told of them first; what was cut off comes again. Those of the other stay.
+/// which is told of them first; what was cut off comes again. Those of the other stay. The
+/// device's session stays too: what every handler does with a new connection is done already.
 #[tokio::test]
 async fn connections_move_to_the_handler_that_is_there() {
     let keys = [
@@ -60,6 +62,18 @@ async fn connections_move_to_the_handler_that_is_there() {
     ];
     let (mut stage, other) = two(Handler::start().await, &keys).await;
     let [mut moves, mut stays] = one_at_each(&stage, &other).await;
+    for (device, clientid) in [(&moves, "moves"), (&stays, "stays")] {
+        stage
+            .adapter
+            .authenticate(&device.conn, clientid)
+            .await
+            .ok();
+        stage
+            .adapter
+            .subscribe(&device.conn, clientid, 1)
+            .await
+            .ok();
+    }
     let conninfo = stage.conninfo(&moves.conn);
     let _gate = stage.handler.hold("bytes");
     moves.send("cut off").await;
@@ -77,6 +91,18 @@ async fn connections_move_to_the_handler_that_is_there() {
         .admin
         .metric_until(failovers, |n| (n - 1.0).abs() < 0.1)
         .await;
+    stage.adapter.authenticate(&moves.conn, "moves").await.ok();
+    for (conn, clientid) in [(&moves.conn, "another"), (&stays.conn, "stays")] {
+        let answer = stage.adapter.authenticate(conn, clientid).await;
+        answer.refused(ResultCode::PermissionDeny);
+    }
+    let mut peer = Peer::connect(stage.broker.port).await;
+    peer.publish("moves", 1, "before it subscribes").await;
+    assert_eq!(
+        other.payloads(&moves.conn, 1).await,
+        ["before it subscribes"]
+    );
+    stage.adapter.subscribe(&moves.conn, "moves", 1).await.ok();
     // New ones go to who is left, and a moved one ends there.
     let (_new, own) = device(&stage, &other).await;
     assert!(!own);

@@ -185,6 +185,7 @@ fn imports_point_down_the_layers() {
         &[
             "admission",
             "config",
+            "greeted",
             "id",
             "memory",
             "metrics",

@@ -43,6 +43,7 @@ fn outcomes() -> impl Strategy<Value = Outcome> {
     prop_oneof![
         8 => Just(Outcome::Taken),
         1 => Just(Outcome::Unavailable),
+        1 => Just(Outcome::Unknown),
         1 => Just(Outcome::Failed),
     ]
 }
@@ -350,6 +351,23 @@ proptest! {
         task.settle();
         prop_assert_eq!(task.calls, vec![Call::Created]);
         prop_assert_eq!(task.finishes, 1);
+    }
+
+    /// A handler that may have heard of it is told of its end.
+    #[test]
+    fn who_may_have_heard_of_it_is_told_of_its_end(
+        steps in prop::collection::vec(steps(), 0..20),
+    ) {
+        let mut task = Task::new(never());
+        for step in steps {
+            if !matches!(step, Step::CallEnded(_)) {
+                task.step(step);
+            }
+        }
+        task.step(Step::CallEnded(Outcome::Unknown));
+        task.settle();
+        prop_assert_eq!(task.calls.len(), 2);
+        prop_assert!(matches!(task.calls.last(), Some(Call::Closed(_))));
     }
 
     /// Whoever waits until the deadline and says so gets on: no timer fires for ever

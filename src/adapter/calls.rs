@@ -1,8 +1,9 @@
 //! The eight calls: each becomes one command to the core.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use tonic::{Code, Request, Response, Status};
+use tonic::{Request, Response, Status};
 
 use super::deadline;
 use crate::auth::Secret;
@@ -20,7 +21,7 @@ pub(super) struct Calls {
     pub commands: Commands,
     /// Of callers of whom nothing else is said.
     pub reach: Reach,
-    pub metrics: AdapterMetrics,
+    pub metrics: Arc<AdapterMetrics>,
 }
 
 /// A call that has begun. One that is dropped before its answer was given up by the caller.
@@ -53,17 +54,9 @@ impl Call<'_> {
                 tracing::debug!(conn, method, code, reason, "a handler's call is refused");
                 (refusal.code, refusal.message)
             }
+            // Counted with all that fail.
             Err(status) => {
-                tracing::debug!(
-                    conn,
-                    method,
-                    reason = status.message(),
-                    "a handler's call failed"
-                );
-                self.count(match status.code() {
-                    Code::DeadlineExceeded => "DEADLINE_EXCEEDED",
-                    _ => "INTERNAL",
-                });
+                self.ended = true;
                 return Err(status);
             }
         };
@@ -96,15 +89,14 @@ impl Calls {
         let limit = deadline::timeout(request.metadata());
         let (_, mut extensions, message) = request.into_parts();
         let reach = extensions.remove::<Reach>();
-        let mut call = Call {
+        let call = Call {
             method,
             reach: reach.unwrap_or_else(|| self.reach.clone()),
             began: Instant::now(),
-            limit: None,
+            limit: limit?,
             ended: false,
             metrics: &self.metrics,
         };
-        call.limit = limit.inspect_err(|_| call.count("INTERNAL"))?;
         Ok((call, message))
     }
 

@@ -1,5 +1,7 @@
 //! ConnectionAdapter: the gRPC edge. Each call becomes one command to the core.
 
+mod answer;
+mod body;
 mod calls;
 mod deadline;
 pub mod socket;
@@ -10,13 +12,14 @@ use std::convert::Infallible;
 use std::io;
 use std::sync::Arc;
 use std::task::{Context, Poll};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use futures_util::future::{BoxFuture, Either};
+use futures_util::future::Either;
 use hyper::body::Incoming;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
 use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::time::timeout;
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::rustls::ServerConfig;
 use tokio_util::sync::CancellationToken;
@@ -24,10 +27,15 @@ use tonic::body::Body;
 use tonic::codegen::Service;
 
 use crate::connection::command::{Commands, Reach};
+use crate::greeted::Greeted;
 use crate::metrics::AdapterMetrics;
 use crate::proto::connection_adapter_server::ConnectionAdapterServer;
 use crate::reload::Current;
+use crate::telemetry::Seldom;
+use crate::tls;
 
+use answer::Counted;
+use body::Unread;
 use calls::Calls;
 use socket::{Peer, Stream};
 use standard::{Standard, Which};
@@ -46,8 +54,14 @@ const WINDOW_PER_CALL: u32 = 2 * 256;
 /// The largest window of HTTP/2 (RFC 9113, 6.9.1).
 const MAX_WINDOW: u32 = (1 << 31) - 1;
 
-/// Longest TLS handshake of a handler.
+/// Longest TLS handshake of a handler, and then the longest wait for its first words of HTTP/2.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// The first words: the preface and the header of SETTINGS (RFC 9113, 3.4 and 4.1), bytes.
+const PREFACE: usize = 24 + 9;
+
+/// A connection is pinged this often; one that does not answer holds no place for ever.
+const PING: Duration = Duration::from_secs(60);
 
 /// How long calls under way have to end on a connection that is too old.
 const AGE_GRACE: Duration = Duration::from_secs(30);
@@ -71,7 +85,9 @@ pub struct Adapter {
     service: Guarded,
     options: Options,
     tls: Option<Arc<Current<ServerConfig>>>,
-    metrics: AdapterMetrics,
+    metrics: Arc<AdapterMetrics>,
+    /// For lines about handshakes, which anybody may bring about.
+    complaints: Arc<Seldom>,
 }
 
 impl Adapter {
@@ -84,6 +100,7 @@ impl Adapter {
         metrics: AdapterMetrics,
     ) -> Result<Self, tonic_reflection::server::Error> {
         let isolate = options.isolate;
+        let metrics = Arc::new(metrics);
         let calls = Calls {
             commands,
             // What came by without the doorkeeper's word reaches nothing.
@@ -97,14 +114,18 @@ impl Adapter {
                 tokens,
                 isolate,
                 refused: metrics.unauthenticated.clone(),
+                complaints: Arc::default(),
             },
-            standard: Standard::new()?,
+            standard: Standard::new(metrics.watches.clone())?,
+            unread: Unread::new(options.max_message_size, metrics.unread.clone()),
+            metrics: metrics.clone(),
         };
         Ok(Self {
             service,
             options,
             tls,
             metrics,
+            complaints: Arc::default(),
         })
     }
 
@@ -140,37 +161,54 @@ impl Adapter {
     /// is too old, until the calls in flight are answered.
     pub async fn serve(self, stream: Stream, peer: Peer, stop: CancellationToken) {
         self.metrics.connections.increment(1.0);
-        let result = self.serve_stream(stream, stop).await;
+        let result = self.serve_stream(stream, peer, stop).await;
         self.metrics.connections.decrement(1.0);
         if let Err(error) = result {
             tracing::debug!(%peer, %error, "a handler's connection to the adapter ended");
         }
     }
 
-    async fn serve_stream(&self, stream: Stream, stop: CancellationToken) -> io::Result<()> {
+    async fn serve_stream(
+        &self,
+        stream: Stream,
+        peer: Peer,
+        stop: CancellationToken,
+    ) -> io::Result<()> {
         let stream = match stream {
             Stream::Tcp(stream) => socket::settle(stream)?,
             Stream::Unix(stream) => {
-                return self.serve_http(socket::settle_unix(stream)?, stop).await;
+                return self
+                    .serve_http(socket::settle_unix(stream)?, peer, stop)
+                    .await;
             }
         };
         match &self.tls {
-            None => self.serve_http(stream, stop).await,
+            None => self.serve_http(stream, peer, stop).await,
             Some(tls) => {
                 let handshake = TlsAcceptor::from(tls.get()).accept(stream);
-                let stream = tokio::time::timeout(HANDSHAKE_TIMEOUT, handshake)
+                let stream = timeout(HANDSHAKE_TIMEOUT, handshake)
                     .await
                     .map_err(io::Error::from)
                     .flatten()
-                    .inspect_err(|_| self.metrics.handshake_failed.increment(1))?;
-                self.serve_http(stream, stop).await
+                    .inspect_err(|error| self.complain(peer, error))?;
+                self.serve_http(stream, peer, stop).await
             }
+        }
+    }
+
+    /// Counts and tells it. A handler that does not get in is worth a line: nothing else tells why devices wait.
+    fn complain(&self, peer: Peer, error: &io::Error) {
+        self.metrics.handshake_failed.increment(1);
+        if let Some(left_out) = self.complaints.tell(Instant::now()) {
+            let error = tls::explain(error);
+            tracing::warn!(%peer, error, left_out, "a handler did not get in to the adapter: no TLS handshake, or no HTTP/2");
         }
     }
 
     async fn serve_http(
         &self,
         stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
+        peer: Peer,
         stop: CancellationToken,
     ) -> io::Result<()> {
         let service = TowerToHyperService::new(self.service.clone());
@@ -179,9 +217,18 @@ impl Adapter {
         let mut builder = hyper::server::conn::http2::Builder::new(TokioExecutor::new());
         builder
             .timer(TokioTimer::new())
+            .keep_alive_interval(PING)
+            .keep_alive_timeout(HANDSHAKE_TIMEOUT)
             .max_concurrent_streams(streams)
             .initial_stream_window_size(STREAM_WINDOW)
             .initial_connection_window_size(window.clamp(2 * STREAM_WINDOW, MAX_WINDOW));
+        // A handler's library speaks at once, and answers pings.
+        let (stream, greeted) = Greeted::new(stream, PREFACE);
+        let silent = async {
+            if timeout(HANDSHAKE_TIMEOUT, greeted).await.is_ok() {
+                std::future::pending().await
+            }
+        };
         let connection = builder.serve_connection(TokioIo::new(stream), service);
         let mut connection = std::pin::pin!(connection);
         let too_old = match self.options.max_connection_age {
@@ -195,9 +242,14 @@ impl Adapter {
                 connection.as_mut().graceful_shutdown();
                 return connection.await.map_err(io::Error::other);
             }
+            () = silent => {
+                let error = io::Error::new(io::ErrorKind::TimedOut, "no word of HTTP/2");
+                self.complain(peer, &error);
+                return Err(error);
+            }
             () = too_old => connection.as_mut().graceful_shutdown(),
         }
-        tokio::time::timeout(AGE_GRACE, connection)
+        timeout(AGE_GRACE, connection)
             .await
             .map_err(io::Error::from)?
             .map_err(io::Error::other)
@@ -219,31 +271,35 @@ struct Guarded {
     calls: ConnectionAdapterServer<Calls>,
     doorkeeper: Doorkeeper,
     standard: Standard,
+    unread: Unread,
+    metrics: Arc<AdapterMetrics>,
 }
 
 impl Service<http::Request<Incoming>> for Guarded {
     type Response = http::Response<Body>;
     type Error = Infallible;
-    type Future = BoxFuture<'static, Result<Self::Response, Self::Error>>;
+    type Future = Counted;
 
     fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
         Poll::Ready(Ok(()))
     }
 
-    fn call(&mut self, mut request: http::Request<Incoming>) -> Self::Future {
+    fn call(&mut self, request: http::Request<Incoming>) -> Self::Future {
+        let mut request = self.unread.bounded(request);
         let standard = Which::of(request.uri().path());
         if standard == Some(Which::Health) {
-            return self.standard.call(Which::Health, request);
+            return Counted::not(self.standard.call(Which::Health, request));
         }
+        let counted = Counted::new(request.uri().path(), self.metrics.clone());
         match self.doorkeeper.admit(request.headers()) {
-            Ok(_) if let Some(which) = standard => self.standard.call(which, request),
+            Ok(_) if let Some(which) = standard => Counted::not(self.standard.call(which, request)),
             // What goes without saying is not carried along: it would be allocated.
-            Ok(Reach::All) => self.calls.call(request),
+            Ok(Reach::All) => counted(self.calls.call(request)),
             Ok(reach) => {
                 request.extensions_mut().insert(reach);
-                self.calls.call(request)
+                counted(self.calls.call(request))
             }
-            Err(status) => Box::pin(std::future::ready(Ok(status.into_http()))),
+            Err(status) => counted(Box::pin(std::future::ready(Ok(status.into_http())))),
         }
     }
 }

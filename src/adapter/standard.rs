@@ -2,10 +2,14 @@
 //! reflection (v1 and v1alpha), which grpcurl and its like read the interface from.
 
 use std::convert::Infallible;
+use std::future::ready;
 use std::sync::Arc;
 
 use futures_util::future::BoxFuture;
-use hyper::body::Incoming;
+use http_body_util::BodyExt;
+use metrics::Counter;
+use tokio::sync::Semaphore;
+use tonic::Status;
 use tonic::body::Body;
 use tonic::codegen::Service;
 use tonic::server::NamedService;
@@ -14,11 +18,19 @@ use tonic_health::pb::health_server::HealthServer;
 use tonic_health::server::{HealthReporter, HealthService};
 use tonic_reflection::server::Builder;
 
+use super::body::Bounded;
 use crate::proto::FILE_DESCRIPTOR_SET;
 use crate::proto::connection_adapter_server::SERVICE_NAME;
 
 type Answer = BoxFuture<'static, Result<http::Response<Body>, Infallible>>;
-type Serve = Arc<dyn Fn(http::Request<Incoming>) -> Answer + Send + Sync>;
+type Serve = Arc<dyn Fn(http::Request<Bounded>) -> Answer + Send + Sync>;
+
+/// The longest question about health, bytes: a service's name, of which two are known. Anybody
+/// may ask.
+const MAX_QUESTION: usize = 1024;
+
+/// Watches of health at once.
+const MAX_WATCHES: usize = 1024;
 
 /// Both services. Cheap to clone.
 #[derive(Clone)]
@@ -27,6 +39,8 @@ pub(super) struct Standard {
     health: HealthServer<HealthService>,
     reflection: Serve,
     reflection_alpha: Serve,
+    watches: Arc<Semaphore>,
+    refused: Counter,
 }
 
 /// Which of them a request is for.
@@ -58,7 +72,7 @@ impl Which {
 
 fn serve<S>(service: S) -> Serve
 where
-    S: Service<http::Request<Incoming>, Response = http::Response<Body>, Error = Infallible>
+    S: Service<http::Request<Bounded>, Response = http::Response<Body>, Error = Infallible>
         + Clone
         + Send
         + Sync
@@ -73,7 +87,9 @@ impl Standard {
     ///
     /// # Errors
     /// The interface that was compiled in cannot be read: a fault of the build.
-    pub fn new() -> Result<Self, tonic_reflection::server::Error> {
+    ///
+    /// `refused` counts the watches that are too many.
+    pub fn new(refused: Counter) -> Result<Self, tonic_reflection::server::Error> {
         let builder = || {
             Builder::configure()
                 .register_encoded_file_descriptor_set(FILE_DESCRIPTOR_SET)
@@ -84,7 +100,9 @@ impl Standard {
         let reporter = HealthReporter::new();
         let service = HealthService::from_health_reporter(reporter.clone());
         Ok(Self {
-            health: HealthServer::new(service),
+            health: HealthServer::new(service).max_decoding_message_size(MAX_QUESTION),
+            watches: Arc::new(Semaphore::new(MAX_WATCHES)),
+            refused,
             reporter,
             reflection: serve(builder().build_v1()?),
             reflection_alpha: serve(builder().build_v1alpha()?),
@@ -110,12 +128,35 @@ impl Standard {
     }
 
     /// Answers a request.
-    pub fn call(&mut self, which: Which, request: http::Request<Incoming>) -> Answer {
+    pub fn call(&mut self, which: Which, request: http::Request<Bounded>) -> Answer {
         match which {
+            Which::Health if request.uri().path().ends_with("/Watch") => self.watch(request),
             Which::Health => self.health.call(request),
             Which::Reflection => (self.reflection)(request),
             Which::ReflectionAlpha => (self.reflection_alpha)(request),
         }
+    }
+}
+
+impl Standard {
+    /// A watch stays open: there may be so many, whoever has them.
+    fn watch(&mut self, request: http::Request<Bounded>) -> Answer {
+        let Ok(place) = self.watches.clone().try_acquire_owned() else {
+            self.refused.increment(1);
+            let status = Status::resource_exhausted("there are too many watches: use Check");
+            return Box::pin(ready(Ok(status.into_http())));
+        };
+        let answer = self.health.call(request);
+        Box::pin(async move {
+            // It is held for as long as the answer goes on.
+            let held = |body: Body| {
+                Body::new(body.map_frame(move |frame| {
+                    let _ = &place;
+                    frame
+                }))
+            };
+            answer.await.map(|response| response.map(held))
+        })
     }
 }
 

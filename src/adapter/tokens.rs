@@ -4,6 +4,7 @@ use std::fs::File;
 use std::io::{self, Read};
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Instant;
 
 use aws_lc_rs::constant_time::verify_slices_are_equal;
 use aws_lc_rs::digest::{SHA256, digest};
@@ -15,6 +16,7 @@ use tonic::Status;
 use crate::connection::command::Reach;
 use crate::id::HandlerName;
 use crate::reload::Current;
+use crate::telemetry::Seldom;
 
 /// Tokens in a file: as many as there are handlers, and the old ones of each while it is
 /// given a new one. Every call is compared with all.
@@ -46,8 +48,8 @@ pub enum Error {
     )]
     Line(usize),
     /// A line with somebody else's token.
-    #[error("line {0} is a token of another file; allowed: tokens of its own")]
-    Shared(usize),
+    #[error("line {0} is a token of {1}, too; allowed: tokens of its own")]
+    Shared(usize, String),
 }
 
 /// A file with tokens.
@@ -68,6 +70,8 @@ pub struct Tokens(Vec<Token>);
 struct Token {
     digest: [u8; 32],
     owner: Option<HandlerName>,
+    /// Of the file.
+    key: String,
 }
 
 impl std::fmt::Debug for Tokens {
@@ -124,13 +128,14 @@ fn read(file: &TokenFile, tokens: &mut Vec<Token>) -> Result<(), Error> {
             return Err(Error::TooMany);
         }
         let digest = hash(line.as_bytes());
-        let same = |other: &Token| other.digest == digest && other.owner != file.owner;
-        if tokens.iter().any(same) {
-            return Err(Error::Shared(number + 1));
+        let same = |other: &&Token| other.digest == digest && other.owner != file.owner;
+        if let Some(other) = tokens.iter().find(same) {
+            return Err(Error::Shared(number + 1, other.key.clone()));
         }
         tokens.push(Token {
             digest,
             owner: file.owner.clone(),
+            key: file.key.clone(),
         });
     }
     match tokens.len() == before {
@@ -152,6 +157,8 @@ pub(super) struct Doorkeeper {
     /// Whether a handler reaches only its own connections.
     pub isolate: bool,
     pub refused: Counter,
+    /// For lines about it, which anybody may bring about.
+    pub complaints: Arc<Seldom>,
 }
 
 impl Doorkeeper {
@@ -171,7 +178,12 @@ impl Doorkeeper {
             Some(None) => Ok(Reach::Nothing),
             None => {
                 self.refused.increment(1);
-                tracing::debug!("a call without a token that is known is refused");
+                if let Some(left_out) = self.complaints.tell(Instant::now()) {
+                    tracing::warn!(
+                        left_out,
+                        "a call to the adapter without a token that is known is refused"
+                    );
+                }
                 Err(Status::unauthenticated(
                     "the metadata \"authorization\" must be \"Bearer TOKEN\" with a token that the gateway knows",
                 ))
@@ -224,7 +236,10 @@ mod tests {
         for owner in [None, Some("b")] {
             let (key, error) = read_all(&[(a, Some("a")), (a, owner)]).unwrap_err();
             assert_eq!(key, "file 1");
-            assert!(matches!(error, Error::Shared(1)), "{error}");
+            assert!(
+                matches!(&error, Error::Shared(1, other) if other == "file 0"),
+                "{error}"
+            );
         }
         read_all(&[(&format!("{a}{a}"), Some("a"))]).unwrap();
     }

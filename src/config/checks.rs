@@ -539,7 +539,24 @@ impl Checks<'_> {
 
     fn server_tls(&mut self, table: &str, tls: &ServerTls) {
         self.pair(table, &tls.certfile, &tls.keyfile, tls.enable);
-        // What is off is not loaded, so it may name files that only another machine has.
+        // What is off is not loaded, so it may name files that only another machine has. But what
+        // nobody has turned off is not on either, and everything would go in the clear.
+        let enable = format!("{table}.enable");
+        let named = TLS_FILES
+            .iter()
+            .zip([&tls.certfile, &tls.keyfile, &tls.cacertfile])
+            .find(|(_, file)| file.is_some())
+            .map(|(name, _)| *name)
+            .or((tls.verify == Verify::Peer).then_some("verify"));
+        if !tls.enable
+            && self.layers.origin_of(&enable) == Origin::Default
+            && let Some(name) = named
+        {
+            self.fault(
+                &format!("{table}.{name}"),
+                format!("set, but {enable} is not; allowed: with {enable} = true, or = false to say that it is off"),
+            );
+        }
         if !tls.enable {
             return;
         }
@@ -572,6 +589,12 @@ impl Checks<'_> {
             self.fault(
                 &format!("{table}.{name}"),
                 format!("set, but {address} does not use TLS; allowed: with {scheme} only"),
+            );
+        }
+        if tls.verify == Verify::None {
+            self.fault(
+                &format!("{table}.verify"),
+                format!("found \"verify_none\", but {address} does not use TLS; allowed: with {scheme} only"),
             );
         }
     }

@@ -55,6 +55,8 @@ pub enum Outcome {
     Taken,
     /// The handler was away for too long.
     Unavailable,
+    /// The same, but it may have seen the call.
+    Unknown,
     /// The handler answered with an error or not in time.
     Failed,
 }
@@ -343,8 +345,12 @@ impl<B> Machine<B> {
             (Phase::Expiring, Outcome::Taken) => self.close(CloseReason::KeepaliveTimeout),
             (_, Outcome::Taken) => {}
             // A gateway that stops does not wait for an absent handler.
-            (_, Outcome::Unavailable) if self.draining => self.close(CloseReason::Shutdown),
-            (_, Outcome::Unavailable) => self.close(CloseReason::HandlerUnavailable),
+            (_, Outcome::Unavailable | Outcome::Unknown) if self.draining => {
+                self.close(CloseReason::Shutdown);
+            }
+            (_, Outcome::Unavailable | Outcome::Unknown) => {
+                self.close(CloseReason::HandlerUnavailable);
+            }
             (_, Outcome::Failed) => self.close(CloseReason::HandlerError),
         }
         if self.draining && self.calling == 0 {

@@ -312,6 +312,7 @@ impl<S: Socket> Driver<S> {
                     tracing::debug!(%failure, "a callback failed");
                 }
                 match failure {
+                    CallFailure::Unavailable(_) if self.caller.may_be_known() => Outcome::Unknown,
                     CallFailure::Unavailable(_) => Outcome::Unavailable,
                     CallFailure::Failed { .. } => Outcome::Failed,
                 }

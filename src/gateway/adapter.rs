@@ -115,7 +115,7 @@ pub(super) async fn accept(
         if tasks.len() >= bound.max_connections {
             bound.refused.increment(1);
             if let Some(left_out) = complaints.tell(Instant::now().into_std()) {
-                tracing::error!(%peer, left_out, "a handler's connection is refused: there are too many");
+                tracing::error!(%peer, left_out, "a handler's connection is refused: there are as many as server.max_connections allows");
             }
             continue;
         }

@@ -185,7 +185,19 @@ impl HandlerHealth {
         let name = &self.name;
         let mut pools = self.clients.iter().map(|client| client.pool());
         match pools.find(|pool| !pool.is_open()) {
-            None => Status::good(format!("handler {name}: connected")),
+            // One address is enough; what the others lack is worth knowing.
+            None => {
+                let all = self.clients.iter().map(|client| client.pool().troubles());
+                match all
+                    .map(|troubles| troubles.join(", "))
+                    .find(|t| !t.is_empty())
+                {
+                    None => Status::good(format!("handler {name}: connected")),
+                    Some(troubles) => {
+                        Status::good(format!("handler {name}: connected, but not {troubles}"))
+                    }
+                }
+            }
             Some(away) => {
                 let troubles = match away.troubles().join(", ") {
                     none if none.is_empty() => "not connected yet".to_owned(),

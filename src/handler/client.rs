@@ -16,10 +16,11 @@ use super::link::{Channel, Link};
 use super::pool::{self, Pool};
 use super::resolve::Directory;
 use super::seat::{Member, Standing};
-use super::status::{Miss, code_name};
+use super::status::Miss;
 use super::streaming::{self, Streaming};
 use super::{CallFailure, Caller, Event, EventSink, Handlers};
 use crate::metrics::HandlerMetrics;
+use crate::proto::code_name;
 
 /// First and longest pause before a callback that the handler answered with
 /// UNAVAILABLE is sent again.

@@ -14,14 +14,13 @@ use tokio::time::timeout;
 use tokio_rustls::rustls::pki_types::ServerName;
 use tonic::body::Body;
 
-use super::greeted::Greeted;
 use super::resolve::{Endpoint, Place, Target};
+use crate::greeted::Greeted;
 use crate::tls;
 
-/// A handler whose machine has gone silent is given up after so long without an
-/// acknowledgement of what was sent to it (`TCP_USER_TIMEOUT`). Less than the default
-/// `request_timeout`: a broken network is an outage, which is borne, and not the
-/// handler's fault.
+/// A handler whose machine has gone silent is given up after at most so long without an
+/// acknowledgement of what was sent to it (`TCP_USER_TIMEOUT`). Sooner than `request_timeout`,
+/// four fifths of it: a broken network is an outage, which is borne, and not the handler's fault.
 const SILENCE: Duration = Duration::from_secs(4);
 
 /// An idle channel is probed by TCP after so long, and as often again. HTTP/2 pings
@@ -79,28 +78,29 @@ async fn connect(
         Endpoint::Unix(path) => {
             let stream = UnixStream::connect(path).await?;
             *next = GREETING;
-            return speak(stream, pings).await;
+            return speak(stream, pings, "is it a gRPC server?").await;
         }
         Endpoint::Tcp(address) => *address,
     };
-    let tcp = tcp(address).await?;
+    let tcp = tcp(address, SILENCE.min(target.request_timeout * 4 / 5)).await?;
     let (Some(tls), Place::Port { host, .. }) = (&target.tls, &target.place) else {
         *next = GREETING;
-        return speak(tcp, pings).await;
+        return speak(tcp, pings, "does it want TLS (https://)?").await;
     };
     let name = ServerName::try_from(host.clone()).map_err(io::Error::other)?;
     let connector = tls.connector();
     *next = "TLS handshake";
     let encrypted = connector.connect(name, tcp).await?;
     *next = GREETING;
-    speak(encrypted, pings).await
+    let hint = "does it refuse the gateway's certificate, or the lack of one?";
+    speak(encrypted, pings, hint).await
 }
 
-async fn tcp(address: SocketAddr) -> io::Result<TcpStream> {
+async fn tcp(address: SocketAddr, silence: Duration) -> io::Result<TcpStream> {
     let tcp = TcpStream::connect(address).await?;
     tcp.set_nodelay(true)?;
     let socket = socket2::SockRef::from(&tcp);
-    socket.set_tcp_user_timeout(Some(SILENCE))?;
+    socket.set_tcp_user_timeout(Some(silence))?;
     socket.set_tcp_keepalive(&TcpKeepalive::new().with_time(PROBE).with_interval(PROBE))?;
     Ok(tcp)
 }
@@ -108,8 +108,8 @@ async fn tcp(address: SocketAddr) -> io::Result<TcpStream> {
 /// HTTP/2, from when the handler has said its first word: until then a server that is
 /// there cannot be told from a system that accepts for one that is not, nor one that
 /// takes us (TLS 1.3 refuses a client's certificate after the handshake) from one that
-/// does not.
-async fn speak<S>(stream: S, pings: Option<Pings>) -> io::Result<Dialled>
+/// does not. `hint` says what a handler may want that hangs up without a word.
+async fn speak<S>(stream: S, pings: Option<Pings>, hint: &str) -> io::Result<Dialled>
 where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
@@ -124,7 +124,7 @@ where
             .keep_alive_timeout(pings.timeout)
             .keep_alive_while_idle(false);
     }
-    let (stream, heard) = Greeted::new(stream);
+    let (stream, mut heard) = Greeted::new(stream, 1);
     let broken = |error: hyper::Error| io::Error::other(causes(&error));
     let handshake = builder.handshake(TokioIo::new(stream));
     let (sender, connection) = handshake.await.map_err(broken)?;
@@ -132,11 +132,12 @@ where
     tokio::select! {
         // First: it ends with a first word that is none of HTTP/2.
         biased;
-        ended = &mut connection => match ended {
-            Ok(()) => Err(io::Error::other("the handler closed the connection")),
-            Err(error) => Err(broken(error)),
-        },
-        Ok(()) = heard => Ok((sender, connection)),
+        ended = &mut connection => Err(match ended {
+            // A TLS alert says more than that nothing came.
+            Err(error) if heard.try_recv().is_ok() || causes(&error).contains("alert") => broken(error),
+            _ => io::Error::other(format!("the handler hung up without a word of HTTP/2: {hint}")),
+        }),
+        Ok(()) = &mut heard => Ok((sender, connection)),
     }
 }
 

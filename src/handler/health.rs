@@ -19,6 +19,9 @@ const PATH: PathAndQuery = PathAndQuery::from_static("/grpc.health.v1.Health/Che
 /// `SERVING` of `HealthCheckResponse.ServingStatus`.
 const SERVING: i32 = 1;
 
+/// `NOT_SERVING` of the same.
+const NOT_SERVING: i32 = 2;
+
 #[derive(Clone, PartialEq, prost::Message)]
 struct HealthCheckRequest {
     /// Empty: the server as a whole.
@@ -55,8 +58,14 @@ pub(super) async fn check(channel: Channel, origin: Uri, limit: Duration) -> Hea
         grpc.unary(request, PATH, codec).await
     };
     match timeout(limit, call).await {
-        Ok(Ok(answer)) if answer.get_ref().status == SERVING => Health::Serving,
-        Ok(Ok(_)) => Health::NotServing,
+        Ok(Ok(answer)) => match answer.get_ref().status {
+            SERVING => Health::Serving,
+            NOT_SERVING => Health::NotServing,
+            // UNKNOWN: it has not made up its mind.
+            0 => Health::NoWord,
+            // SERVICE_UNKNOWN, or what is not known here.
+            _ => Health::NotOffered,
+        },
         // The health service of a server that was never told of itself.
         Ok(Err(status)) if matches!(status.code(), Code::Unimplemented | Code::NotFound) => {
             Health::NotOffered

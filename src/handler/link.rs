@@ -265,7 +265,7 @@ impl Link {
                     continue;
                 }
             };
-            pause = PAUSES.0;
+            let begun = Instant::now();
             let channel = Channel::new(sender);
             let serve = async {
                 let first = self.ask(&channel, FIRST_WORD).await;
@@ -279,6 +279,10 @@ impl Link {
                 () = serve => None,
             };
             presence.set(ChannelState::Down);
+            // One that greets and hangs up is not there either.
+            if begun.elapsed() >= PAUSES.1 {
+                pause = PAUSES.0;
+            }
             let Some(result) = ended else {
                 self.lost(NO_ANSWERS);
                 // Its calls may yet be answered.
@@ -289,7 +293,7 @@ impl Link {
                 Ok(()) => self.lost("the handler closed the connection"),
                 Err(error) => {
                     if pings.is_some() && offended(&error) {
-                        tracing::warn!(handler = %self.target.name, "the handler forbids pings: it gets no more");
+                        tracing::warn!(handler = self.names().0, url = %self.target.name, "the handler forbids pings: it gets no more");
                         pings = None;
                     }
                     self.lost(&causes(&error));
@@ -297,6 +301,7 @@ impl Link {
             }
             self.directory.doubt();
             sleep(pause).await;
+            pause = (pause * 2).min(PAUSES.1);
         }
     }
 
@@ -336,14 +341,14 @@ impl Link {
     /// The channel is there, or the handler has changed its mind.
     fn up(&self, channel: &Channel, declines: bool) -> ChannelState {
         let mut state = self.state();
-        let (address, handler) = (&self.endpoint, &self.target.name);
+        let (handler, url, address) = self.names();
         if state.channel.is_none() {
-            tracing::info!(%handler, %address, "handler channel is up");
+            tracing::info!(handler, url, %address, "handler channel is up");
         }
         if declines {
-            tracing::warn!(%handler, %address, "the handler says NOT_SERVING: it gets no new connections");
+            tracing::warn!(handler, url, %address, "the handler says NOT_SERVING: it gets no new connections");
         } else if state.declines {
-            tracing::info!(%handler, %address, "the handler says SERVING");
+            tracing::info!(handler, url, %address, "the handler says SERVING");
         }
         state.channel = Some(channel.clone());
         state.declines = declines;
@@ -354,6 +359,11 @@ impl Link {
         } else {
             ChannelState::Up
         }
+    }
+
+    /// For the log: the handler's name, its address as configured, and as dialled.
+    fn names(&self) -> (&str, &str, &Endpoint) {
+        (self.metrics.handler(), &self.target.name, &self.endpoint)
     }
 
     /// The channel is gone.
@@ -373,8 +383,8 @@ impl Link {
     fn note(&self, error: &str) {
         let mut state = self.state();
         if state.channel.is_some() || state.trouble != error {
-            let (address, handler) = (&self.endpoint, &self.target.name);
-            tracing::warn!(%handler, %address, error, "handler channel is down");
+            let (handler, url, address) = self.names();
+            tracing::warn!(handler, url, %address, error, "handler channel is down");
         }
         error.clone_into(&mut state.trouble);
     }

@@ -9,14 +9,13 @@
 //! client     retries, deadlines, OnSocketCreated before anything else
 //! call       one gRPC call, of either service
 //! pool       the addresses of a handler, and which of them a connection is at (seat)
-//! link       a channel to one of them: up, down, or not serving (dial, greeted, health)
+//! link       a channel to one of them: up, down, or not serving (dial, health)
 //! resolve    from the configuration's addresses to those that can be dialled
 //! ```
 
 mod call;
 pub mod client;
 mod dial;
-mod greeted;
 mod health;
 mod ledger;
 pub mod link;
@@ -36,7 +35,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use futures_util::future::BoxFuture;
 
-use self::seat::{Member, Seat};
+use self::seat::{Member, Seat, Standing};
 use crate::id::ConnId;
 use crate::metrics::METHODS;
 use crate::proto;
@@ -161,6 +160,17 @@ impl Caller {
     /// The address that the connection is at, if it is at one.
     fn member(&self) -> Option<Arc<Member>> {
         self.seat().at.clone()
+    }
+
+    /// Whether the handler may know of it: OnSocketCreated was sent, and perhaps it came.
+    pub fn may_be_known(&self) -> bool {
+        self.seat().standing != Standing::New
+    }
+
+    /// Whether the handler was told of it at one address and then at another, where nothing of
+    /// what it did before need be known.
+    pub fn has_moved(&self) -> bool {
+        self.seat().moved
     }
 
     /// Why there is nobody to tell.

@@ -206,6 +206,7 @@ impl Pool {
                     "the connection moves to another address of its handler"
                 );
                 seat.take(other.clone());
+                seat.moved = true;
                 Some(other)
             }
         }

@@ -71,12 +71,14 @@ pub struct Target {
     /// Encrypts the channel.
     pub(super) tls: Option<Arc<Renewed>>,
     pub(super) connect_timeout: Duration,
+    pub(super) request_timeout: Duration,
     /// Of the requests' URIs.
     pub(super) origin: Uri,
 }
 
 impl Target {
-    /// `connect_timeout` is the longest time for connecting, TLS included.
+    /// `connect_timeout` is the longest time for connecting, TLS included; `request_timeout` the
+    /// longest for an answer.
     ///
     /// # Errors
     /// A host that cannot stand in a URI.
@@ -85,6 +87,7 @@ impl Target {
         place: Place,
         tls: Option<Arc<Renewed>>,
         connect_timeout: Duration,
+        request_timeout: Duration,
     ) -> Result<Self, http::Error> {
         let scheme = if tls.is_some() { "https" } else { "http" };
         let authority = match &place {
@@ -103,6 +106,7 @@ impl Target {
             place,
             tls,
             connect_timeout,
+            request_timeout,
             origin,
         })
     }
@@ -279,23 +283,23 @@ impl Directory {
         endpoints.sort();
         endpoints.dedup();
         if endpoints.len() > MAX_ADDRESSES {
-            let (handler, count) = (&target.name, endpoints.len());
-            tracing::warn!(%handler, count, used = MAX_ADDRESSES, "the name has too many addresses");
+            let (url, count) = (&target.name, endpoints.len());
+            tracing::warn!(%url, count, used = MAX_ADDRESSES, "the name has too many addresses");
             endpoints.truncate(MAX_ADDRESSES);
         }
         endpoints
     }
 
     fn tell(&self, index: usize, known: &Found, now: &Found) {
-        let handler = self.targets.get(index).map(|target| &*target.name);
-        let handler = handler.unwrap_or_default();
+        let url = self.targets.get(index).map(|target| &*target.name);
+        let url = url.unwrap_or_default();
         match &now.trouble {
-            Some(trouble) => tracing::warn!(handler, %trouble, "the name cannot be resolved"),
+            Some(trouble) => tracing::warn!(url, %trouble, "the name cannot be resolved"),
             None if known.endpoints != now.endpoints => {
                 let addresses: Vec<_> = now.endpoints.iter().map(ToString::to_string).collect();
-                tracing::info!(handler, ?addresses, "the name is resolved");
+                tracing::info!(url, ?addresses, "the name is resolved");
             }
-            None => tracing::info!(handler, "the name is resolved again"),
+            None => tracing::info!(url, "the name is resolved again"),
         }
     }
 }

@@ -63,6 +63,8 @@ pub(super) struct Seat {
     /// `None` before the first call and after the last.
     pub(super) at: Option<Arc<Member>>,
     pub(super) standing: Standing,
+    /// Whether it was at another address before, which knew of it.
+    pub(super) moved: bool,
     /// For the OnSocketCreated at another address; only where a connection may move.
     pub(super) conninfo: Option<Box<proto::ConnInfo>>,
 }

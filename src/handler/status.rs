@@ -7,6 +7,10 @@ use tonic::{Code, Status};
 
 use super::CallFailure;
 use super::link::NotSent;
+use crate::proto::code_name;
+
+/// Characters of a handler's message that are shown.
+const MOST_WORDS: usize = 256;
 
 /// A call that did not succeed.
 #[derive(Debug)]
@@ -29,35 +33,18 @@ pub(super) fn miss(status: &Status) -> Miss {
     if source.is_some() || status.code() == Code::Unavailable {
         Miss::Away {
             sent: !source.is_some_and(|source| source.is::<NotSent>()),
-            why: status.message().to_owned(),
+            why: words(status),
         }
     } else {
         Miss::Refused(CallFailure::Failed {
             code: code_name(status.code()),
-            message: status.message().to_owned(),
+            message: words(status),
         })
     }
 }
 
-/// The name of a gRPC status code as the gRPC documents spell it.
-pub(super) fn code_name(code: Code) -> &'static str {
-    match code {
-        Code::Ok => "OK",
-        Code::Cancelled => "CANCELLED",
-        Code::Unknown => "UNKNOWN",
-        Code::InvalidArgument => "INVALID_ARGUMENT",
-        Code::DeadlineExceeded => "DEADLINE_EXCEEDED",
-        Code::NotFound => "NOT_FOUND",
-        Code::AlreadyExists => "ALREADY_EXISTS",
-        Code::PermissionDenied => "PERMISSION_DENIED",
-        Code::ResourceExhausted => "RESOURCE_EXHAUSTED",
-        Code::FailedPrecondition => "FAILED_PRECONDITION",
-        Code::Aborted => "ABORTED",
-        Code::OutOfRange => "OUT_OF_RANGE",
-        Code::Unimplemented => "UNIMPLEMENTED",
-        Code::Internal => "INTERNAL",
-        Code::Unavailable => "UNAVAILABLE",
-        Code::DataLoss => "DATA_LOSS",
-        Code::Unauthenticated => "UNAUTHENTICATED",
-    }
+/// What a status says, for the log: libraries put whole exceptions there, with what a device
+/// has sent in them.
+fn words(status: &Status) -> String {
+    status.message().chars().take(MOST_WORDS).collect()
 }

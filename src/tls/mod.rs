@@ -24,8 +24,8 @@ use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName,
 use tokio_rustls::rustls::server::WebPkiClientVerifier;
 use tokio_rustls::rustls::sign::CertifiedKey;
 use tokio_rustls::rustls::{
-    CertificateError, ClientConfig, DigitallySignedStruct, RootCertStore, ServerConfig,
-    SignatureScheme,
+    CertificateError, ClientConfig, DigitallySignedStruct, InvalidMessage, RootCertStore,
+    ServerConfig, SignatureScheme,
 };
 
 use x509_cert::der::DateTime;
@@ -99,7 +99,8 @@ pub fn client(
     let mut config = match identity {
         Some(identity) => {
             let (chain, key) = identity.load()?;
-            builder.with_client_auth_cert(chain, key)?
+            let made = builder.with_client_auth_cert(chain, key);
+            made.map_err(|error| identity.unfit(&error))?
         }
         None => builder.with_no_client_auth(),
     };
@@ -127,7 +128,8 @@ pub fn server(
         None => builder.with_no_client_auth(),
     };
     let (chain, key) = identity.load()?;
-    let mut config = builder.with_single_cert(chain, key)?;
+    let made = builder.with_single_cert(chain, key);
+    let mut config = made.map_err(|error| identity.unfit(&error))?;
     config.alpn_protocols = alpn.iter().map(|protocol| protocol.to_vec()).collect();
     Ok(Arc::new(config))
 }
@@ -173,7 +175,7 @@ pub fn devices(
     for identity in identities {
         let (chain, key) = identity.load()?;
         let key = CertifiedKey::from_der(chain, key, &provider())
-            .map_err(|error| problem(&identity.keyfile, "the certificate's key", &error))?;
+            .map_err(|error| identity.unfit(&error))?;
         keys.push(Arc::new(key));
     }
     let mut config = builder.with_cert_resolver(Arc::new(choice::Choice::new(keys)));
@@ -182,6 +184,17 @@ pub fn devices(
 }
 
 impl Identity {
+    /// Each file is good, but not both together.
+    fn unfit(&self, error: &tokio_rustls::rustls::Error) -> Error {
+        Error::File {
+            path: self.keyfile.clone(),
+            problem: format!(
+                "the key of the certificate in {} is needed: {error}",
+                self.certfile.display()
+            ),
+        }
+    }
+
     fn load(&self) -> Result<(Vec<CertificateDer<'static>>, PrivateKeyDer<'static>), Error> {
         let key = PrivateKeyDer::from_pem_file(&self.keyfile)
             .map_err(|error| problem(&self.keyfile, "a private key", &error))?;
@@ -222,8 +235,12 @@ fn authorities(path: &Path) -> Result<RootCertStore, Error> {
 /// that leaves out repetitions would find none.
 pub fn explain(error: &io::Error) -> String {
     let cause = error.get_ref().and_then(|cause| cause.downcast_ref());
-    let Some(tokio_rustls::rustls::Error::InvalidCertificate(fault)) = cause else {
-        return error.to_string();
+    let fault = match cause {
+        Some(tokio_rustls::rustls::Error::InvalidCertificate(fault)) => fault,
+        Some(tokio_rustls::rustls::Error::InvalidMessage(InvalidMessage::InvalidContentType)) => {
+            return "the other side does not speak TLS".to_owned();
+        }
+        _ => return error.to_string(),
     };
     let date = |time: &UnixTime| {
         let since = Duration::from_secs(time.as_secs());

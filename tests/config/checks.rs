@@ -341,3 +341,32 @@ fn the_adapter_on_a_path() {
         ],
     );
 }
+
+/// TLS files that nobody has turned on would leave everything in the clear.
+#[test]
+fn tls_that_is_not_on() {
+    let folder = TempDir::new().unwrap();
+    let file = folder.path().join("file.pem");
+    fs::write(&file, "").unwrap();
+    let file = file.display().to_string();
+    let files = [
+        ("server.ssl_options.certfile", file.as_str()),
+        ("server.ssl_options.keyfile", &file),
+    ];
+    one_fault(
+        set(&files),
+        &["server.ssl_options.certfile: set, but server.ssl_options.enable is not; allowed: with"],
+    );
+    one_fault(
+        set(&[("server.ssl_options.verify", "verify_peer")]),
+        &["server.ssl_options.verify: set, but server.ssl_options.enable is not"],
+    );
+    let off = [files[0], files[1], ("server.ssl_options.enable", "false")];
+    set(&off).unwrap();
+    one_fault(
+        set(&[("handler.ssl_options.verify", "verify_none")]),
+        &[
+            "handler.ssl_options.verify: found \"verify_none\", but handler.address does not use TLS",
+        ],
+    );
+}

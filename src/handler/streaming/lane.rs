@@ -211,6 +211,7 @@ impl Lane {
         };
         if early && end == End::Taken && !std::mem::replace(&mut self.warned, true) {
             tracing::warn!(
+                handler = self.hands.client.0.metrics.handler(),
                 "a handler answered a stream before its end, and nobody knows which of its messages it has read; \
                  they are sent again, each by itself, and so is everything from now on. It must read a stream to its \
                  end, or be used without handler.streaming"

@@ -1,7 +1,7 @@
 //! A stream that tells when its peer has said something.
 //!
-//! The first thing that a server of HTTP/2 says is its SETTINGS, at the latest when it has
-//! ours (RFC 9113, 3.4). hyper does not wait for them and does not tell.
+//! The first thing that either side of HTTP/2 says is its SETTINGS, a server at the latest when
+//! it has the client's (RFC 9113, 3.4). hyper does not wait for them and does not tell.
 
 use std::io::{self, IoSlice};
 use std::pin::Pin;
@@ -11,18 +11,24 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::sync::oneshot;
 
 /// See the module.
-pub(super) struct Greeted<S> {
+pub(crate) struct Greeted<S> {
     stream: S,
-    /// Until the first byte.
+    /// Until enough has come.
     heard: Option<oneshot::Sender<()>>,
+    /// Bytes that are still to come until then.
+    missing: usize,
 }
 
 impl<S> Greeted<S> {
-    /// What is received resolves with the first byte.
-    pub(super) fn new(stream: S) -> (Self, oneshot::Receiver<()>) {
+    /// What is received resolves when so many bytes have come.
+    pub(crate) fn new(stream: S, bytes: usize) -> (Self, oneshot::Receiver<()>) {
         let (sender, receiver) = oneshot::channel();
-        let heard = Some(sender);
-        (Self { stream, heard }, receiver)
+        let greeted = Self {
+            stream,
+            heard: Some(sender),
+            missing: bytes,
+        };
+        (greeted, receiver)
     }
 }
 
@@ -34,11 +40,15 @@ impl<S: AsyncRead + Unpin> AsyncRead for Greeted<S> {
     ) -> Poll<io::Result<()>> {
         let before = buffer.filled().len();
         ready!(Pin::new(&mut self.stream).poll_read(cx, buffer))?;
-        if buffer.filled().len() > before
-            && let Some(heard) = self.heard.take()
-        {
-            // Nobody may be waiting any more.
-            let _ = heard.send(());
+        if self.heard.is_some() {
+            let came = buffer.filled().len() - before;
+            self.missing = self.missing.saturating_sub(came);
+            if self.missing == 0
+                && let Some(heard) = self.heard.take()
+            {
+                // Nobody may be waiting any more.
+                let _ = heard.send(());
+            }
         }
         Poll::Ready(Ok(()))
     }
