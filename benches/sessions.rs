@@ -12,8 +12,6 @@
 //! the first connect to the last answer to a Subscribe, and most of it is the broker's and
 //! this program's. At the end each device gets a message, so that none of them is a dead one.
 //!
-//! The figures are in docs/per-client.md. Each mode takes a minute and a half.
-//!
 //! `EXPROTO_BENCH_SESSIONS=5000`, `EXPROTO_BENCH_MODES=pool,per_client`.
 
 #![allow(
