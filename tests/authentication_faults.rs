@@ -404,18 +404,15 @@ async fn of_many_guesses_at_a_time_none_is_right_once_too_many_were_wrong() {
         "3".to_owned(),
     ));
     let scene = Scene::with(&keys).await;
-    let begin = async |number| {
-        let guess = scene.logging_in("victim", "guess").await;
-        service.asked(number).await;
-        guess
-    };
-    let wrong = service.hold();
     let mut guesses = Vec::new();
+    let wrong = service.hold();
     for number in 1..=4 {
-        guesses.push(begin(number).await);
+        guesses.push(scene.logging_in("victim", "guess").await);
+        service.asked(number).await;
     }
     let right = service.hold();
-    let last = begin(5).await;
+    let last = scene.logging_in("victim", "the right one").await;
+    service.asked(5).await;
     service.says(&json!({"result": "deny"}));
     wrong.open();
     for guess in guesses {
@@ -431,6 +428,58 @@ async fn of_many_guesses_at_a_time_none_is_right_once_too_many_were_wrong() {
         "{why}"
     );
     scene.login("another", "u", "p").await.1.ok();
+}
+
+/// An outage is no guess: when it is over everybody is let in at once.
+#[tokio::test]
+async fn a_service_that_is_away_costs_nobody_an_attempt() {
+    let (passwords, keys) = (Service::start().await, Service::start().await);
+    let signer = Signer::new("one");
+    let mut all = item(
+        1,
+        &[
+            ("MECHANISM", "jwt"),
+            ("ENDPOINT", &keys.url("/jwks")),
+            ("REFRESH_INTERVAL", "1s"),
+            ("REQUEST_TIMEOUT", "300ms"),
+        ],
+    );
+    all.extend(http_item(2, &passwords.url("/")));
+    for on_error in ["ignore", "deny"] {
+        let mut all = all.clone();
+        all.extend(item(1, &[("ON_ERROR", on_error)]));
+        all.extend(item(2, &[("ON_ERROR", on_error)]));
+        if on_error == "deny" {
+            // Else nobody would ever be put to the second.
+            all.retain(|(key, _)| !key.starts_with("AUTHENTICATION__1"));
+        }
+        for limit in ["MAX_PER_CLIENTID", "MAX_PER_ADDRESS"] {
+            all.push((format!("LOGIN_ATTEMPTS__{limit}"), "3".to_owned()));
+        }
+        for service in [&passwords, &keys] {
+            service.answers(500, "text/plain", "");
+        }
+        let scene = Scene::with(&all).await;
+        let token = signer.token(&json!({}));
+        for shown in ["a password", &token, "a password", &token, "a password"] {
+            let (_, answer) = scene.login("c", "u", shown).await;
+            let why = answer.refused(ResultCode::PermissionDeny);
+            assert!(why.contains("status 500"), "{why}");
+        }
+        passwords.answers(204, "text/plain", "");
+        scene.login("c", "u", "a password").await.1.ok();
+        keys.says(&json!({"keys": [signer.jwk()]}));
+        // What is denied counts all the same.
+        passwords.says(&json!({"result": "deny"}));
+        for _ in 0..3 {
+            let (_, answer) = scene.login("c", "u", "a guess").await;
+            let why = answer.refused(ResultCode::PermissionDeny);
+            assert!(why.contains("the service denies it"), "{why}");
+        }
+        let (_, answer) = scene.login("c", "u", "a guess").await;
+        let why = answer.refused(ResultCode::PermissionDeny);
+        assert!(why.contains("too many failed attempts"), "{why}");
+    }
 }
 
 /// Where user names are tokens, nobody is to see them.

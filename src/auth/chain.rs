@@ -9,7 +9,7 @@ use super::file::{self, UserFile};
 use super::http::{self, HttpAuthenticator};
 use super::jwt::{self, JwtAuthenticator};
 use super::mqtt::{self, BrokerAuthenticator};
-use super::{Attempt, Decision, Denial, Error, Grant, Trouble};
+use super::{Attempt, Decision, Denial, Error, Fault, Grant, Trouble};
 use crate::config::OnError;
 use crate::metrics::AuthMetrics;
 
@@ -82,21 +82,16 @@ impl Provider {
         }
     }
 
-    /// Whether it is the service's fault when it has no answer, and not the device's.
-    fn is_service(&self) -> bool {
-        matches!(self, Self::Http(_) | Self::Mqtt(_))
-    }
-
     /// Whether user names are secret.
     fn hides_usernames(&self) -> bool {
         matches!(self, Self::Jwt(jwt) if jwt.is_from_username())
     }
 
-    async fn ask(&self, attempt: &Attempt) -> Result<Decision, String> {
+    async fn ask(&self, attempt: &Attempt) -> Result<Decision, Fault> {
         match self {
             Self::File(file) => Ok(file.ask(attempt).await),
-            Self::Http(http) => http.ask(attempt).await,
-            Self::Mqtt(mqtt) => mqtt.ask(attempt).await,
+            Self::Http(http) => http.ask(attempt).await.map_err(Fault::OfService),
+            Self::Mqtt(mqtt) => mqtt.ask(attempt).await.map_err(Fault::OfService),
             Self::Jwt(jwt) => jwt.ask(attempt).await,
         }
     }
@@ -117,16 +112,17 @@ pub fn check(options: &Options) -> Result<(), Error> {
 
 impl Link {
     /// What an answer means, or that there is none.
-    fn decision(&self, answer: Result<Decision, String>) -> Decision {
+    fn decision(&self, answer: Result<Decision, Fault>) -> Decision {
         match answer {
             Ok(decision) => {
                 self.trouble.is_over(&self.key);
                 decision
             }
-            Err(error) => {
-                if self.provider.is_service() {
-                    self.trouble.is(&self.key, &error);
+            Err(fault) => {
+                if let Fault::OfService(error) = &fault {
+                    self.trouble.is(&self.key, error);
                 }
+                let error = fault.text().to_owned();
                 match self.on_error {
                     OnError::Ignore => Decision::Ignore(error),
                     OnError::Deny => Decision::Deny(error),
@@ -183,12 +179,14 @@ impl Chain {
             .iter()
             .any(|link| link.provider.hides_usernames());
         let username = if hidden { HIDDEN } else { &attempt.username };
-        let mut ignored = String::new();
+        let (mut ignored, mut unheard) = (String::new(), false);
         for link in &self.links {
             let provider = link.provider.name();
             let started = Instant::now();
             let answer = link.provider.ask(attempt).await;
             let is_error = answer.is_err();
+            let is_away = matches!(answer, Err(Fault::OfService(_)));
+            unheard |= is_away;
             let decision = link.decision(answer);
             let (outcome, reason) = match &decision {
                 Decision::Allow(_) => ("allow", ""),
@@ -211,7 +209,11 @@ impl Chain {
             match decision {
                 Decision::Allow(grant) => return Ok(grant),
                 Decision::Deny(reason) => {
-                    return Err(Denial::Refused(format!("{provider}: {reason}")));
+                    let reason = format!("{provider}: {reason}");
+                    return Err(match is_away {
+                        true => Denial::Unheard(reason),
+                        false => Denial::Refused(reason),
+                    });
                 }
                 Decision::Ignore(reason) => {
                     if !ignored.is_empty() {
@@ -221,8 +223,10 @@ impl Chain {
                 }
             }
         }
-        Err(Denial::Refused(format!(
-            "nobody vouches for it ({ignored})"
-        )))
+        let reason = format!("nobody vouches for it ({ignored})");
+        Err(match unheard {
+            true => Denial::Unheard(reason),
+            false => Denial::Refused(reason),
+        })
     }
 }

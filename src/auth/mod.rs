@@ -98,12 +98,33 @@ pub enum Decision {
     Ignore(String),
 }
 
+/// Why an authenticator says nothing.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Fault {
+    /// What the device shows is nothing that it could say anything about.
+    OfDevice(String),
+    /// Who is to be asked is not there, or makes no sense.
+    OfService(String),
+}
+
+impl Fault {
+    /// What is wrong. No secret is in it.
+    pub fn text(&self) -> &str {
+        let (Self::OfDevice(text) | Self::OfService(text)) = self;
+        text
+    }
+}
+
 /// Why a device is not let in. The texts are for the handler, and hold no secret.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Denial {
     /// Somebody has denied it, or nobody has allowed it.
     #[error("authentication refused: {0}")]
     Refused(String),
+    /// Nobody has allowed it, and somebody who could have was not there: nothing that counts as
+    /// a failed attempt.
+    #[error("authentication refused: {0}")]
+    Unheard(String),
     /// There were too many failed attempts.
     #[error("authentication refused: {0}")]
     Limited(limits::Limited),

@@ -146,7 +146,9 @@ impl From<Refused> for Refusal {
 impl From<Denial> for Refusal {
     fn from(denial: Denial) -> Self {
         let code = match denial {
-            Denial::Refused(_) | Denial::Limited(_) => ResultCode::PermissionDeny,
+            Denial::Refused(_) | Denial::Unheard(_) | Denial::Limited(_) => {
+                ResultCode::PermissionDeny
+            }
             // Nobody has said no: to try again makes sense.
             Denial::Late | Denial::Busy => ResultCode::Unknown,
         };

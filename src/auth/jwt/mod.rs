@@ -15,7 +15,7 @@ use tokio_util::sync::CancellationToken;
 use super::acl::Rules;
 use super::fill::Values;
 use super::http::{self, epoch};
-use super::{Attempt, Decision, Grant};
+use super::{Attempt, Decision, Fault, Grant};
 use crate::config::{Secret, Template};
 use crate::metrics::AuthMetrics;
 use jwks::Endpoint;
@@ -138,20 +138,24 @@ impl JwtAuthenticator {
     }
 
     /// Whether the token is valid; `Err` where it cannot be said that anybody trusted has signed it.
-    pub async fn ask(&self, attempt: &Attempt) -> Result<Decision, String> {
+    pub async fn ask(&self, attempt: &Attempt) -> Result<Decision, Fault> {
         let token = match self.options.from_username {
             true => attempt.username.as_str(),
             false => attempt.password.expose(),
         };
-        let token = Token::parse(token)?;
+        let token = Token::parse(token).map_err(Fault::OfDevice)?;
         let keys = match &self.ring {
             Ring::Fixed(keys) => keys.clone(),
             Ring::File(_, _, current) => current.get(),
-            Ring::Endpoint(endpoint) => endpoint.keys(token.kid.as_deref()).await?,
+            Ring::Endpoint(endpoint) => {
+                let keys = endpoint.keys(token.kid.as_deref()).await;
+                keys.map_err(Fault::OfService)?
+            }
         };
         let mut named = keys.iter().filter(|key| key.is_named(token.kid.as_deref()));
         if !named.any(|key| key.verify(&token.algorithm, token.message, &token.signature)) {
-            return Err("none of the keys has signed the token".to_owned());
+            let why = "none of the keys has signed the token";
+            return Err(Fault::OfDevice(why.to_owned()));
         }
         Ok(self.judge(&token.claims, attempt, SystemTime::now()))
     }

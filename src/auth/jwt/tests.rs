@@ -53,7 +53,8 @@ fn says(authenticator: &JwtAuthenticator, token: &str) -> Result<Decision, Strin
     let runtime = tokio::runtime::Builder::new_current_thread()
         .build()
         .unwrap();
-    runtime.block_on(authenticator.ask(&attempt))
+    let said = runtime.block_on(authenticator.ask(&attempt));
+    said.map_err(|fault| fault.text().to_owned())
 }
 
 fn seconds(offset: i64) -> i64 {
