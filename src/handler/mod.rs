@@ -8,6 +8,7 @@
 //! streaming  many events on one call, and what is not known to be taken (ledger)
 //! client     retries, deadlines, OnSocketCreated before anything else
 //! pool       the addresses of a handler, and which of them a connection is at (seat)
+//! unary      one call with one message each way
 //! link       a channel to one of them: up, down, or not serving (dial, health)
 //! resolve    from the configuration's addresses to those that can be dialled
 //! ```
@@ -23,6 +24,7 @@ mod seat;
 mod status;
 pub mod streaming;
 mod trace;
+mod unary;
 
 pub use dial::Pings;
 
