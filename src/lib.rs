@@ -27,6 +27,7 @@ pub mod id;
 pub mod listener;
 mod memory;
 pub mod metrics;
+mod numbers;
 pub mod options;
 pub mod pace;
 pub mod passwd;

@@ -188,6 +188,7 @@ fn imports_point_down_the_layers() {
             "id",
             "memory",
             "metrics",
+            "numbers",
             "pace",
             "rate",
             "reload",

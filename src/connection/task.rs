@@ -198,7 +198,7 @@ impl<S: Socket> Driver<S> {
         };
         proto::Message {
             node: self.context.settings.node_name.clone(),
-            id: message.id.to_string(),
+            id: message.id.text(),
             qos: delivery.qos.number(),
             from: message.from.clone(),
             topic: topic.to_owned(),
