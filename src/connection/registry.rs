@@ -96,13 +96,17 @@ impl Registry {
 
     /// Closes every connection, each after its callback in flight: the gateway stops.
     pub fn drain_all(&self) {
-        for shard in &self.connections {
-            let handles: Vec<Handle> = lock(shard).values().cloned().collect();
-            for handle in handles {
-                // One that is closing already needs no telling.
-                let _ = handle.drain();
-            }
+        for handle in self.handles() {
+            // One that is closing already needs no telling.
+            let _ = handle.drain();
         }
+    }
+
+    /// All of them.
+    pub(super) fn handles(&self) -> Vec<Handle> {
+        let shards = self.connections.iter();
+        let handles = shards.flat_map(|shard| lock(shard).values().cloned().collect::<Vec<_>>());
+        handles.collect()
     }
 
     /// Number of connections.

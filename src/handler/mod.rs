@@ -16,6 +16,7 @@
 pub mod client;
 mod dial;
 mod health;
+pub(crate) mod hot;
 mod ledger;
 pub mod link;
 pub mod pool;
