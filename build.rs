@@ -13,6 +13,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         .build_transport(false)
         // Payloads are slices of the HTTP/2 frames they came in, never copies.
         .bytes(".")
+        .codec_path("crate::proto::codec::Codec")
         // Holds a password: its Debug is written by hand in `src/proto.rs`.
         .skip_debug(["emqx.exproto.v1.AuthenticateRequest"])
         .compile_fds(files)?;

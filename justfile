@@ -23,6 +23,15 @@ brokers *names:
 measure *arguments:
     cargo run --release --bin exproto-bench -- {{arguments}}
 
+# Instructions of the hot functions beside those in benches/instructions.txt.
+instructions *arguments:
+    scripts/instructions.py {{arguments}}
+
+# Where the gateway's instructions and system calls go.
+profile *arguments:
+    cargo build --release
+    scripts/profile.py {{arguments}}
+
 # Fuzzes a target, or all of them, for so many seconds each.
 fuzz target="all" seconds="60":
     scripts/fuzz.sh {{target}} {{seconds}}

@@ -88,8 +88,9 @@ def patiently(what, process, look):
     sys.exit(f"{what} is not there; see {OUT}")
 
 
-def measure(options, settings, arguments):
-    """One run: its report."""
+def measure(options, settings, more, around=()):
+    """One run: its report. `more` are options of the bench that come last, `around` is what the
+    gateway is started with, such as a profiler."""
     mqtt, device, adapter, handler, admin = (port() for _ in range(5))
     files = {"EXPROTO_BENCH_MQTT": f"mqtt://127.0.0.1:{mqtt}"}
     env = {name: value for name, value in os.environ.items() if not name.startswith("EXPROTO_")}
@@ -113,7 +114,8 @@ def measure(options, settings, arguments):
         with Program(broker, OUT / "mosquitto.log", env=os.environ | search) as broker:
             connect = lambda: socket.create_connection(("127.0.0.1", mqtt), 1).close()
             patiently("mosquitto", broker, connect)
-            with Program([BIN / "exproto-sidecar"], OUT / "gateway.log", env=env) as gateway:
+            command = [*around, BIN / "exproto-sidecar"]
+            with Program(command, OUT / "gateway.log", env=env) as gateway:
                 live = f"http://127.0.0.1:{admin}/healthz"
                 patiently("the gateway", gateway, lambda: urllib.request.urlopen(live, timeout=1))
                 report = OUT / "report.json"
@@ -126,8 +128,7 @@ def measure(options, settings, arguments):
                 ]
                 if options.startswith("storm"):
                     command = [part for part in command if part not in ("--connect-rate", "3000")]
-                if "--messages" not in options and not options.startswith("storm"):
-                    command += ["--duration", arguments.duration]
+                command += more
                 bench = subprocess.run(
                     command, env=os.environ | files, capture_output=True, text=True
                 )
@@ -185,7 +186,9 @@ def main():
         if arguments.names and not any(part in name for part in arguments.names):
             continue
         load = os.getloadavg()[0]
-        reports = [measure(options, settings, arguments) for _ in range(arguments.runs)]
+        endless = "--messages" not in options and not options.startswith("storm")
+        more = ["--duration", arguments.duration] if endless else []
+        reports = [measure(options, settings, more) for _ in range(arguments.runs)]
         for run, report in enumerate(reports):
             (OUT / f"{number:02}-{run}.json").write_text(json.dumps(report))
         middle = sorted(reports, key=worth)[len(reports) // 2]

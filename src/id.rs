@@ -1,6 +1,7 @@
 //! Identities: of this gateway among others, of a connection, of a message.
 
 use std::fmt;
+use std::hash::{Hash, Hasher};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -42,7 +43,7 @@ impl HandlerName {
 /// As text it is 46 printable ASCII characters: the gateway's [`NodeTag`], the
 /// shard and 128 random bits, in hexadecimal. The random part makes it neither
 /// guessable nor ever used again.
-#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, PartialEq, Eq)]
 pub struct ConnId {
     node: NodeTag,
     shard: ShardId,
@@ -68,19 +69,18 @@ impl ConnId {
 
     /// Reads the text form; `None` for anything this gateway cannot have written.
     pub fn parse(text: &str) -> Option<Self> {
-        // Parsing hexadecimal accepts signs and upper case, which are never ours.
-        let canonical = |part: &&str| {
-            part.bytes()
-                .all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b))
-        };
-        let mut parts = text.splitn(3, '-');
-        let node = parts.next().filter(|p| p.len() == 8).filter(canonical)?;
-        let shard = parts.next().filter(|p| p.len() == 4).filter(canonical)?;
-        let nonce = parts.next().filter(|p| p.len() == 32).filter(canonical)?;
+        let (node, rest) = text.as_bytes().split_first_chunk::<8>()?;
+        let ([dash, shard @ ..], rest) = rest.split_first_chunk::<5>()?;
+        let ([other, high @ ..], low) = rest.split_first_chunk::<17>()?;
+        let low: &[u8; 16] = low.try_into().ok()?;
+        if [*dash, *other] != *b"--" {
+            return None;
+        }
+        // The numbers have as many digits as fit into their types.
         Some(Self {
-            node: NodeTag(u32::from_str_radix(node, 16).ok()?),
-            shard: ShardId(u16::from_str_radix(shard, 16).ok()?),
-            nonce: halves(u128::from_str_radix(nonce, 16).ok()?),
+            node: NodeTag(number(node, &LOWER)? as u32),
+            shard: ShardId(number(shard, &LOWER)? as u16),
+            nonce: [number(high, &LOWER)?, number(low, &LOWER)?],
         })
     }
 
@@ -101,27 +101,98 @@ impl ConnId {
     }
 }
 
+/// By half of its random bits, which are as good as all.
+impl Hash for ConnId {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        state.write_u64(self.route());
+    }
+}
+
 fn halves(nonce: u128) -> [u64; 2] {
     // The cast cuts off what the other half holds.
     [(nonce >> 64) as u64, nonce as u64]
 }
 
+// Each message has ids written and read. What the standard library has for it takes as long as
+// all else that a message needs of its connection.
+
+const DIGITS: [u8; 16] = *b"0123456789abcdef";
+
+/// The last digits of a number, in hexadecimal.
+fn digits<const COUNT: usize>(number: u64) -> [u8; COUNT] {
+    let mut text = [0; COUNT];
+    let mut rest = number;
+    for digit in text.iter_mut().rev() {
+        // Four bits are always below the table's end.
+        *digit = DIGITS.get((rest & 0xf) as usize).copied().unwrap_or(0);
+        rest >>= 4;
+    }
+    text
+}
+
+/// No digit.
+const NONE: u8 = 0xff;
+
+/// The values of hexadecimal digits as we write them.
+const LOWER: [u8; 256] = values(*b"abcdef");
+
+/// The same where letters may be capital.
+#[allow(clippy::indexing_slicing)]
+const UPPER: [u8; 256] = {
+    let (mut table, upper) = (LOWER, values(*b"ABCDEF"));
+    let mut byte = b'A' as usize;
+    while byte <= b'F' as usize {
+        table[byte] = upper[byte];
+        byte += 1;
+    }
+    table
+};
+
+#[allow(clippy::indexing_slicing)]
+const fn values(letters: [u8; 6]) -> [u8; 256] {
+    let mut table = [NONE; 256];
+    let mut value = 0;
+    while value < 16 {
+        let byte = match value {
+            0..10 => b'0' + value,
+            _ => letters[value as usize - 10],
+        };
+        table[byte as usize] = value;
+        value += 1;
+    }
+    table
+}
+
+/// Reads 16 hexadecimal digits at most.
+fn number(text: &[u8], values: &[u8; 256]) -> Option<u64> {
+    let (mut number, mut all) = (0, 0);
+    for byte in text {
+        let value = values.get(usize::from(*byte)).copied().unwrap_or(NONE);
+        all |= value;
+        number = number << 4 | u64::from(value & 0xf);
+    }
+    // Only what is no digit has further bits.
+    (all < 16).then_some(number)
+}
+
 impl ConnId {
     /// The text form, made in one allocation.
     pub fn text(&self) -> String {
-        use fmt::Write;
-        let mut text = String::with_capacity(Self::TEXT_LEN);
-        // Writing into a String does not fail.
-        let _ = write!(text, "{self}");
-        text
+        let [high, low] = self.nonce;
+        let mut text = Vec::with_capacity(Self::TEXT_LEN);
+        text.extend_from_slice(&digits::<8>(self.node.0.into()));
+        text.push(b'-');
+        text.extend_from_slice(&digits::<4>(self.shard.0.into()));
+        text.push(b'-');
+        text.extend_from_slice(&digits::<16>(high));
+        text.extend_from_slice(&digits::<16>(low));
+        String::from_utf8(text).unwrap_or_default()
     }
 }
 
 impl fmt::Display for ConnId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let [high, low] = self.nonce;
-        let (node, shard) = (self.node.0, self.shard.0);
-        write!(f, "{node:08x}-{shard:04x}-{high:016x}{low:016x}")
+        f.write_str(&self.text())
     }
 }
 
@@ -165,15 +236,25 @@ pub struct MessageId(u128);
 impl MessageId {
     /// Reads the text form, which is 32 hexadecimal digits.
     pub fn parse(text: &str) -> Option<Self> {
-        let digits = text.len() == 32 && text.bytes().all(|b| b.is_ascii_hexdigit());
-        let number = digits.then(|| u128::from_str_radix(text, 16))?;
-        number.ok().map(Self)
+        let text: &[u8; 32] = text.as_bytes().try_into().ok()?;
+        let (high, low) = text.split_at(16);
+        let (high, low) = (number(high, &UPPER)?, number(low, &UPPER)?);
+        Some(Self(u128::from(high) << 64 | u128::from(low)))
+    }
+
+    /// The text form.
+    pub fn text(&self) -> String {
+        let [high, low] = halves(self.0);
+        let mut text = Vec::with_capacity(32);
+        text.extend_from_slice(&digits::<16>(high));
+        text.extend_from_slice(&digits::<16>(low));
+        String::from_utf8(text).unwrap_or_default()
     }
 }
 
 impl fmt::Display for MessageId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{:032x}", self.0)
+        f.write_str(&self.text())
     }
 }
 
@@ -188,6 +269,14 @@ mod tests {
         assert_eq!(text, id.to_string());
         assert_eq!(text.len(), ConnId::TEXT_LEN);
         assert!(text.len() <= 64 && text.bytes().all(|b| b.is_ascii_graphic()));
+        let known = ConnId {
+            node: NodeTag(0x0123_4567),
+            shard: ShardId(0x89ab),
+            nonce: [0xcdef_0123_4567_89ab, 0xf0],
+        };
+        let written = "01234567-89ab-cdef0123456789ab00000000000000f0";
+        assert_eq!(known.text(), written);
+        assert_eq!(ConnId::parse(written), Some(known));
         assert_eq!(ConnId::parse(&text), Some(id));
     }
 
@@ -199,7 +288,10 @@ mod tests {
         let upper = id.to_uppercase();
         let signed = format!("+{}", &id[1..]);
         let longer = format!("{id}0");
-        for text in ["", "-", "g2dkABFlbXF4", &id[1..], &upper, &signed, &longer] {
+        let other = id.replacen('-', "0", 1);
+        let wide = format!("{}é", &id[..44]);
+        let all = ["", "-", "g2dkABFlbXF4", &id[1..], &upper, &signed, &longer];
+        for text in all.into_iter().chain([&other[..], &wide]) {
             assert_eq!(ConnId::parse(text), None, "{text:?}");
         }
     }
@@ -218,6 +310,8 @@ mod tests {
         assert_ne!(a, b);
         assert!(a.len() == 32 && a.bytes().all(|b| b.is_ascii_hexdigit()));
         assert_eq!(MessageId::parse(&a).unwrap().to_string(), a);
+        let upper = a.to_uppercase();
+        assert_eq!(MessageId::parse(&upper).unwrap().to_string(), a);
         for bad in ["", &a[1..], &format!("{a}0"), &format!("+{}", &a[1..])] {
             assert_eq!(MessageId::parse(bad), None, "{bad:?}");
         }

@@ -10,7 +10,7 @@
 //! Imports point one way: `gateway` builds `listener`, `adapter` and `admin`; those
 //! use `connection`; that uses `auth`, `transport`, `handler` and `broker`, which know
 //! nothing of it; `auth` may ask the broker, the others know nothing of each other; at the bottom are `config`, `id`, `metrics`,
-//! `rate`, `proto`. `fuzzing` is on top of them all and in no part of the program.
+//! `rate`, `proto`. `fuzzing` and `hot` are on top of them all and in no part of the program.
 
 pub mod adapter;
 pub mod admin;
@@ -24,10 +24,13 @@ pub mod fuzzing;
 pub mod gateway;
 mod greeted;
 pub mod handler;
+#[doc(hidden)]
+pub mod hot;
 pub mod id;
 pub mod listener;
 mod memory;
 pub mod metrics;
+mod numbers;
 pub mod options;
 pub mod pace;
 pub mod passwd;

@@ -2,6 +2,8 @@
 
 #![allow(missing_docs, clippy::all)]
 
+pub mod codec;
+
 use std::fmt;
 
 tonic::include_proto!("emqx.exproto.v1");

@@ -176,7 +176,7 @@ fn imports_point_down_the_layers() {
     const LAYERS: &[&[&str]] = &[
         &["main"],
         &["quickstart", "passwd"],
-        &["gateway", "fuzzing"],
+        &["gateway", "fuzzing", "hot"],
         &["options", "shard"],
         &["listener", "adapter", "admin"],
         &["connection"],
@@ -189,6 +189,7 @@ fn imports_point_down_the_layers() {
             "id",
             "memory",
             "metrics",
+            "numbers",
             "pace",
             "rate",
             "reload",

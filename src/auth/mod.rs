@@ -17,6 +17,7 @@ pub mod file;
 pub mod fill;
 pub(crate) mod fuzzing;
 pub mod hash;
+pub(crate) mod hot;
 pub mod http;
 pub mod jwt;
 pub mod limits;

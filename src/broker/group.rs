@@ -126,6 +126,7 @@ impl Group {
             !replaced.is_some_and(|key| self.members.contains_key(key))
         };
         if !self.shared {
+            audience.reserve(self.members.len());
             let members = self.members.values().filter(|member| counts(member));
             audience.extend(members.map(Recipient::only));
             return;

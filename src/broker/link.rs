@@ -380,7 +380,10 @@ impl Link<'_> {
         while let Some(packet) = self.decoder.next(&mut self.input)? {
             match self.session.receive(packet, &mut self.output) {
                 Event::None => {}
-                Event::Deliver(publish, receipt) => self.hand_out(publish, receipt),
+                Event::Deliver(publish, receipt) => {
+                    let (member, complaints) = (self.member, &self.complaints);
+                    hand_out(member, &self.ids, complaints, publish, receipt);
+                }
                 Event::Subscribed(filter, id) => self.member.subscribed(&filter, id),
                 Event::SubscribeAgain(request) => self.member.subscribe_again(request),
                 Event::UnsubscribeAgain(filter) => self.member.unsubscribe_again(filter),
@@ -408,53 +411,6 @@ impl Link<'_> {
         let early = self.session.take_acknowledged_early();
         self.member.metrics().acknowledged_early.increment(early);
         Ok(true)
-    }
-
-    /// Gives a message to everyone it is for. It is acknowledged when the last of
-    /// them lets go of it: at once if it is for nobody.
-    fn hand_out(&mut self, publish: InboundPublish, receipt: Option<Receipt>) {
-        let metrics = self.member.metrics();
-        metrics.received.increment(1);
-        let ack = receipt.map(|receipt| AckOnDrop::new(self.member, receipt));
-        let options = self.member.options();
-        if options.protocol == Protocol::V4 && publish.retain {
-            // Upon a SUBSCRIBE of the pool's own; who is to have it gets it fetched.
-            return;
-        }
-        let Ok(topic) = String::from_utf8(publish.topic.to_vec()) else {
-            metrics.dropped_bad_topic.increment(1);
-            if let Some(left_out) = self.complaints.tell(Instant::now().into_std()) {
-                tracing::warn!(left_out, "a message whose topic is not UTF-8 is dropped");
-            }
-            return;
-        };
-        let audience = self.member.audience(&publish, &topic);
-        if audience.is_empty() {
-            metrics.unclaimed.increment(1);
-            return;
-        }
-        let published = publish.qos;
-        let message = Message::received(publish, topic, &self.ids, options);
-        for recipient in audience {
-            let delivery = |qos| Delivery {
-                message: message.clone(),
-                qos: published.min(qos),
-                _ack: ack.clone(),
-            };
-            // Given back by one that has just ended: in a shared subscription it is the
-            // next one's turn, else nobody's.
-            let mut given_back = recipient
-                .subscriber
-                .deliver(delivery(recipient.qos))
-                .is_err();
-            for (subscriber, qos) in recipient.others {
-                if !given_back {
-                    break;
-                }
-                given_back = subscriber.deliver(delivery(qos)).is_err();
-            }
-            metrics.dropped_closed.increment(u64::from(given_back));
-        }
     }
 
     /// Pings, and finds a broker that has gone silent.
@@ -502,6 +458,59 @@ impl Link<'_> {
     }
 }
 
+/// Gives a message to everyone it is for. It is acknowledged when the last of
+/// them lets go of it: at once if it is for nobody.
+pub(super) fn hand_out(
+    member: &Arc<Member>,
+    ids: &MessageIds,
+    complaints: &Seldom,
+    publish: InboundPublish,
+    receipt: Option<Receipt>,
+) {
+    let metrics = member.metrics();
+    metrics.received.increment(1);
+    let ack = receipt.map(|receipt| AckOnDrop::new(member, receipt));
+    let options = member.options();
+    if options.protocol == Protocol::V4 && publish.retain {
+        // Upon a SUBSCRIBE of the pool's own; who is to have it gets it fetched.
+        return;
+    }
+    let Ok(topic) = String::from_utf8(publish.topic.to_vec()) else {
+        metrics.dropped_bad_topic.increment(1);
+        if let Some(left_out) = complaints.tell(Instant::now().into_std()) {
+            tracing::warn!(left_out, "a message whose topic is not UTF-8 is dropped");
+        }
+        return;
+    };
+    let audience = member.audience(&publish, &topic);
+    if audience.is_empty() {
+        metrics.unclaimed.increment(1);
+        return;
+    }
+    let published = publish.qos;
+    let message = Message::received(publish, topic, ids, options);
+    for recipient in audience {
+        let delivery = |qos| Delivery {
+            message: message.clone(),
+            qos: published.min(qos),
+            _ack: ack.clone(),
+        };
+        // Given back by one that has just ended: in a shared subscription it is the
+        // next one's turn, else nobody's.
+        let mut given_back = recipient
+            .subscriber
+            .deliver(delivery(recipient.qos))
+            .is_err();
+        for (subscriber, qos) in recipient.others {
+            if !given_back {
+                break;
+            }
+            given_back = subscriber.deliver(delivery(qos)).is_err();
+        }
+        metrics.dropped_closed.increment(u64::from(given_back));
+    }
+}
+
 impl Message {
     /// What the handlers get to see of a publish.
     pub(super) fn received(
@@ -510,20 +519,15 @@ impl Message {
         ids: &MessageIds,
         options: &Options,
     ) -> Arc<Self> {
-        let property = |name: &Option<String>| {
-            let name = name.as_ref()?;
-            let mut properties = publish.user_properties.iter();
-            properties
-                .find(|(key, _)| key == name)
-                .map(|(_, value)| value)
-        };
+        let properties = &publish.user_properties;
+        let property = |name: &Option<String>| properties.get(name.as_ref()?);
         Arc::new(Self {
             id: property(&options.id_property)
-                .and_then(|text| MessageId::parse(text))
+                .and_then(MessageId::parse)
                 .unwrap_or_else(|| ids.next_id()),
             from: property(&options.from_property)
-                .cloned()
-                .unwrap_or_default(),
+                .unwrap_or_default()
+                .to_owned(),
             timestamp: property(&options.timestamp_property)
                 .and_then(|text| text.parse().ok())
                 .unwrap_or_else(now_ms),

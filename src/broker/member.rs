@@ -423,11 +423,7 @@ impl Member {
         let welcome = shared.welcome.as_ref();
         shared.filters.pull(session, welcome, out, WRITE_AHEAD);
         while out.len() < WRITE_AHEAD && session.can_publish() {
-            let Some(Waiting {
-                mut publish,
-                waiter,
-            }) = shared.outbox.pop_front()
-            else {
+            let Some(Waiting { publish, waiter }) = shared.outbox.pop_front() else {
                 break;
             };
             shared.outbox_bytes = shared.outbox_bytes.saturating_sub(publish.size());

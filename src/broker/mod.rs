@@ -18,6 +18,7 @@ mod dial;
 mod fetch;
 mod filters;
 mod group;
+pub(crate) mod hot;
 mod link;
 mod login;
 mod member;

@@ -1,5 +1,6 @@
 //! The pool as the rest of the gateway sees it.
 
+use std::borrow::Cow;
 use std::hash::{BuildHasher, RandomState};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -45,6 +46,9 @@ struct Pool {
     runtimes: Vec<Handle>,
     tasks: Mutex<Tasks>,
 }
+
+/// A user property of MQTT 5.
+type Property<'a> = (&'a str, Cow<'a, str>);
 
 #[derive(Default)]
 struct Tasks {
@@ -158,12 +162,18 @@ impl Broker {
     pub async fn publish(&self, route: u64, message: Publication) -> Result<(), PublishError> {
         let pool = &*self.pool;
         let member = pool.spread(route).ok_or(PublishError::Stopped)?;
+        let protocol = pool.options.protocol;
+        let properties = match protocol {
+            Protocol::V4 => [const { None }; 3],
+            Protocol::V5 => pool.properties(message.from.as_deref()),
+        };
+        let properties = properties.iter().flatten();
         let publish = OutboundPublish::new(
-            pool.options.protocol,
-            message.topic.as_str().to_owned(),
+            protocol,
+            message.topic.as_str(),
             message.qos,
             message.payload,
-            pool.properties(message.from.as_deref()),
+            properties.map(|(name, value)| (*name, &**value)),
         );
         let confirmed = member.publish(publish)?;
         let limit = pool.options.publish_timeout;
@@ -301,18 +311,14 @@ impl Broker {
 impl Pool {
     /// What a publish tells of itself to other gateways, and all that it does: one that
     /// is sent again tells the same.
-    fn properties(&self, from: Option<&str>) -> Vec<(String, String)> {
+    fn properties<'a>(&'a self, from: Option<&'a str>) -> [Option<Property<'a>>; 3] {
         let options = &*self.options;
-        if options.protocol == Protocol::V4 {
-            return Vec::new();
-        }
-        let property = |name: &Option<String>, value: &dyn Fn() -> String| {
-            name.as_ref().map(|name| (name.clone(), value()))
-        };
-        let from = from.and_then(|from| property(&options.from_property, &|| from.to_owned()));
-        let id = property(&options.id_property, &|| self.ids.next_id().to_string());
-        let timestamp = property(&options.timestamp_property, &|| now_ms().to_string());
-        from.into_iter().chain(id).chain(timestamp).collect()
+        let from = options.from_property.as_deref().zip(from.map(Cow::from));
+        let id = options.id_property.as_deref();
+        let id = id.map(|name| (name, self.ids.next_id().text().into()));
+        let timestamp = options.timestamp_property.as_deref();
+        let timestamp = timestamp.map(|name| (name, now_ms().to_string().into()));
+        [from, id, timestamp]
     }
 
     /// One of the members that work is spread over.

@@ -13,7 +13,7 @@
 mod inbox;
 mod trial;
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::VecDeque;
 use std::sync::Arc;
 
 use bytes::{Bytes, BytesMut};
@@ -23,6 +23,7 @@ use super::wire::{
     DisconnectNotice, Inbound, InboundPublish, OutboundPublish, Protocol, Retained, Welcome,
 };
 use super::{PublishError, QoS, Refusal};
+use crate::numbers::NumberMap;
 
 pub(super) use inbox::Receipt;
 use inbox::{Arrival, Inbox, Reply};
@@ -121,7 +122,7 @@ pub(super) struct Session {
     last_pkid: u16,
     next_order: u64,
     /// By packet id; the number is the order in which they were first sent.
-    pending: HashMap<u16, (u64, Pending)>,
+    pending: NumberMap<u16, (u64, Pending)>,
     /// Bytes of the publishes among them.
     pending_bytes: usize,
     /// Publishes sent on this connection and unacknowledged.
@@ -152,7 +153,7 @@ impl Session {
             window: 0,
             last_pkid: 0,
             next_order: 0,
-            pending: HashMap::new(),
+            pending: NumberMap::default(),
             pending_bytes: 0,
             in_flight: 0,
             resend: VecDeque::new(),
@@ -396,7 +397,7 @@ impl Session {
             let Some(pkid) = self.resend.pop_front() else {
                 return;
             };
-            if let Some((_, Pending::Publish { publish, .. })) = self.pending.get_mut(&pkid) {
+            if let Some((_, Pending::Publish { publish, .. })) = self.pending.get(&pkid) {
                 publish.encode(pkid, self.resend_dup, out);
                 self.in_flight += 1;
             }
@@ -412,7 +413,7 @@ impl Session {
     /// Sends a publish of QoS 1 or 2. Only after [`Session::can_publish`].
     pub(super) fn publish(
         &mut self,
-        mut publish: OutboundPublish,
+        publish: OutboundPublish,
         waiter: PublishWaiter,
         out: &mut BytesMut,
     ) {

@@ -22,6 +22,7 @@ use super::topic::TopicFilter;
 use super::trie::Trie;
 use super::wire::{MAX_SUBSCRIPTION_ID, Retained};
 use super::{QoS, Subscriber};
+use crate::numbers::NumberMap;
 
 /// Identifiers of replaced or ended subscriptions that are still understood: the
 /// broker may have queued messages under them. 8 bytes and a map entry each.
@@ -91,7 +92,7 @@ const MAX_ASKED: usize = 64;
 /// See the module.
 pub(super) struct Table {
     entries: HashMap<Arc<str>, Entry>,
-    ids: HashMap<u32, Target>,
+    ids: NumberMap<u32, Target>,
     retired: VecDeque<u32>,
     /// Whether the broker sends retained messages before the SUBACK, once one without
     /// an identifier has shown it: by coming when only one of the two was possible.
@@ -109,7 +110,7 @@ impl Table {
     pub(super) fn new(seed: u32) -> Self {
         Self {
             entries: HashMap::new(),
-            ids: HashMap::new(),
+            ids: NumberMap::default(),
             retired: VecDeque::new(),
             retained_first: None,
             by_topic: None,

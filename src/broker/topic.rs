@@ -52,6 +52,10 @@ fn check_text(topic: &str) -> Result<(), TopicError> {
 /// brokers to end the connection (MQTT 5, 1.5.4), which here many devices share.
 pub fn is_mqtt_text(text: &str) -> bool {
     let code = |c: char| u32::from(c);
+    // Most are ASCII, in which there is less to look for.
+    if text.is_ascii() {
+        return text.len() <= MAX_TOPIC_BYTES && !text.bytes().any(|byte| byte.is_ascii_control());
+    }
     text.len() <= MAX_TOPIC_BYTES
         && !text.chars().any(|c| {
             c.is_control() || code(c) & 0xFFFE == 0xFFFE || (0xFDD0..=0xFDEF).contains(&code(c))
@@ -222,11 +226,19 @@ impl Mountpoint {
     }
 
     /// The topic on the broker.
-    pub fn mount(&self, topic: &TopicName) -> Result<TopicName, TopicError> {
+    pub fn mount(&self, topic: TopicName) -> Result<TopicName, TopicError> {
         if self.0.is_empty() {
-            return Ok(topic.clone());
+            return Ok(topic);
         }
-        TopicName::parse(format!("{}{}", self.0, topic.0))
+        // Both were checked, and together they can be nothing else than too long.
+        let length = self.0.len() + topic.0.len();
+        if length > MAX_TOPIC_BYTES {
+            return Err(TopicError::TooLong);
+        }
+        let mut mounted = String::with_capacity(length);
+        mounted.push_str(&self.0);
+        mounted.push_str(&topic.0);
+        Ok(TopicName(mounted))
     }
 
     /// The filter on the broker; the group of a shared subscription stays in front.
@@ -350,7 +362,7 @@ mod tests {
     fn mountpoints_are_put_on_and_taken_off() {
         let mount = Mountpoint::resolve("t/${clientid}/${username}/", "c1", "${clientid}").unwrap();
         let topic = TopicName::parse("up").unwrap();
-        let mounted = mount.mount(&topic).unwrap();
+        let mounted = mount.mount(topic).unwrap();
         assert_eq!(mounted.as_str(), "t/c1/${clientid}/up");
         assert_eq!(mount.unmount(mounted.as_str()), "up");
         let filter = TopicFilter::parse("$share/g/down/#").unwrap();

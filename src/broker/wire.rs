@@ -6,6 +6,8 @@
 
 mod fit;
 pub(crate) mod fuzzing;
+mod outbound;
+mod properties;
 mod v4;
 mod v5;
 
@@ -14,6 +16,8 @@ use bytes::{Buf, Bytes, BytesMut};
 use fit::Fit;
 
 use super::{PublishError, QoS, Refusal, Will};
+pub(super) use outbound::OutboundPublish;
+pub(super) use properties::UserProperties;
 
 /// The version of MQTT.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -138,7 +142,7 @@ pub(super) struct InboundPublish {
     pub topic: Bytes,
     pub payload: Bytes,
     /// Empty with 3.1.1.
-    pub user_properties: Vec<(String, String)>,
+    pub user_properties: UserProperties,
     /// Empty with 3.1.1.
     pub subscription_ids: Vec<u32>,
 }
@@ -173,56 +177,6 @@ pub(super) struct DisconnectNotice {
     pub taken_over: bool,
     /// An operator ended it (0x98).
     pub administrative: bool,
-}
-
-/// A publish to the broker, made once and kept until it is acknowledged.
-#[derive(Debug)]
-pub(super) enum OutboundPublish {
-    V4(v4::OutboundPublish),
-    V5(v5::OutboundPublish),
-}
-
-impl OutboundPublish {
-    /// With 3.1.1 the properties are left out.
-    pub(super) fn new(
-        protocol: Protocol,
-        topic: String,
-        qos: QoS,
-        payload: Bytes,
-        user_properties: Vec<(String, String)>,
-    ) -> Self {
-        match protocol {
-            Protocol::V4 => Self::V4(v4::OutboundPublish::new(topic, qos, payload)),
-            Protocol::V5 => Self::V5(v5::OutboundPublish::new(
-                topic,
-                qos,
-                payload,
-                user_properties,
-            )),
-        }
-    }
-
-    pub(super) fn qos(&self) -> QoS {
-        match self {
-            Self::V4(publish) => publish.qos(),
-            Self::V5(publish) => publish.qos(),
-        }
-    }
-
-    /// Bytes on the wire.
-    pub(super) fn size(&self) -> usize {
-        match self {
-            Self::V4(publish) => publish.size(),
-            Self::V5(publish) => publish.size(),
-        }
-    }
-
-    pub(super) fn encode(&mut self, pkid: u16, dup: bool, out: &mut BytesMut) {
-        match self {
-            Self::V4(publish) => publish.encode(pkid, dup, out),
-            Self::V5(publish) => publish.encode(pkid, dup, out),
-        }
-    }
 }
 
 /// When the broker sends retained messages upon a subscription (MQTT 5, 3.8.3.1).

@@ -323,7 +323,7 @@ impl Commands {
             } => {
                 let client = handle.client()?;
                 let qos = qos(number)?;
-                let topic = client.mountpoint.mount(&TopicName::parse(topic)?)?;
+                let topic = client.mountpoint.mount(TopicName::parse(topic)?)?;
                 let wish = Wish {
                     action: "publish",
                     topic: topic.as_str(),

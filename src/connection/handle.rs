@@ -154,6 +154,14 @@ pub(super) struct Wishes {
     pub messages_wait: bool,
 }
 
+impl Wishes {
+    /// Whether there is any beside messages.
+    pub(super) fn are_some(&self) -> bool {
+        let rare = self.keepalive.is_some() || self.authenticated.is_some();
+        rare || self.close.is_some() || self.drain
+    }
+}
+
 struct Shared {
     peer: SocketAddr,
     certificate: Option<Box<Subject>>,

@@ -17,6 +17,7 @@ mod calls;
 pub mod command;
 mod context;
 mod handle;
+pub(crate) mod hot;
 mod linger;
 pub mod machine;
 pub mod own;

@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::handle::Handle;
 use crate::id::{ConnId, NodeTag, ShardId};
+use crate::numbers::NumberMap;
 
 /// Locks over which the client ids are spread. Only Authenticate and the end of an
 /// authenticated connection take one, and briefly.
@@ -25,7 +26,7 @@ pub enum NotFound {
 pub struct Registry {
     node: Option<NodeTag>,
     /// One for each shard, so that shards do not wait for each other.
-    connections: Vec<Mutex<HashMap<ConnId, Handle>>>,
+    connections: Vec<Mutex<NumberMap<ConnId, Handle>>>,
     clients: [Mutex<HashMap<Arc<str>, Handle>>; CLIENT_LOCKS],
     hasher: RandomState,
 }
@@ -57,7 +58,7 @@ impl Registry {
         lock(shard).get(&id).cloned().ok_or(NotFound::Unknown)
     }
 
-    fn shard(&self, shard: ShardId) -> Option<&Mutex<HashMap<ConnId, Handle>>> {
+    fn shard(&self, shard: ShardId) -> Option<&Mutex<NumberMap<ConnId, Handle>>> {
         self.connections.get(usize::from(shard.0))
     }
 
@@ -95,13 +96,17 @@ impl Registry {
 
     /// Closes every connection, each after its callback in flight: the gateway stops.
     pub fn drain_all(&self) {
-        for shard in &self.connections {
-            let handles: Vec<Handle> = lock(shard).values().cloned().collect();
-            for handle in handles {
-                // One that is closing already needs no telling.
-                let _ = handle.drain();
-            }
+        for handle in self.handles() {
+            // One that is closing already needs no telling.
+            let _ = handle.drain();
         }
+    }
+
+    /// All of them.
+    pub(super) fn handles(&self) -> Vec<Handle> {
+        let shards = self.connections.iter();
+        let handles = shards.flat_map(|shard| lock(shard).values().cloned().collect::<Vec<_>>());
+        handles.collect()
     }
 
     /// Number of connections.

@@ -198,7 +198,7 @@ impl<S: Socket> Driver<S> {
         };
         proto::Message {
             node: self.context.settings.node_name.clone(),
-            id: message.id.to_string(),
+            id: message.id.text(),
             qos: delivery.qos.number(),
             from: message.from.clone(),
             topic: topic.to_owned(),
@@ -232,14 +232,18 @@ impl<S: Socket> Driver<S> {
             1
         });
         let wishes = self.handle.look(cx, &mut self.outgoing);
-        let authenticated = wishes.authenticated.map(Input::Authenticated);
-        let keepalive = wishes.keepalive.map(Input::KeepaliveSet);
-        let close = wishes.close.map(Input::CloseRequested);
-        let drain = wishes.drain.then_some(Input::DrainRequested);
-        let wishes_in_order = [authenticated, keepalive, close, drain];
-        self.inputs.extend(wishes_in_order.into_iter().flatten());
-        if let Some(input) = self.next_input() {
-            return Poll::Ready(input);
+        let messages_wait = wishes.messages_wait;
+        // Most often there is none.
+        if wishes.are_some() {
+            let authenticated = wishes.authenticated.map(Input::Authenticated);
+            let keepalive = wishes.keepalive.map(Input::KeepaliveSet);
+            let close = wishes.close.map(Input::CloseRequested);
+            let drain = wishes.drain.then_some(Input::DrainRequested);
+            let in_order = [authenticated, keepalive, close, drain];
+            self.inputs.extend(in_order.into_iter().flatten());
+            if let Some(input) = self.next_input() {
+                return Poll::Ready(input);
+            }
         }
         if let Poll::Ready(input) = self.poll_send(cx) {
             return Poll::Ready(input);
@@ -251,7 +255,7 @@ impl<S: Socket> Driver<S> {
             rates.resume = None;
             self.machine.set_paused(false);
         }
-        let messages = wishes.messages_wait && self.machine.wants_messages();
+        let messages = messages_wait && self.machine.wants_messages();
         if messages && self.messages_next {
             return self.take_batch();
         }

@@ -35,11 +35,12 @@ pub fn topics(bytes: &[u8]) {
             others.is_ok_and(|others| others.prefix().starts_with('$')) || template.len() > 60_000
         );
     }
-    let mounted_name = name.as_ref().ok().and_then(|name| mount.mount(name).ok());
+    let mounted_name = name.clone().ok().and_then(|name| mount.mount(name).ok());
     let mounted_filter = filter.as_ref().ok();
     let mounted_filter = mounted_filter.and_then(|filter| mount.mount_filter(filter).ok());
     if let (Ok(name), Some(mounted)) = (&name, &mounted_name) {
         assert_eq!(mount.unmount(mounted.as_str()), name.as_str());
+        assert_eq!(TopicName::parse(mounted.as_str()).as_ref(), Ok(mounted));
         assert!(mounted.as_str().starts_with(prefix));
     }
     if let (Ok(filter), Some(mounted)) = (&filter, &mounted_filter) {

@@ -7,16 +7,17 @@ use std::time::Duration;
 
 use bytes::{BufMut, Bytes};
 use http::uri::{InvalidUri, PathAndQuery};
+use http::{HeaderMap, Uri};
 use tokio::sync::mpsc::UnboundedReceiver;
 use tokio::time::{Instant, timeout_at};
 use tonic::client::Grpc;
 use tonic::codec::{Codec, EncodeBuf, Encoder};
 use tonic::{Request, Status};
-use tonic_prost::{ProstCodec, ProstDecoder};
+use tonic_prost::ProstDecoder;
 
 use super::link::{Channel, Link, not_sent};
 use super::status::{Miss, miss};
-use super::{CallFailure, Caller, Event, trace};
+use super::{CallFailure, Caller, Event, trace, unary};
 use crate::metrics::METHODS;
 use crate::proto;
 
@@ -163,49 +164,37 @@ impl Calls {
     ) -> Result<(), Status> {
         let conn = caller.conn.text();
         let method = event.method_index();
-        match event {
-            Event::SocketCreated(conninfo) => {
-                let conninfo = Some(conninfo.clone());
-                let request = proto::SocketCreatedRequest { conn, conninfo };
-                self.unary(link, channel, method, request).await
-            }
-            Event::ReceivedBytes(bytes) => {
-                let bytes = bytes.clone();
-                let request = proto::ReceivedBytesRequest { conn, bytes };
-                self.unary(link, channel, method, request).await
-            }
-            Event::ReceivedMessages(messages) => {
-                let messages = messages.clone();
-                let request = proto::ReceivedMessagesRequest { conn, messages };
-                self.unary(link, channel, method, request).await
-            }
-            Event::TimerTimeout => {
-                let r#type = proto::TimerType::Keepalive.into();
-                let request = proto::TimerTimeoutRequest { conn, r#type };
-                self.unary(link, channel, method, request).await
-            }
-            Event::SocketClosed(reason) => {
-                let reason = reason.clone();
-                let request = proto::SocketClosedRequest { conn, reason };
-                self.unary(link, channel, method, request).await
-            }
-        }
-    }
-
-    async fn unary<M: prost::Message + Default + 'static>(
-        &self,
-        link: &Link,
-        channel: Channel,
-        method: usize,
-        message: M,
-    ) -> Result<(), Status> {
-        let Some(path) = self.paths.get(method) else {
+        let encoded = match event {
+            Event::SocketCreated(conninfo) => unary::request(&proto::SocketCreatedRequest {
+                conn,
+                conninfo: Some(conninfo.clone()),
+            }),
+            Event::ReceivedBytes(bytes) => unary::request(&proto::ReceivedBytesRequest {
+                conn,
+                bytes: bytes.clone(),
+            }),
+            Event::ReceivedMessages(messages) => unary::messages(&conn, messages),
+            Event::TimerTimeout => unary::request(&proto::TimerTimeoutRequest {
+                conn,
+                r#type: proto::TimerType::Keepalive.into(),
+            }),
+            Event::SocketClosed(reason) => unary::request(&proto::SocketClosedRequest {
+                conn,
+                reason: reason.clone(),
+            }),
+        };
+        let Some(path) = self.paths.get(method).cloned() else {
             return Err(Status::internal("no such callback"));
         };
-        let mut grpc = Grpc::with_origin(channel, link.origin());
-        grpc.ready().await?;
-        let codec = ProstCodec::<M, proto::EmptySuccess>::default();
-        let mut request = Request::new(message);
+        let mut parts = link.origin().into_parts();
+        parts.path_and_query = Some(path);
+        let uri = Uri::from_parts(parts).map_err(|error| Status::internal(error.to_string()))?;
+        unary::call(channel, uri, self.headers(method), encoded).await
+    }
+
+    /// What a call has beside gRPC's own headers.
+    fn headers(&self, method: usize) -> HeaderMap {
+        let mut request = Request::new(());
         if self.options.grpc_timeout {
             request.set_timeout(self.options.request_timeout);
         }
@@ -215,6 +204,6 @@ impl Calls {
             tracing::debug!(callback = METHODS.get(method), traceparent = ?parent, "calling");
             request.metadata_mut().insert(trace::KEY, parent);
         }
-        grpc.unary(request, path.clone(), codec).await.map(drop)
+        request.into_parts().0.into_headers()
     }
 }

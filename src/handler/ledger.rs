@@ -20,6 +20,7 @@ use std::collections::{HashMap, VecDeque};
 use std::time::{Duration, Instant};
 
 use super::CallFailure;
+use crate::numbers::NumberMap;
 
 /// Streams under way: one that is written to and one that waits for its answer. More
 /// would take more of a handler's threads, of which each stream holds one.
@@ -148,7 +149,7 @@ pub(super) struct Ledger<E> {
     /// The oldest first; only the last can be open.
     streams: VecDeque<Stream<E>>,
     waiting: VecDeque<Item<E>>,
-    conns: HashMap<ConnKey, Conn>,
+    conns: NumberMap<ConnKey, Conn>,
     /// Most messages on a stream for now.
     most: usize,
     /// The handler answers streams before their end, so each carries one message.
@@ -167,7 +168,7 @@ impl<E> Ledger<E> {
             next: 0,
             streams: VecDeque::new(),
             waiting: VecDeque::new(),
-            conns: HashMap::new(),
+            conns: NumberMap::default(),
             cautious: false,
             suspended: false,
             outage: None,

@@ -68,6 +68,20 @@ impl Channel {
         }
     }
 
+    /// Sends a request; what is returned resolves with the head of its answer.
+    pub(super) fn send(
+        &mut self,
+        request: Request<Body>,
+    ) -> impl Future<Output = Result<Response<Incoming>, tonic::Status>> + Send + use<> {
+        let answer = self.sender.try_send_request(request);
+        async move {
+            answer.await.map_err(|mut error| {
+                let sent = error.take_message().is_none() && !refused(error.error());
+                unavailable(error.error(), sent)
+            })
+        }
+    }
+
     /// How many calls were answered over it.
     pub(super) fn answers(&self) -> u64 {
         self.heard.answers.load(Ordering::Relaxed)
@@ -91,13 +105,7 @@ impl Service<Request<Body>> for Channel {
     }
 
     fn call(&mut self, request: Request<Body>) -> Self::Future {
-        let answer = self.sender.try_send_request(request);
-        Box::pin(async move {
-            answer.await.map_err(|mut error| {
-                let sent = error.take_message().is_none() && !refused(error.error());
-                unavailable(error.error(), sent)
-            })
-        })
+        Box::pin(self.send(request))
     }
 }
 

@@ -9,6 +9,7 @@
 //! client     retries, deadlines, OnSocketCreated before anything else
 //! call       one gRPC call, of either service
 //! pool       the addresses of a handler, and which of them a connection is at (seat)
+//! unary      one call with one message each way
 //! link       a channel to one of them: up, down, or not serving (dial, health)
 //! resolve    from the configuration's addresses to those that can be dialled
 //! ```
@@ -17,6 +18,7 @@ mod call;
 pub mod client;
 mod dial;
 mod health;
+pub(crate) mod hot;
 mod ledger;
 pub mod link;
 pub mod pool;
@@ -25,6 +27,7 @@ mod seat;
 mod status;
 pub mod streaming;
 mod trace;
+mod unary;
 
 pub use dial::Pings;
 

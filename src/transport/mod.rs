@@ -5,6 +5,7 @@
 //! polling, so that nothing is held for an idle device but the socket itself.
 
 pub mod dtls;
+pub(crate) mod hot;
 pub mod proxy_protocol;
 pub mod scratch;
 pub mod tcp;

@@ -3,6 +3,7 @@
 use proptest::prelude::*;
 use rumqttc::v5::mqttbytes::v5::Packet;
 
+use super::super::wire::UserProperties;
 use super::*;
 
 fn welcome(session_present: bool, receive_maximum: u16) -> Welcome {
@@ -32,7 +33,7 @@ fn publish(
 ) -> oneshot::Receiver<Result<(), PublishError>> {
     let (waiter, confirmed) = oneshot::channel();
     let payload = Bytes::copy_from_slice(payload.as_bytes());
-    let publish = OutboundPublish::new(Protocol::V5, "t".into(), qos, payload, Vec::new());
+    let publish = OutboundPublish::new(Protocol::V5, "t", qos, payload, std::iter::empty());
     session.publish(publish, waiter, out);
     confirmed
 }
@@ -69,7 +70,7 @@ fn incoming(pkid: u16, qos: QoS, dup: bool) -> Inbound {
         pkid,
         topic: Bytes::from_static(b"t"),
         payload: Bytes::new(),
-        user_properties: Vec::new(),
+        user_properties: UserProperties::default(),
         subscription_ids: Vec::new(),
     })
 }

@@ -7,7 +7,7 @@
 
 use bytes::Bytes;
 
-use super::{InboundPublish, WireError};
+use super::{InboundPublish, UserProperties, WireError};
 use crate::broker::QoS;
 
 /// Whether the next packet is a publish larger than we take.
@@ -75,7 +75,7 @@ fn head(first: u8, buffer: &[u8], size: usize) -> Result<Option<InboundPublish>,
         pkid,
         topic: Bytes::copy_from_slice(topic),
         payload: Bytes::new(),
-        user_properties: Vec::new(),
+        user_properties: UserProperties::default(),
         subscription_ids: Vec::new(),
     }))
 }
@@ -121,8 +121,8 @@ mod tests {
         let payload = Bytes::from(vec![7; 5000]);
         let chunks = [1, 3, 100, 10_000].into_iter();
         for (chunk, protocol) in chunks.flat_map(|c| [(c, Protocol::V4), (c, Protocol::V5)]) {
-            let (topic, qos) = ("a/b".to_owned(), QoS::AtLeastOnce);
-            let mut sent = OutboundPublish::new(protocol, topic, qos, payload.clone(), Vec::new());
+            let (topic, qos, none) = ("a/b", QoS::AtLeastOnce, std::iter::empty());
+            let sent = OutboundPublish::new(protocol, topic, qos, payload.clone(), none);
             let mut bytes = BytesMut::new();
             sent.encode(9, true, &mut bytes);
             bytes.extend_from_slice(&[0xD0, 0x00]);

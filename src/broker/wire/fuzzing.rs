@@ -90,16 +90,12 @@ fn publish_again(protocol: Protocol, publish: &InboundPublish) {
     let Ok(topic) = std::str::from_utf8(&publish.topic) else {
         return;
     };
-    let mut written = OutboundPublish::new(
-        protocol,
-        topic.to_owned(),
-        publish.qos,
-        publish.payload.clone(),
-        publish.user_properties.clone(),
-    );
+    let properties = publish.user_properties.iter();
+    let payload = publish.payload.clone();
+    let written = OutboundPublish::new(protocol, topic, publish.qos, payload, properties);
     let mut out = BytesMut::new();
     written.encode(publish.pkid, publish.dup, &mut out);
-    assert!(written.size() >= out.len());
+    assert_eq!(written.size(), out.len());
     let again = Decoder::new(protocol, 1 << 28).next(&mut out).unwrap();
     let Some(Inbound::Publish(again)) = again else {
         panic!("{again:?}");

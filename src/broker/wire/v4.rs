@@ -1,13 +1,13 @@
 //! MQTT 3.1.1 on the wire; rumqttc's codec does the work.
 
-use bytes::{Buf, Bytes, BytesMut};
+use bytes::{Buf, BytesMut};
 use rumqttc::mqttbytes::v4::{
-    ConnAck, Connect, ConnectReturnCode, Login, Packet, PubAck, PubComp, PubRec, PubRel, Publish,
-    Subscribe, SubscribeReasonCode, Unsubscribe,
+    ConnAck, Connect, ConnectReturnCode, Login, Packet, PubAck, PubComp, PubRec, PubRel, Subscribe,
+    SubscribeReasonCode, Unsubscribe,
 };
 use rumqttc::mqttbytes::{self, Protocol, QoS as WireQoS};
 
-use super::{DisconnectNotice, Hello, Inbound, InboundPublish, Welcome, WireError};
+use super::{DisconnectNotice, Hello, Inbound, InboundPublish, UserProperties, Welcome, WireError};
 use crate::broker::{QoS, Refusal};
 
 /// How many publishes may be unacknowledged at once, which no broker says here.
@@ -21,38 +21,6 @@ const WINDOW: u16 = 100;
 /// VerneMQ 20, EMQX 32). Half of it may wait for slow handlers, which is below all
 /// of them, so that no slow handler stops the rest.
 pub(super) const BROKER_WINDOW: u16 = 16;
-
-/// See [`super::OutboundPublish`].
-#[derive(Debug)]
-pub(in crate::broker) struct OutboundPublish(Publish);
-
-impl OutboundPublish {
-    pub(super) fn new(topic: String, qos: QoS, payload: Bytes) -> Self {
-        let mut publish = Publish::from_bytes(topic, qos_to_wire(qos), payload);
-        // Counted into the size from the start; the true one comes when it is sent.
-        publish.pkid = 1;
-        Self(publish)
-    }
-
-    pub(super) fn qos(&self) -> QoS {
-        qos_from_wire(self.0.qos)
-    }
-
-    /// Bytes on the wire.
-    pub(super) fn size(&self) -> usize {
-        self.0.size()
-    }
-
-    pub(super) fn encode(&mut self, pkid: u16, dup: bool, out: &mut BytesMut) {
-        self.0.pkid = pkid;
-        self.0.dup = dup;
-        let start = out.len();
-        if let Err(error) = self.0.write(out) {
-            tracing::error!(%error, "a publish could not be encoded and is dropped");
-            out.truncate(start);
-        }
-    }
-}
 
 /// The next whole packet off `buffer`; `None` until one is there.
 pub(super) fn decode(
@@ -83,7 +51,7 @@ pub(super) fn decode(
             pkid: publish.pkid,
             topic: publish.topic.into(),
             payload: publish.payload,
-            user_properties: Vec::new(),
+            user_properties: UserProperties::default(),
             subscription_ids: Vec::new(),
         }),
         Packet::PubAck(ack) => Inbound::PubAck(ack.pkid, Ok(())),
@@ -245,8 +213,12 @@ fn invalid(problem: impl ToString) -> WireError {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use proptest::prelude::*;
+
+    use bytes::Bytes;
+
+    use super::super::{OutboundPublish, Protocol};
+    use super::*;
 
     fn decode_all(bytes: &[u8]) -> Result<Option<Inbound>, WireError> {
         decode(&mut BytesMut::from(bytes), 1 << 20)
@@ -256,10 +228,11 @@ mod tests {
     fn a_publish_survives_the_wire() {
         for qos in [QoS::AtMostOnce, QoS::ExactlyOnce] {
             let payload = Bytes::from_static(b"\0\xff");
-            let mut sent = OutboundPublish::new("a/ä".into(), qos, payload.clone());
+            let none = std::iter::empty();
+            let sent = OutboundPublish::new(Protocol::V4, "a/ä", qos, payload.clone(), none);
             let mut out = BytesMut::new();
             sent.encode(7, true, &mut out);
-            assert!(sent.size() >= out.len());
+            assert_eq!(sent.size(), out.len());
             let Ok(Some(Inbound::Publish(got))) = decode(&mut out, 1 << 20) else {
                 panic!("no publish");
             };

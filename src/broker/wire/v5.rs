@@ -3,63 +3,16 @@
 mod acks;
 mod inbound;
 
-use bytes::{Buf, Bytes, BytesMut};
+use bytes::{Buf, BytesMut};
 use rumqttc::v5::mqttbytes::v5::{
     ConnAck, ConnAckProperties, Connect, ConnectProperties, ConnectReturnCode, Disconnect,
     DisconnectProperties, DisconnectReasonCode, Filter, LastWill, Login, Packet, PingReq, PubAck,
-    PubComp, PubRec, PubRel, Publish, PublishProperties, RetainForwardRule, Subscribe,
-    SubscribeProperties, Unsubscribe,
+    PubComp, PubRec, PubRel, RetainForwardRule, Subscribe, SubscribeProperties, Unsubscribe,
 };
 use rumqttc::v5::mqttbytes::{self, QoS as WireQoS};
 
 use super::{DisconnectNotice, Hello, Inbound, Retained, Welcome, WireError};
 use crate::broker::{QoS, Refusal};
-
-/// See [`super::OutboundPublish`].
-#[derive(Debug)]
-pub(in crate::broker) struct OutboundPublish(Publish);
-
-impl OutboundPublish {
-    pub(super) fn new(
-        topic: String,
-        qos: QoS,
-        payload: Bytes,
-        user_properties: Vec<(String, String)>,
-    ) -> Self {
-        Self(Publish {
-            dup: false,
-            qos: qos_to_wire(qos),
-            retain: false,
-            topic: Bytes::from(topic),
-            // Counted into the size from the start; the true one comes when it is sent.
-            pkid: 1,
-            payload,
-            properties: (!user_properties.is_empty()).then(|| PublishProperties {
-                user_properties,
-                ..PublishProperties::default()
-            }),
-        })
-    }
-
-    pub(super) fn qos(&self) -> QoS {
-        qos_from_wire(self.0.qos)
-    }
-
-    /// Bytes on the wire.
-    pub(super) fn size(&self) -> usize {
-        self.0.size()
-    }
-
-    pub(super) fn encode(&mut self, pkid: u16, dup: bool, out: &mut BytesMut) {
-        self.0.pkid = pkid;
-        self.0.dup = dup;
-        let start = out.len();
-        if let Err(error) = self.0.write(out) {
-            tracing::error!(%error, "a publish could not be encoded and is dropped");
-            out.truncate(start);
-        }
-    }
-}
 
 /// Takes the next whole packet off `buffer`; `None` until one is there.
 pub(super) fn decode(
@@ -282,22 +235,17 @@ fn qos_to_wire(qos: QoS) -> WireQoS {
     }
 }
 
-fn qos_from_wire(qos: WireQoS) -> QoS {
-    match qos {
-        WireQoS::AtMostOnce => QoS::AtMostOnce,
-        WireQoS::AtLeastOnce => QoS::AtLeastOnce,
-        WireQoS::ExactlyOnce => QoS::ExactlyOnce,
-    }
-}
-
 fn invalid(problem: impl ToString) -> WireError {
     WireError::Invalid("5", problem.to_string())
 }
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use bytes::Bytes;
     use proptest::prelude::*;
+
+    use super::super::{OutboundPublish, Protocol};
+    use super::*;
 
     fn decode_all(bytes: &[u8]) -> Result<Option<Inbound>, WireError> {
         decode(&mut BytesMut::from(bytes), 1 << 20)
@@ -305,13 +253,10 @@ mod tests {
 
     #[test]
     fn a_publish_survives_the_wire() {
-        let user = vec![("k".to_owned(), "v".to_owned())];
-        let mut sent = OutboundPublish::new(
-            "a/b".into(),
-            QoS::AtLeastOnce,
-            Bytes::from_static(b"\0\xff"),
-            user.clone(),
-        );
+        let properties = [("k", "v")].into_iter();
+        let payload = Bytes::from_static(b"\0\xff");
+        let qos = QoS::AtLeastOnce;
+        let sent = OutboundPublish::new(Protocol::V5, "a/b", qos, payload, properties);
         let mut out = BytesMut::new();
         sent.encode(7, true, &mut out);
         assert_eq!(out.len(), sent.size());
@@ -323,7 +268,7 @@ mod tests {
             (&got.topic[..], &got.payload[..]),
             (&b"a/b"[..], &b"\0\xff"[..])
         );
-        assert_eq!(got.user_properties, user);
+        assert!(got.user_properties.iter().eq([("k", "v")]));
         assert!(out.is_empty());
     }
 

@@ -48,6 +48,8 @@ mod wire;
 #[cfg(test)]
 mod tests;
 
+pub(crate) use record::hot;
+
 pub use context::{ClientCertificates, Context, Options};
 pub use gate::{Gate, Look, Offer, Shown};
 pub use session::{PeerIdentity, Read, Session, WriteError};

@@ -7,6 +7,8 @@
 //! left to do, one call of an AEAD cipher and a window of numbers seen, is done here
 //! with some hundred bytes, and no record but a good one has any effect.
 
+pub(crate) mod hot;
+
 use openssl::cipher::Cipher;
 use openssl::cipher_ctx::CipherCtx;
 use openssl::error::ErrorStack;
@@ -304,6 +306,7 @@ mod tests {
 
     use proptest::prelude::*;
 
+    use super::hot::pair;
     use super::*;
 
     /// The vector for P_SHA256 of the IETF's TLS list (2009), which everybody uses.
@@ -314,26 +317,6 @@ mod tests {
         let output = expand(MessageDigest::sha256(), &secret, b"test label", &seed, 100).unwrap();
         assert_eq!(output[..16], hex("e3f229ba727be17b8d122620557cd453"));
         assert_eq!(output.len(), 100);
-    }
-
-    /// Two ends that share keys, the one's for the other's.
-    fn pair(suite: &str) -> (Records, Records) {
-        let (cipher, key_length, tag) = algorithm(suite).unwrap();
-        let salt = if cipher.contains("ChaCha") { NONCE } else { 4 };
-        let key = |byte| Key {
-            key: vec![byte; key_length],
-            salt: vec![byte; salt],
-        };
-        let end = |ours, theirs| Records {
-            cipher: Cipher::fetch(None, cipher, None).unwrap(),
-            ccm: cipher.ends_with("CCM"),
-            tag,
-            ours: key(ours),
-            theirs: key(theirs),
-            next_number: 1,
-            seen: Window::default(),
-        };
-        (end(1, 2), end(2, 1))
     }
 
     #[test]

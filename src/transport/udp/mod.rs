@@ -17,6 +17,7 @@
 
 mod bind;
 mod demux;
+pub(crate) mod hot;
 mod io;
 mod queue;
 mod shared;

@@ -7,6 +7,7 @@
 use bytes::{Buf, Bytes, BytesMut};
 
 use super::super::fit::variable;
+use super::super::properties::{Properties, Property, UserProperties, truncated};
 use super::super::{InboundPublish, WireError};
 use super::invalid;
 use crate::broker::QoS;
@@ -47,51 +48,23 @@ pub(super) fn publish(
     };
     let (length, header) = variable(&frame)?.ok_or_else(truncated)?;
     frame.advance(header);
-    let mut properties = take(&mut frame, length)?;
-    let mut publish = InboundPublish {
+    let properties = take(&mut frame, length)?;
+    let mut subscription_ids = Vec::new();
+    for property in Properties::of(&properties) {
+        if let Property::SubscriptionId(id) = property? {
+            subscription_ids.push(id);
+        }
+    }
+    Ok(Some(InboundPublish {
         dup: flags & 8 != 0,
         retain: flags & 1 != 0,
         qos,
         pkid,
         topic,
         payload: frame,
-        user_properties: Vec::new(),
-        subscription_ids: Vec::new(),
-    };
-    while properties.has_remaining() {
-        property(&mut properties, &mut publish)?;
-    }
-    Ok(Some(publish))
-}
-
-/// Reads one property (MQTT 5, 3.3.2.3).
-fn property(from: &mut Bytes, publish: &mut InboundPublish) -> Result<(), WireError> {
-    match from.get_u8() {
-        // Payload format, message expiry, topic alias.
-        0x01 => drop(take(from, 1)?),
-        0x02 => drop(take(from, 4)?),
-        0x23 => drop(take(from, 2)?),
-        // Content type, response topic, correlation data.
-        0x03 | 0x08 | 0x09 => drop(text(from)?),
-        0x0B => {
-            let (id, size) = variable(from)?.ok_or_else(truncated)?;
-            from.advance(size);
-            publish.subscription_ids.extend(u32::try_from(id));
-        }
-        0x26 => {
-            let (name, value) = (text(from)?, text(from)?);
-            // Not every broker looks at what its clients write: one that is no UTF-8 is left
-            // out, for the link would break upon the message again and again.
-            let utf8 = |bytes: Bytes| String::from_utf8(bytes.into()).ok();
-            publish.user_properties.extend(utf8(name).zip(utf8(value)));
-        }
-        other => return Err(invalid(format!("a PUBLISH with property {other}"))),
-    }
-    Ok(())
-}
-
-fn truncated() -> WireError {
-    invalid("a truncated packet")
+        user_properties: UserProperties::of(properties),
+        subscription_ids,
+    }))
 }
 
 fn take(from: &mut Bytes, length: usize) -> Result<Bytes, WireError> {
@@ -132,7 +105,7 @@ mod tests {
         let publish = read(bytes).unwrap().unwrap();
         assert!(publish.dup && publish.retain && publish.qos == QoS::AtLeastOnce);
         assert_eq!(publish.subscription_ids, [128]);
-        assert_eq!(publish.user_properties, [("k".to_owned(), "vv".to_owned())]);
+        assert!(publish.user_properties.iter().eq([("k", "vv")]));
         assert_eq!(&publish.payload[..], b"p");
         // However it is cut, it is waited for.
         for end in 0..bytes.len() {
@@ -144,7 +117,7 @@ mod tests {
     fn a_user_property_that_is_no_text_is_left_out() {
         let publish = read(b"\x30\x0b\x00\x01t\x06\x26\0\x01\xff\0\0x").unwrap();
         let publish = publish.unwrap();
-        assert!(publish.user_properties.is_empty());
+        assert_eq!(publish.user_properties.iter().next(), None);
         assert_eq!(&publish.payload[..], b"x");
     }
 
