@@ -4,6 +4,7 @@
 mod common;
 
 use std::collections::HashMap;
+use std::time::Duration;
 
 use common::{Broker, Call, Device, Handler, Peer, Proxy, Python, Stage, free_port, until, within};
 use exproto_sidecar::proto::ResultCode;
@@ -130,6 +131,42 @@ async fn connections_wait_for_their_own_handler() {
     assert!(other.names(&waits.conn).is_empty());
     stage.finish().await;
     other.check();
+}
+
+/// A handler that allows few calls at a time, as proxies do, is given no more, and the time that a
+/// callback waits for its turn is not the handler's: with ten devices and half a second for each,
+/// two at a time, the last one waits longer than an answer may take.
+#[tokio::test]
+async fn a_handler_may_allow_few_calls() {
+    let mut handler = Handler::absent();
+    handler.max_calls = Some(6);
+    handler.up().await;
+    let keys = [
+        ("HANDLER__REQUEST_TIMEOUT", "2s"),
+        ("HANDLER__HEALTH_CHECK", "false"),
+        ("SHARDS", "1"),
+    ];
+    let stage = Stage::assemble(Broker::start().await, handler, &keys).await;
+    within("the gateway to be ready", stage.gateway.ready()).await;
+    let mut devices = Vec::new();
+    for _ in 0..10 {
+        devices.push(stage.device().await);
+    }
+    stage.handler.behave(|event| async move {
+        if let Call::Bytes(_) = &event.call {
+            tokio::time::sleep(Duration::from_millis(500)).await;
+        }
+        Ok(())
+    });
+    for device in &mut devices {
+        device.send("slowly").await;
+    }
+    for device in &devices {
+        assert_eq!(stage.handler.bytes(&device.conn, 6).await, b"slowly");
+        assert_eq!(stage.handler.names(&device.conn), ["created", "bytes"]);
+    }
+    assert_eq!(stage.gateway.connections(), 10);
+    stage.finish().await;
 }
 
 /// Each status of gRPC: UNAVAILABLE is tried again, every other one closes.

@@ -27,7 +27,7 @@ use tonic::body::Body;
 use tonic::codegen::Service;
 
 use crate::connection::command::{Commands, Reach};
-use crate::greeted::Greeted;
+use crate::greeted::{Greeted, PREFACE};
 use crate::metrics::AdapterMetrics;
 use crate::proto::connection_adapter_server::ConnectionAdapterServer;
 use crate::reload::Current;
@@ -56,9 +56,6 @@ const MAX_WINDOW: u32 = (1 << 31) - 1;
 
 /// Longest TLS handshake of a handler, and then the longest wait for its first words of HTTP/2.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
-
-/// The first words: the preface and the header of SETTINGS (RFC 9113, 3.4 and 4.1), bytes.
-const PREFACE: usize = 24 + 9;
 
 /// A connection is pinged this often; one that does not answer holds no place for ever.
 const PING: Duration = Duration::from_secs(60);

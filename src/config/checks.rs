@@ -551,6 +551,7 @@ impl Checks<'_> {
         if !tls.enable
             && self.layers.origin_of(&enable) == Origin::Default
             && let Some(name) = named
+            && !self.spoiled(&format!("{table}.{name}"))
         {
             self.fault(
                 &format!("{table}.{name}"),

@@ -234,7 +234,8 @@ section! {
         /// The longest that connecting takes, each attempt. A duration.
         connect_timeout: Duration = Within("5s", TICK..),
 
-        /// How long OnSocketClosed is tried. A duration.
+        /// How long OnSocketClosed is tried, from when it is its turn (max_in_flight); then it is
+        /// counted as lost. A duration.
         close_timeout: Duration = Within("5s", TICK..),
 
         /// The most messages in one OnReceivedMessages, at least 1. Set 1 for a handler that reads
@@ -246,7 +247,7 @@ section! {
         max_in_flight: usize = Within("900", 1..),
 
         /// What becomes of connections while the handler is away: "hold" keeps them and tries their
-        /// callbacks again with backoff, "close" closes them, reason handler_unavailable.
+        /// callbacks again with backoff, "close" closes each that has one, reason handler_unavailable.
         on_unavailable: OnUnavailable = "hold",
 
         /// With "hold": the longest outage a connection is held for. A duration or "infinity".

@@ -122,6 +122,7 @@ impl Calls {
         caller: &Caller,
         event: &Event,
     ) -> Result<(), Miss> {
+        let _turn = channel.turn().await;
         let limit = self.options.request_timeout;
         let (started, waited) = (Instant::now(), caller.waited());
         let (heard, answers) = (channel.clone(), channel.answers());

@@ -44,10 +44,12 @@ pub struct Pings {
     pub timeout: Duration,
 }
 
-/// What is sent over a channel, and the future that does it: it ends with the channel.
+/// What is sent over a channel, the future that does it, which ends with the channel, and how
+/// many calls the handler allows at a time, where it says so.
 pub(super) type Dialled = (
     SendRequest<Body>,
     BoxFuture<'static, Result<(), hyper::Error>>,
+    Option<u32>,
 );
 
 /// Connects, and waits for the handler's first word, within the target's
@@ -124,7 +126,7 @@ where
             .keep_alive_timeout(pings.timeout)
             .keep_alive_while_idle(false);
     }
-    let (stream, mut heard) = Greeted::new(stream, 1);
+    let (stream, mut heard) = Greeted::new(stream, 0);
     let broken = |error: hyper::Error| io::Error::other(causes(&error));
     let handshake = builder.handshake(TokioIo::new(stream));
     let (sender, connection) = handshake.await.map_err(broken)?;
@@ -137,7 +139,7 @@ where
             Err(error) if heard.try_recv().is_ok() || causes(&error).contains("alert") => broken(error),
             _ => io::Error::other(format!("the handler hung up without a word of HTTP/2: {hint}")),
         }),
-        Ok(()) = &mut heard => Ok((sender, connection)),
+        Ok(greeting) = &mut heard => Ok((sender, connection, greeting.max_concurrent_streams)),
     }
 }
 

@@ -13,7 +13,7 @@ use futures_util::future::BoxFuture;
 use http::{Request, Response, Uri};
 use hyper::body::Incoming;
 use hyper::client::conn::http2::SendRequest;
-use tokio::sync::{Notify, watch};
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, watch};
 use tokio::time::{Instant, sleep, timeout};
 use tonic::body::Body;
 use tonic::codegen::Service;
@@ -34,6 +34,12 @@ const FIRST_WORD: Duration = Duration::from_secs(1);
 /// than any call may take.
 const LAST_CALLS: Duration = Duration::from_secs(600);
 
+/// A handler that allows so many calls at a time, or more, has no limit that could be reached.
+const UNLIMITED: u32 = 100_000;
+
+/// Calls that the limit leaves for health checks and streams.
+const SPARE: u32 = 4;
+
 /// Why a channel is replaced that is still open.
 const NO_ANSWERS: &str = "callbacks got no answer over it";
 
@@ -51,6 +57,8 @@ pub struct Options {
 pub struct Channel {
     sender: SendRequest<Body>,
     heard: Arc<Heard>,
+    /// Turns, where the handler, or a proxy before it, allows only so many calls at a time.
+    turns: Option<Arc<Semaphore>>,
 }
 
 #[derive(Default)]
@@ -61,11 +69,23 @@ struct Heard {
 }
 
 impl Channel {
-    fn new(sender: SendRequest<Body>) -> Self {
+    /// `limit` is how many calls the handler allows at a time.
+    fn new(sender: SendRequest<Body>, limit: Option<u32>) -> Self {
+        let limit = limit.filter(|limit| *limit < UNLIMITED);
+        let turns = |limit: u32| Semaphore::new(limit.saturating_sub(SPARE).max(1) as usize);
         Self {
             sender,
             heard: Arc::default(),
+            turns: limit.map(turns).map(Arc::new),
         }
+    }
+
+    /// Waits for a turn, where there are only so many: HTTP/2 would have the call wait too, but
+    /// on the time that the handler has for its answer.
+    pub(super) async fn turn(&self) -> Option<OwnedSemaphorePermit> {
+        let turns = self.turns.clone()?;
+        // Never closed.
+        turns.acquire_owned().await.ok()
     }
 
     /// Sends a request; what is returned resolves with the head of its answer.
@@ -263,18 +283,19 @@ impl Link {
         let mut pings = self.options.pings;
         let mut presence = self.metrics.presence();
         loop {
-            let (sender, mut connection) = match dial(&self.target, &self.endpoint, pings).await {
-                Ok(dialled) => dialled,
-                Err(error) => {
-                    self.note(&error);
-                    self.directory.doubt();
-                    sleep(pause).await;
-                    pause = (pause * 2).min(PAUSES.1);
-                    continue;
-                }
-            };
+            let (sender, mut connection, limit) =
+                match dial(&self.target, &self.endpoint, pings).await {
+                    Ok(dialled) => dialled,
+                    Err(error) => {
+                        self.note(&error);
+                        self.directory.doubt();
+                        sleep(pause).await;
+                        pause = (pause * 2).min(PAUSES.1);
+                        continue;
+                    }
+                };
             let begun = Instant::now();
-            let channel = Channel::new(sender);
+            let channel = Channel::new(sender, limit);
             let serve = async {
                 let first = self.ask(&channel, FIRST_WORD).await;
                 presence.set(self.up(&channel, first == Health::NotServing));

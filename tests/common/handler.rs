@@ -106,6 +106,8 @@ pub struct Handler {
     pub tls: Option<ServerTlsConfig>,
     /// Tells its health, from the next start on.
     pub health: Option<HealthReporter>,
+    /// Calls that it allows at a time, from the next start on.
+    pub max_calls: Option<u32>,
     service: Service,
     runtime: Option<Runtime>,
 }
@@ -137,6 +139,7 @@ impl Handler {
             port,
             tls: None,
             health: None,
+            max_calls: None,
             service: Service {
                 log: Arc::new(watch::Sender::new(Log::default())),
                 behaviour: Arc::new(Mutex::new(nothing)),
@@ -160,7 +163,7 @@ impl Handler {
         let incoming = bound.await.unwrap();
         let unary = ConnectionUnaryHandlerServer::new(self.service.clone());
         let streaming = ConnectionHandlerServer::new(self.service.clone());
-        let mut server = Server::builder();
+        let mut server = Server::builder().max_concurrent_streams(self.max_calls);
         if let Some(tls) = &self.tls {
             server = server.tls_config(tls.clone()).unwrap();
         }
