@@ -32,13 +32,20 @@ pub fn overlap(one: &str, other: &str) -> bool {
         return false;
     }
     let (mut one, mut other) = (one.split('/'), other.split('/'));
-    loop {
+    // Where all that both have so far is nothing, which is no topic (MQTT 5, 4.7.3).
+    let mut is_nothing = false;
+    for level in 0.. {
         match (one.next(), other.next()) {
+            // Also the level above.
+            (Some("#"), None) | (None, Some("#")) => return !is_nothing,
             (Some("#"), _) | (_, Some("#")) | (None, None) => return true,
-            (Some(a), Some(b)) if a == "+" || b == "+" || a == b => {}
-            _ => return false,
+            (Some(a), Some(b)) if a == "+" || b == "+" || a == b => {
+                is_nothing = level == 0 && (a.is_empty() || b.is_empty());
+            }
+            _ => break,
         }
     }
+    false
 }
 
 #[cfg(test)]
@@ -76,7 +83,13 @@ mod tests {
 
     #[test]
     fn filters_that_meet_overlap() {
-        for (one, other) in [("a/#", "+/b"), ("a/#", "a"), ("#", "a/b"), ("+/b", "a/+")] {
+        for (one, other) in [
+            ("a/#", "+/b"),
+            ("a/#", "a"),
+            ("#", "a/b"),
+            ("+/b", "a/+"),
+            ("+/", "/#"),
+        ] {
             assert!(overlap(one, other) && overlap(other, one), "{one} {other}");
         }
         for (one, other) in [
@@ -84,6 +97,7 @@ mod tests {
             ("a/+", "a"),
             ("a/b/#", "a/c"),
             ("+", "a/b"),
+            ("+", "/#"),
         ] {
             assert!(
                 !overlap(one, other) && !overlap(other, one),
