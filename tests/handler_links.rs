@@ -210,7 +210,11 @@ async fn a_server_of_something_else_is_told() {
     for (says, hangs_up, trouble) in [
         ("HTTP/1.1 400 Bad Request\r\n\r\n", true, "frame"),
         ("220 mail.example ESMTP\r\n", false, "frame"),
-        ("", true, "hung up without a word of HTTP/2: does it want TLS"),
+        (
+            "",
+            true,
+            "hung up without a word of HTTP/2: does it want TLS",
+        ),
     ] {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = format!("http://{}", listener.local_addr().unwrap());
