@@ -46,7 +46,7 @@ impl Greeting {
             is_it.then(|| value.try_into().ok().map(u32::from_be_bytes))?
         };
         Some(Self {
-            max_concurrent_streams: settings.filter_map(value).last(),
+            max_concurrent_streams: settings.filter_map(value).next_back(),
         })
     }
 }

@@ -75,6 +75,8 @@ async fn connections_move_to_the_handler_that_is_there() {
             .await
             .ok();
     }
+    let ready = stage.admin.get("/readyz").await.body;
+    assert!(ready.contains("handler default: connected\n"), "{ready}");
     let conninfo = stage.conninfo(&moves.conn);
     let _gate = stage.handler.hold("bytes");
     moves.send("cut off").await;
@@ -92,6 +94,8 @@ async fn connections_move_to_the_handler_that_is_there() {
         .admin
         .metric_until(failovers, |n| (n - 1.0).abs() < 0.1)
         .await;
+    let away = format!("connected, but not {}: ", stage.handler.url());
+    stage.admin.ready_until(200, &away).await;
     stage.adapter.authenticate(&moves.conn, "moves").await.ok();
     for (conn, clientid) in [(&moves.conn, "another"), (&stays.conn, "stays")] {
         let answer = stage.adapter.authenticate(conn, clientid).await;

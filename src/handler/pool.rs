@@ -143,7 +143,7 @@ impl Pool {
         self.members().listed.iter().any(|m| m.link.is_open())
     }
 
-    /// What is wrong with every address, one text each.
+    /// What is wrong with the addresses that take no new connections, one text each.
     pub fn troubles(&self) -> Vec<String> {
         let found = self.directory.found();
         let (members, found) = (self.members(), found.borrow());
@@ -156,6 +156,7 @@ impl Pool {
             }
             let of_target = members.listed.iter().map(|member| &member.link);
             let of_target = of_target.filter(|link| Arc::ptr_eq(link.target(), target));
+            let of_target = of_target.filter(|link| !link.is_open());
             troubles.extend(of_target.map(|link| match found.endpoints.len() {
                 1 => format!("{name}: {}", link.trouble()),
                 _ => format!("{name} ({}): {}", link.endpoint(), link.trouble()),
