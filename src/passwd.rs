@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::io::{self, BufRead, IsTerminal, Read, Write};
-use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use rustix::termios::{LocalModes, OptionalActions, Termios, tcgetattr, tcsetattr};
@@ -138,6 +138,14 @@ fn write(path: &Path, text: &str) -> io::Result<()> {
     options.write(true).create_new(true).mode(mode);
     let written = options.open(&new).and_then(|mut file| {
         file.write_all(text.as_bytes())?;
+        if let Ok(old) = fs::metadata(&path) {
+            // A gateway that is not who runs this must be able to read it all the same. Who may
+            // not give files away is the owner already, or is told.
+            let own = file.metadata()?;
+            if (own.uid(), own.gid()) != (old.uid(), old.gid()) {
+                std::os::unix::fs::fchown(&file, Some(old.uid()), Some(old.gid()))?;
+            }
+        }
         file.set_permissions(fs::Permissions::from_mode(mode))?;
         file.sync_all()
     });

@@ -143,6 +143,29 @@ async fn a_client_id_that_mqtt_forbids_is_refused() {
     stage.finish().await;
 }
 
+/// A device that took the client id of one of the gateway's own connections would have the broker
+/// end that one's session, and what waits in it for everybody.
+#[tokio::test]
+async fn the_gateways_own_client_ids_are_refused() {
+    let stage = Stage::start().await;
+    let device = stage.device().await;
+    let mut env = stage.plan.env().iter();
+    let (_, node) = env.find(|(key, _)| key == "EXPROTO_NODE_NAME").unwrap();
+    for own in ["0", "1", "63", "retained"] {
+        let clientid = format!("exproto-{node}-{own}");
+        let answer = stage.adapter.authenticate(&device.conn, &clientid).await;
+        let message = answer.refused(ResultCode::PermissionDeny);
+        assert!(message.contains("gateway's own"), "{message}");
+    }
+    let clientid = format!("exproto-{node}-device");
+    stage
+        .adapter
+        .authenticate(&device.conn, &clientid)
+        .await
+        .ok();
+    stage.finish().await;
+}
+
 /// Authenticate a second time: PERMISSION_DENY, and the first stays.
 #[tokio::test]
 async fn a_second_authenticate_is_denied() {

@@ -78,6 +78,14 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Broker {
+    /// Whether a client id is one of the gateway's own: one of its connections', or of those that
+    /// may be opened.
+    pub fn owns(&self, client_id: &str) -> bool {
+        let rest = client_id.strip_prefix(&*self.pool.options.client_id);
+        let number = rest.and_then(|rest| rest.strip_prefix('-'));
+        number.is_some_and(|n| n == "retained" || n.parse::<usize>().is_ok())
+    }
+
     /// Starts the pool; member `i` runs on runtime `i mod runtimes`.
     ///
     /// A broker that is down is waited for: [`Broker::states`] tells.

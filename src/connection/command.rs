@@ -410,6 +410,13 @@ impl Commands {
                 "clientinfo_override leaves no client id: is there a client certificate?",
             ));
         }
+        // Nobody takes the gateway's own sessions over.
+        if self.broker.owns(&attempt.clientid) {
+            return Err(Refusal::new(
+                ResultCode::PermissionDeny,
+                "the client id is one of the gateway's own (broker.client_id_prefix)",
+            ));
+        }
         // They become part of topics and MQTT properties.
         for (name, value) in [
             ("clientid", &attempt.clientid),

@@ -122,8 +122,8 @@ pub fn object(answer: &Answer) -> Result<Map<String, Value>, String> {
     }
 }
 
-/// The members of a form, the last of a name counts. All of them are texts; the two that are
-/// something else in JSON become that.
+/// The members of a form, the last of a name counts. All of them are texts; the one that is
+/// a number in JSON becomes that.
 fn form(body: &[u8]) -> Option<Map<String, Value>> {
     let mut members = Map::new();
     let pairs = body.split(|byte| *byte == b'&').filter(|p| !p.is_empty());
@@ -133,8 +133,6 @@ fn form(body: &[u8]) -> Option<Map<String, Value>> {
         let name = decoded(name)?;
         let value = decoded(value.get(1..).unwrap_or_default())?;
         let value = match (&*name, &*value) {
-            ("is_superuser", "true") => Value::Bool(true),
-            ("is_superuser", "false") => Value::Bool(false),
             ("expire_at", seconds) => seconds.parse::<u64>().map_or(value.into(), Value::from),
             _ => Value::String(value),
         };
@@ -181,6 +179,24 @@ fn decide(answer: &Answer, now: SystemTime) -> Result<Decision, String> {
     }
 }
 
+/// True or false as services write it: EMQX takes 0, 1 and texts, too.
+pub(super) fn truth(value: &Value) -> Option<bool> {
+    match value {
+        Value::Bool(truth) => Some(*truth),
+        Value::Number(number) => match number.as_u64() {
+            Some(0) => Some(false),
+            Some(1) => Some(true),
+            _ => None,
+        },
+        Value::String(text) => match &**text {
+            "true" | "1" => Some(true),
+            "false" | "0" | "" => Some(false),
+            _ => None,
+        },
+        _ => None,
+    }
+}
+
 fn granted(members: &Map<String, Value>, now: SystemTime) -> Result<Decision, String> {
     let expire_at = match members.get("expire_at") {
         None | Some(Value::Null) => None,
@@ -191,11 +207,10 @@ fn granted(members: &Map<String, Value>, now: SystemTime) -> Result<Decision, St
     }
     let is_superuser = match members.get("is_superuser") {
         None | Some(Value::Null) => false,
-        Some(value) => value
-            .as_bool()
-            .ok_or("its is_superuser is not true or false")?,
+        Some(value) => truth(value).ok_or("its is_superuser is not true or false")?,
     };
-    let rules = members.get("acl").map(Rules::parse).transpose();
+    let acl = members.get("acl").filter(|acl| !acl.is_null());
+    let rules = acl.map(Rules::parse).transpose();
     Ok(Decision::Allow(Grant {
         is_superuser,
         expire_at,
@@ -292,7 +307,7 @@ mod tests {
     fn answers_mean_what_they_mean_to_emqx() {
         let now = SystemTime::UNIX_EPOCH + Duration::from_secs(1_000_000);
         let json = "application/json; charset=utf-8";
-        let decided = |body| decide(&answer(200, json, body), now);
+        let decided = |body: &str| decide(&answer(200, json, body), now);
         let at = |seconds| Some(SystemTime::UNIX_EPOCH + Duration::from_secs(seconds));
         let grant = |is_superuser, expire_at| {
             Ok(Decision::Allow(Grant {
@@ -312,8 +327,25 @@ mod tests {
             grant(false, None)
         );
         let form = "Application/x-www-form-urlencoded; charset=utf-8";
-        let form = |body| decide(&answer(200, form, body), now);
+        let form = |body: &str| decide(&answer(200, form, body), now);
         assert_eq!(form("result=allow"), grant(false, None));
+        for (text, is_superuser) in [
+            ("0", false),
+            ("1", true),
+            (r#""0""#, false),
+            (r#""1""#, true),
+            (r#""true""#, true),
+            (r#""false""#, false),
+            (r#""""#, false),
+            ("null", false),
+        ] {
+            let body = format!(r#"{{"result":"allow","acl":null,"is_superuser":{text}}}"#);
+            assert_eq!(decided(&body), grant(is_superuser, None), "{body}");
+        }
+        for (text, is_superuser) in [("1", true), ("0", false), ("false", false)] {
+            let body = format!("result=allow&is_superuser={text}");
+            assert_eq!(form(&body), grant(is_superuser, None), "{body}");
+        }
         let body = "x=%2B+&is_superuser=%74rue&result=allow&expire_at=1000001";
         assert_eq!(form(body), grant(true, at(1_000_001)));
         assert!(matches!(
@@ -326,7 +358,7 @@ mod tests {
         for body in [
             "result=%zz",
             "result=allow&x=%ff",
-            "result=allow&is_superuser=1",
+            "result=allow&is_superuser=yes",
             "result=allow&expire_at=soon",
             "result=allow&acl=a",
         ] {
@@ -350,7 +382,9 @@ mod tests {
             "<html>",
             r#"{"result":"yes"}"#,
             r#"{"result":"allow","expire_at":"soon"}"#,
-            r#"{"result":"allow","is_superuser":"true"}"#,
+            r#"{"result":"allow","is_superuser":"yes"}"#,
+            r#"{"result":"allow","is_superuser":2}"#,
+            r#"{"result":"allow","is_superuser":[]}"#,
             r#"{"result":"allow","acl":[{"permission":"maybe"}]}"#,
         ] {
             assert!(decided(body).is_err(), "{body}");

@@ -14,7 +14,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::acl::Rules;
 use super::fill::Values;
-use super::http::{self, epoch};
+use super::http::{self, epoch, truth};
 use super::{Attempt, Decision, Fault, Grant};
 use crate::config::{Secret, Template};
 use crate::metrics::AuthMetrics;
@@ -202,7 +202,7 @@ impl JwtAuthenticator {
         Decision::Allow(Grant {
             rules,
             rules_until: expires,
-            is_superuser: claims.get("is_superuser").and_then(Value::as_bool) == Some(true),
+            is_superuser: claims.get("is_superuser").and_then(truth) == Some(true),
             expire_at: expires.filter(|_| self.options.disconnect_after_expire),
         })
     }
