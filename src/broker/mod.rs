@@ -42,7 +42,7 @@ use crate::tls::Renewed;
 pub use group::SubscriptionKey;
 pub use login::{LoginError, try_login};
 pub use member::{AckOnDrop, LinkState};
-pub use own::{CutOff, Ended, Identity, OpenError, OwnSession, OwnSessions};
+pub use own::{Claim, CutOff, Ended, Identity, OpenError, OwnSession, OwnSessions};
 pub use pool::{Broker, BrokerTasks, Subscription};
 use topic::TopicName;
 pub use wire::Protocol;

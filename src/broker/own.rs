@@ -12,12 +12,12 @@
 //! more, is not fought for.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use metrics::Gauge;
 use tokio::runtime::Handle;
-use tokio::sync::{Semaphore, oneshot};
+use tokio::sync::{Semaphore, oneshot, watch};
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -53,7 +53,7 @@ pub enum OpenError {
 /// Who ended a session that nobody here has ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Ended {
-    /// A newer session of this gateway's, see [`OwnSession::supersede`].
+    /// A newer session of this gateway's, see [`OwnSession::claimed`].
     Superseded,
     /// The broker, or another client of its.
     Kicked,
@@ -106,7 +106,19 @@ pub struct CutOff {
 #[derive(Default)]
 struct Control {
     closing: CancellationToken,
-    superseded: AtomicBool,
+    claim: watch::Sender<Claim>,
+}
+
+/// Whether the client id is to be another session's of this gateway.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Claim {
+    /// It is not.
+    #[default]
+    None,
+    /// The broker is being asked.
+    Open,
+    /// It is: this session has ended, and is not to be fought for.
+    Granted,
 }
 
 /// A device's own session; dropping it ends it without its will.
@@ -136,11 +148,9 @@ impl OwnSession {
         self.control.closing.cancel();
     }
 
-    /// Whether a session of the same client id is about to be opened here, which ends this
-    /// one and is not to be fought.
-    pub fn supersede(&self, superseded: bool) {
-        let flag = &self.control.superseded;
-        flag.store(superseded, Ordering::Release);
+    /// Tells it how another session of the same client id fares that is opened here.
+    pub fn claimed(&self, claim: Claim) {
+        self.control.claim.send_replace(claim);
     }
 }
 
@@ -345,7 +355,15 @@ async fn live(
             }
             continue;
         }
-        if control.superseded.load(Ordering::Acquire) {
+        // A link that breaks meanwhile says nothing: the broker may hang, or refuse the other one.
+        // And to connect again would take the session away from it.
+        let mut claims = control.claim.subscribe();
+        let claim = tokio::select! {
+            biased;
+            () = control.closing.cancelled() => None,
+            claim = claims.wait_for(|claim| *claim != Claim::Open) => claim.ok().map(|claim| *claim),
+        };
+        if claim == Some(Claim::Granted) {
             return Some(Ended::Superseded);
         }
         let lived = began.elapsed();

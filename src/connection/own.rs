@@ -9,7 +9,7 @@ use super::registry::Registry;
 use crate::auth::Attempt;
 use crate::auth::fill::Values;
 use crate::broker::topic::TopicName;
-use crate::broker::{Ended, Identity, Login, OpenError, OwnSession, OwnSessions, QoS, Will};
+use crate::broker::{Claim, Ended, Identity, Login, OpenError, OwnSession, OwnSessions, QoS, Will};
 use crate::config::Template;
 use crate::proto::ResultCode;
 
@@ -85,19 +85,21 @@ struct GivingWay<'a>(Option<&'a OwnSession>);
 
 impl<'a> GivingWay<'a> {
     fn new(older: &'a OwnSession) -> Self {
-        older.supersede(true);
+        older.claimed(Claim::Open);
         Self(Some(older))
     }
 
     fn for_good(mut self) {
-        self.0 = None;
+        if let Some(older) = self.0.take() {
+            older.claimed(Claim::Granted);
+        }
     }
 }
 
 impl Drop for GivingWay<'_> {
     fn drop(&mut self) {
         if let Some(older) = self.0 {
-            older.supersede(false);
+            older.claimed(Claim::None);
         }
     }
 }

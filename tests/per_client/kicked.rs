@@ -8,7 +8,9 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 
-use super::common::{Adapter, Admin, Broker, Device, Handler, Peer, Plan, node_name, within};
+use super::common::{
+    Adapter, Admin, Broker, Device, Handler, Peer, Plan, Proxy, node_name, within,
+};
 use super::{GATEWAY, USERS, WILL, guarded, info, rival, stage};
 
 #[tokio::test]
@@ -59,6 +61,44 @@ async fn the_newer_of_two_gateways_has_the_session() {
     let texts = stage.handler.payloads(&conn, 1).await;
     assert_eq!(texts, ["for the newer"]);
     within("the drain", second.drain()).await;
+    stage.finish().await;
+}
+
+/// Somebody asks for a device's client id while the broker does not answer, and meanwhile the
+/// device's link is given up: it keeps its session, and what waits in it.
+#[tokio::test]
+async fn who_is_asked_for_in_vain_stays() {
+    let broker = Broker::start().await;
+    let proxy = Proxy::to(broker.port).await;
+    let url = proxy.url();
+    let keys = [
+        ("BROKER__URL", url.as_str()),
+        ("BROKER__KEEP_ALIVE", "5s"),
+        ("BROKER__CONNECT_TIMEOUT", "12s"),
+        ("BROKER__PUBLISH_TIMEOUT", "29s"),
+    ];
+    let stage = stage(broker, &keys).await;
+    let device = stage.client("d1").await;
+    let other = stage.device().await;
+    let dialled = proxy.connections();
+    proxy.blackhole();
+    let asked = tokio::spawn({
+        let (adapter, conn) = (stage.adapter.clone(), other.conn.clone());
+        async move { adapter.authenticate(&conn, "d1").await }
+    });
+    proxy.dialled(dialled + 1).await;
+    let published = tokio::spawn({
+        let (adapter, conn) = (stage.adapter.clone(), device.conn.clone());
+        async move { adapter.publish(&conn, "up", 1, "kept").await }
+    });
+    let up = "exproto_broker_sessions_up";
+    stage.admin.metric_until(up, |up| up < 0.5).await;
+    proxy.mend();
+    let answer = within("an answer", asked).await.unwrap();
+    answer.refused(ResultCode::Unknown);
+    within("the publish", published).await.unwrap().ok();
+    stage.publish(&device, "up", 1, "on").await.ok();
+    assert_eq!(stage.handler.names(&device.conn), ["created"]);
     stage.finish().await;
 }
 
