@@ -12,6 +12,10 @@ use exproto_sidecar::gateway::{self, Addresses, Gateway};
 use exproto_sidecar::shutdown::Signals;
 use exproto_sidecar::{options, passwd, telemetry, tls};
 
+/// Thousands of calls that are under way at a time are what glibc's is bad at.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 /// Exit code of a configuration that cannot be used.
 const BAD_CONFIGURATION: u8 = 2;
 

@@ -1,7 +1,9 @@
 //! Gives back to the system what a burst has used.
 //!
 //! A storm of connections or callbacks leaves the allocator with free memory between
-//! what lives on. glibc keeps it, for it might be used again, and would for ever.
+//! what lives on. glibc keeps it, for it might be used again, and would for ever. mimalloc,
+//! which the gateway's program has, gives it back by itself; what is glibc's there are the
+//! sessions and handshakes of C libraries.
 
 /// Free memory in the allocator's hands that is worth giving back, in bytes.
 #[cfg(target_env = "gnu")]
