@@ -13,7 +13,7 @@ count. A gain fails too, so that the file is brought down to it.
 Instructions of this program and of the libraries that it calls, not the kernel's. They do
 not depend on what else runs on the machine. They do depend on the compiler, and a little on
 libc and the processor, for memcpy and ciphers come in versions for each: the file says what it
-was counted with. 'noisy' are maps whose hashing is random.
+was counted with.
 """
 
 import argparse
