@@ -487,13 +487,19 @@ async fn a_handler_that_is_killed_again_and_again_loses_nothing() {
     })
     .await;
     let expected: String = (0..RESTARTS).map(|round| format!("{round:04}")).collect();
+    let mut different = 0.0;
     for device in &devices {
         let mut calls = calls[&device.conn].clone();
         // Bytes are never the same twice, so what is comes again.
         calls.dedup();
         assert_eq!(calls.concat(), expected.as_bytes());
+        different += calls.len() as f64;
         let names = stage.handler.names(&device.conn);
         assert_eq!(names.iter().filter(|name| **name == "closed").count(), 0);
     }
+    // Each was acknowledged, and after that none came again: it would have been acknowledged twice.
+    let taken = r#"exproto_callbacks_total{handler="default",method="OnReceivedBytes",outcome="ok"}"#;
+    let taken = stage.admin.metric_until(taken, |n| n >= different).await;
+    assert_eq!(taken, different);
     stage.finish().await;
 }
