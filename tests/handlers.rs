@@ -498,7 +498,8 @@ async fn a_handler_that_is_killed_again_and_again_loses_nothing() {
         assert_eq!(names.iter().filter(|name| **name == "closed").count(), 0);
     }
     // Each was acknowledged, and after that none came again: it would have been acknowledged twice.
-    let taken = r#"exproto_callbacks_total{handler="default",method="OnReceivedBytes",outcome="ok"}"#;
+    let taken =
+        r#"exproto_callbacks_total{handler="default",method="OnReceivedBytes",outcome="ok"}"#;
     let taken = stage.admin.metric_until(taken, |n| n >= different).await;
     assert_eq!(taken, different);
     stage.finish().await;
