@@ -4,6 +4,7 @@
 //! client id or a topic.
 
 mod auth;
+mod counted;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -15,7 +16,8 @@ use metrics_exporter_prometheus::{
     Matcher, PrometheusBuilder, PrometheusHandle, PrometheusRecorder,
 };
 
-pub use auth::{AuthMetrics, InFlight};
+pub use auth::AuthMetrics;
+pub use counted::Counted;
 
 #[derive(Clone, Copy)]
 enum Kind {

@@ -1,4 +1,4 @@
-//! Maps whose keys are numbers that the gateway itself has chosen.
+//! Numbers that the gateway itself has chosen: maps of them, and random ones.
 
 use std::collections::HashMap;
 use std::hash::{BuildHasherDefault, Hasher};
@@ -51,6 +51,14 @@ impl Hasher for NumberHasher {
     fn write_usize(&mut self, number: usize) {
         self.add(number as u64);
     }
+}
+
+/// A random number from 0 to 1, so that many do not do a thing in step. Without randomness it is 0,
+/// and merely the same for all.
+pub fn fraction() -> f64 {
+    let mut random = [0; 2];
+    let _ = getrandom::fill(&mut random);
+    f64::from(u16::from_le_bytes(random)) / f64::from(u16::MAX)
 }
 
 #[cfg(test)]

@@ -31,6 +31,7 @@ use hyper_util::rt::{TokioExecutor, TokioIo};
 use tempfile::TempDir;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpStream, UnixStream};
+use tokio::task::JoinHandle;
 use tonic::body::Body;
 use tonic::codegen::Service;
 use tonic::transport::{Channel, Endpoint};
@@ -43,12 +44,17 @@ use tonic_health::pb::health_client::HealthClient;
 struct Raw(SendRequest<Body>);
 
 impl Raw {
-    async fn connect(stage: &Stage) -> ConnectionAdapterClient<Self> {
+    /// One, and what drives it.
+    async fn open(stage: &Stage) -> (SendRequest<Body>, JoinHandle<hyper::Result<()>>) {
         let address = stage.gateway.addresses().adapter.tcp().unwrap();
         let stream = TokioIo::new(TcpStream::connect(address).await.unwrap());
         let handshake = hyper::client::conn::http2::handshake(TokioExecutor::new(), stream);
         let (sender, connection) = within("HTTP/2", handshake).await.unwrap();
-        tokio::spawn(connection);
+        (sender, tokio::spawn(connection))
+    }
+
+    async fn connect(stage: &Stage) -> ConnectionAdapterClient<Self> {
+        let (sender, _) = Self::open(stage).await;
         ConnectionAdapterClient::with_origin(Self(sender), "http://adapter".parse().unwrap())
     }
 }
@@ -330,13 +336,9 @@ async fn calls_that_fail_are_counted() {
 async fn requests_that_are_not_whole_are_bounded() {
     const SIZE: usize = 4 * 1024 * 1024 - 64;
     let stage = Stage::start().await;
-    let address = stage.gateway.addresses().adapter.tcp().unwrap();
     let mut requests = Vec::new();
     for _ in 0..20 {
-        let stream = TokioIo::new(TcpStream::connect(address).await.unwrap());
-        let handshake = hyper::client::conn::http2::handshake(TokioExecutor::new(), stream);
-        let (mut sender, connection) = within("HTTP/2", handshake).await.unwrap();
-        let connection = tokio::spawn(connection);
+        let (mut sender, connection) = Raw::open(&stage).await;
         // All but the last bytes of a message, in pieces, and no end.
         let mut head = vec![0];
         head.extend(u32::try_from(SIZE).unwrap().to_be_bytes());

@@ -22,10 +22,9 @@ const LEAST: usize = 64 * 1024 * 1024;
 /// Requests of the largest size that may be coming in at once.
 const LARGEST: usize = 16;
 
-/// Bytes of requests that are not whole yet, of all handlers. Cheap to clone.
-#[derive(Clone)]
+/// Bytes of requests that are not whole yet, of all handlers.
 pub(super) struct Unread {
-    bytes: Arc<AtomicUsize>,
+    bytes: AtomicUsize,
     most: usize,
     /// Requests that were too many, or too slow.
     refused: Counter,
@@ -33,16 +32,16 @@ pub(super) struct Unread {
 
 impl Unread {
     /// `max_message_size` in bytes.
-    pub fn new(max_message_size: usize, refused: Counter) -> Self {
-        Self {
-            bytes: Arc::default(),
+    pub fn new(max_message_size: usize, refused: Counter) -> Arc<Self> {
+        Arc::new(Self {
+            bytes: AtomicUsize::new(0),
             most: max_message_size.saturating_mul(LARGEST).max(LEAST),
             refused,
-        }
+        })
     }
 
     /// The same request, within the bounds.
-    pub fn bounded(&self, request: http::Request<Incoming>) -> http::Request<Bounded> {
+    pub fn bounded(self: &Arc<Self>, request: http::Request<Incoming>) -> http::Request<Bounded> {
         request.map(|inner| Bounded {
             inner,
             counted: 0,
@@ -56,7 +55,7 @@ impl Unread {
 pub(super) struct Bounded {
     inner: Incoming,
     counted: usize,
-    unread: Unread,
+    unread: Arc<Unread>,
     /// When it has to be whole; begun when something is missing.
     over: Option<Pin<Box<Sleep>>>,
 }

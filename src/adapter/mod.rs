@@ -29,6 +29,7 @@ use tonic::codegen::Service;
 use crate::connection::command::{Commands, Reach};
 use crate::greeted::{Greeted, PREFACE};
 use crate::metrics::AdapterMetrics;
+use crate::numbers::fraction;
 use crate::proto::connection_adapter_server::ConnectionAdapterServer;
 use crate::reload::Current;
 use crate::telemetry::Seldom;
@@ -107,15 +108,17 @@ impl Adapter {
         let service = Guarded {
             calls: ConnectionAdapterServer::new(calls)
                 .max_decoding_message_size(options.max_message_size),
-            doorkeeper: Doorkeeper {
-                tokens,
-                isolate,
-                refused: metrics.unauthenticated.clone(),
-                complaints: Arc::default(),
-            },
-            standard: Standard::new(metrics.watches.clone())?,
-            unread: Unread::new(options.max_message_size, metrics.unread.clone()),
-            metrics: metrics.clone(),
+            door: Arc::new(Door {
+                keeper: Doorkeeper {
+                    tokens,
+                    isolate,
+                    refused: metrics.unauthenticated.clone(),
+                    complaints: Seldom::default(),
+                },
+                standard: Standard::new(metrics.watches.clone())?,
+                unread: Unread::new(options.max_message_size, metrics.unread.clone()),
+                metrics: metrics.clone(),
+            }),
         };
         Ok(Self {
             service,
@@ -128,7 +131,7 @@ impl Adapter {
 
     /// Tells those who ask for health whether the gateway serves.
     pub async fn tell_health(&self, serves: bool) {
-        self.service.standard.tell(serves).await;
+        self.service.door.standard.tell(serves).await;
     }
 
     /// Keeps what is told of its health true: serving from `ready` until `draining`; after `stop`
@@ -139,7 +142,7 @@ impl Adapter {
         draining: CancellationToken,
         stop: CancellationToken,
     ) {
-        let standard = self.service.standard;
+        let standard = &self.service.door.standard;
         let is_ready = tokio::select! {
             biased;
             () = draining.cancelled() => false,
@@ -196,7 +199,10 @@ impl Adapter {
     /// Counts and tells it. A handler that does not get in is worth a line: nothing else tells why devices wait.
     fn complain(&self, peer: Peer, error: &io::Error) {
         self.metrics.handshake_failed.increment(1);
-        if let Some(left_out) = self.complaints.tell(Instant::now()) {
+        // Who connects and hangs up looks whether the port is there, as balancers do all the time.
+        if error.kind() != io::ErrorKind::UnexpectedEof
+            && let Some(left_out) = self.complaints.tell(Instant::now())
+        {
             let error = tls::explain(error);
             tracing::warn!(%peer, error, left_out, "a handler did not get in to the adapter: no TLS handshake, or no HTTP/2");
         }
@@ -256,19 +262,21 @@ impl Adapter {
 /// Up to a tenth more or less, so that connections that began together do not end together (gRPC
 /// proposal A9).
 fn about(age: Duration) -> Duration {
-    let mut random = [0; 2];
-    // Without randomness they merely all end together.
-    let _ = getrandom::fill(&mut random);
-    age.mul_f64(0.9 + f64::from(u16::from_le_bytes(random)) / f64::from(u16::MAX) / 5.0)
+    age.mul_f64(0.9 + fraction() / 5.0)
 }
 
-/// The calls, and reflection, behind the doorkeeper; health beside it.
+/// The calls, and reflection, behind the doorkeeper; health beside it. Cloned for each request.
 #[derive(Clone)]
 struct Guarded {
     calls: ConnectionAdapterServer<Calls>,
-    doorkeeper: Doorkeeper,
+    door: Arc<Door>,
+}
+
+/// What a request meets before it is a call.
+struct Door {
+    keeper: Doorkeeper,
     standard: Standard,
-    unread: Unread,
+    unread: Arc<Unread>,
     metrics: Arc<AdapterMetrics>,
 }
 
@@ -282,14 +290,15 @@ impl Service<http::Request<Incoming>> for Guarded {
     }
 
     fn call(&mut self, request: http::Request<Incoming>) -> Self::Future {
-        let mut request = self.unread.bounded(request);
+        let door = &*self.door;
+        let mut request = door.unread.bounded(request);
         let standard = Which::of(request.uri().path());
         if standard == Some(Which::Health) {
-            return Counted::not(self.standard.call(Which::Health, request));
+            return Counted::not(door.standard.call(Which::Health, request));
         }
-        let counted = Counted::new(request.uri().path(), self.metrics.clone());
-        match self.doorkeeper.admit(request.headers()) {
-            Ok(_) if let Some(which) = standard => Counted::not(self.standard.call(which, request)),
+        let counted = Counted::new(request.uri().path(), door.metrics.clone());
+        match door.keeper.admit(request.headers()) {
+            Ok(_) if let Some(which) = standard => Counted::not(door.standard.call(which, request)),
             // What goes without saying is not carried along: it would be allocated.
             Ok(Reach::All) => counted(self.calls.call(request)),
             Ok(reach) => {

@@ -32,8 +32,7 @@ const MAX_QUESTION: usize = 1024;
 /// Watches of health at once.
 const MAX_WATCHES: usize = 1024;
 
-/// Both services. Cheap to clone.
-#[derive(Clone)]
+/// Both services.
 pub(super) struct Standard {
     reporter: HealthReporter,
     health: HealthServer<HealthService>,
@@ -128,10 +127,10 @@ impl Standard {
     }
 
     /// Answers a request.
-    pub fn call(&mut self, which: Which, request: http::Request<Bounded>) -> Answer {
+    pub fn call(&self, which: Which, request: http::Request<Bounded>) -> Answer {
         match which {
             Which::Health if request.uri().path().ends_with("/Watch") => self.watch(request),
-            Which::Health => self.health.call(request),
+            Which::Health => self.health.clone().call(request),
             Which::Reflection => (self.reflection)(request),
             Which::ReflectionAlpha => (self.reflection_alpha)(request),
         }
@@ -140,13 +139,13 @@ impl Standard {
 
 impl Standard {
     /// A watch stays open: there may be so many, whoever has them.
-    fn watch(&mut self, request: http::Request<Bounded>) -> Answer {
+    fn watch(&self, request: http::Request<Bounded>) -> Answer {
         let Ok(place) = self.watches.clone().try_acquire_owned() else {
             self.refused.increment(1);
             let status = Status::resource_exhausted("there are too many watches: use Check");
             return Box::pin(ready(Ok(status.into_http())));
         };
-        let answer = self.health.call(request);
+        let answer = self.health.clone().call(request);
         Box::pin(async move {
             // It is held for as long as the answer goes on.
             let held = |body: Body| {

@@ -151,14 +151,13 @@ fn hash(token: &[u8]) -> [u8; 32] {
 }
 
 /// Lets calls in that show a token; all where there are no tokens.
-#[derive(Clone)]
 pub(super) struct Doorkeeper {
     pub tokens: Option<Arc<Current<Tokens>>>,
     /// Whether a handler reaches only its own connections.
     pub isolate: bool,
     pub refused: Counter,
     /// For lines about it, which anybody may bring about.
-    pub complaints: Arc<Seldom>,
+    pub complaints: Seldom,
 }
 
 impl Doorkeeper {

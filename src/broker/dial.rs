@@ -10,6 +10,7 @@ use tokio::time::timeout;
 
 use super::wire::{Decoder, DisconnectNotice, Hello, Inbound, Protocol, Welcome, WireError};
 use super::{Address, Options, Refusal};
+use crate::numbers::fraction;
 
 /// A broker that takes none of our bytes, or answers no ping, for this long is
 /// gone; with a shorter keep-alive, for as long as that. Also set as
@@ -150,10 +151,7 @@ impl Round {
 /// Between half of `pause` and all of it, so that the members, and the gateways
 /// after a broker's restart, do not come back in step.
 pub(super) fn jitter(pause: Duration) -> Duration {
-    let mut random = [0; 2];
-    // Without randomness the pause is merely the same for all.
-    let _ = getrandom::fill(&mut random);
-    pause.mul_f64(0.5 + f64::from(u16::from_le_bytes(random)) / f64::from(u16::MAX) / 2.0)
+    pause.mul_f64(0.5 + fraction() / 2.0)
 }
 
 /// Opens a connection, encrypted where that is configured.

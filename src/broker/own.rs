@@ -27,7 +27,7 @@ use super::link::{CONTESTED, Place, SOON, serve};
 use super::member::Member;
 use super::session::Session;
 use super::{Broker, LinkState, Login, Options, Will};
-use crate::metrics::BrokerMetrics;
+use crate::metrics::{BrokerMetrics, Counted};
 
 /// A device's session whose CONNECT the broker denied so often in a row is over: once may
 /// be a broker that has just started and does not know its users yet.
@@ -254,22 +254,6 @@ impl OwnSessions {
     }
 }
 
-/// Counts a session while it lives.
-struct Counted(Gauge);
-
-impl Counted {
-    fn new(gauge: &Gauge) -> Self {
-        gauge.increment(1.0);
-        Self(gauge.clone())
-    }
-}
-
-impl Drop for Counted {
-    fn drop(&mut self) {
-        self.0.decrement(1.0);
-    }
-}
-
 /// The life of a session; how it ended where nobody here has ended it.
 async fn run(
     member: &Arc<Member>,
@@ -277,7 +261,7 @@ async fn run(
     failure: oneshot::Sender<OpenError>,
     end: &End,
 ) -> Option<Ended> {
-    let _counted = Counted::new(&member.metrics().sessions);
+    let _counted = Counted::one(&member.metrics().sessions);
     let patience = member.options().publish_timeout;
     let grace = async {
         control.closing.cancelled().await;

@@ -5,7 +5,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::future::BoxFuture;
-use metrics::Gauge;
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::{Instant, sleep, sleep_until, timeout, timeout_at};
 use tokio_util::sync::CancellationToken;
@@ -19,7 +18,7 @@ use super::seat::{Member, Standing};
 use super::status::Miss;
 use super::streaming::{self, Streaming};
 use super::{CallFailure, Caller, Event, EventSink, Handlers};
-use crate::metrics::HandlerMetrics;
+use crate::metrics::{Counted, HandlerMetrics};
 use crate::proto::code_name;
 
 /// First and longest pause before a callback that the handler answered with
@@ -135,22 +134,6 @@ async fn turn(member: Arc<Member>) -> Option<Turn> {
     // The semaphore is never closed.
     let permit = member.room.clone().acquire_owned().await.ok()?;
     Some((member, permit))
-}
-
-/// One more on a gauge, also when its work is abandoned.
-struct Counted<'a>(&'a Gauge);
-
-impl<'a> Counted<'a> {
-    fn one(gauge: &'a Gauge) -> Self {
-        gauge.increment(1.0);
-        Self(gauge)
-    }
-}
-
-impl Drop for Counted<'_> {
-    fn drop(&mut self) {
-        self.0.decrement(1.0);
-    }
 }
 
 /// What one event has met with so far.

@@ -6,7 +6,7 @@ use metrics::{Counter, Gauge};
 
 use super::{
     AUTHENTICATION_RELOADS, AUTHENTICATION_SECONDS, AUTHENTICATIONS, AUTHENTICATIONS_IN_FLIGHT,
-    AUTHORIZATIONS, LOGIN_ATTEMPTS_LIMITED, Metrics, label,
+    AUTHORIZATIONS, Counted, LOGIN_ATTEMPTS_LIMITED, Metrics, label,
 };
 
 /// See the module.
@@ -16,15 +16,6 @@ pub struct AuthMetrics {
     in_flight: Gauge,
     limited: [Counter; 2],
     authorized: [Counter; 2],
-}
-
-/// An authentication that is under way, until it is dropped.
-pub struct InFlight(Gauge);
-
-impl Drop for InFlight {
-    fn drop(&mut self) {
-        self.0.decrement(1.0);
-    }
 }
 
 impl AuthMetrics {
@@ -41,9 +32,8 @@ impl AuthMetrics {
     }
 
     /// Counts an authentication as under way.
-    pub fn begin(&self) -> InFlight {
-        self.in_flight.increment(1.0);
-        InFlight(self.in_flight.clone())
+    pub fn begin(&self) -> Counted<'_> {
+        Counted::one(&self.in_flight)
     }
 
     /// Counts what an authenticator answered, and how long that took.
