@@ -23,6 +23,8 @@ perl -MFindBin -MIPC::Cmd -MFile::Compare -e1 2>/dev/null || missing+=(perl)
 command -v openssl >/dev/null || missing+=(openssl)
 command -v gnutls-cli >/dev/null || missing+=(gnutls-bin)
 [ -e /usr/include/mbedtls/ssl.h ] || missing+=(libmbedtls-dev)
+# Networks in which packets are dropped.
+command -v ip >/dev/null || missing+=(iproute2)
 command -v python3 >/dev/null || missing+=(python3)
 python3 -c 'import venv, ensurepip' 2>/dev/null || missing+=(python3-venv)
 if [ "${#missing[@]}" -gt 0 ]; then

@@ -10,8 +10,10 @@
 
 mod common;
 
+use std::time::{Duration, Instant};
+
 use common::{
-    Broker, Device, Gate, Handler, Plan, Process, Proxy, Python, Stage, free_port, within,
+    Broker, Device, Gate, Handler, Plan, Process, Proxy, Python, Stage, free_port, network, within,
 };
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpListener;
@@ -136,6 +138,86 @@ async fn what_vanishes_in_a_black_hole_is_an_outage() {
     assert_eq!(stage.handler.names(&lost.conn), ["created", "closed"]);
     stage.finish().await;
     other.check();
+}
+
+/// A handler's machine whose packets are dropped, all of them, with no call under way and no
+/// reset: what is sent then gets no acknowledgement. That is an outage, found before
+/// `request_timeout`: the device stays, and its bytes come when the machine is back, once.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_machine_that_drops_every_packet_is_an_outage() {
+    if !network::own("a_machine_that_drops_every_packet_is_an_outage") {
+        return;
+    }
+    for streaming in ["false", "true"] {
+        let mut far = Handler::absent_at(network::FAR.parse().unwrap(), 7000);
+        far.up().await;
+        let address = format!("http://{}:7000", network::FAR);
+        let keys = [
+            ("HANDLER__ADDRESS", &*address),
+            ("HANDLER__SERVICE_NAME", "ConnectionHandler"),
+            ("HANDLER__STREAMING", streaming),
+            ("HANDLER__CONNECT_TIMEOUT", "500ms"),
+            ("HANDLER__HEALTH_CHECK", "false"),
+            ("HANDLER__REQUEST_TIMEOUT", "2s"),
+        ];
+        let stage = Stage::assemble(Broker::start().await, far, &keys).await;
+        within("the gateway to be ready", stage.gateway.ready()).await;
+        let mut devices = Vec::new();
+        for _ in 0..20 {
+            let mut device = stage.device().await;
+            device.send("before, ").await;
+            stage.handler.bytes(&device.conn, 8).await;
+            devices.push(device);
+        }
+        network::vanish();
+        for device in &mut devices {
+            device.send("in the dark").await;
+        }
+        stage.admin.ready_until(503, &address).await;
+        stage
+            .admin
+            .metric_until(HELD, |n| streaming == "true" || n > 19.5)
+            .await;
+        assert!(stage.admin.metric(UP).await < 0.5);
+        network::return_again();
+        for device in &devices {
+            let bytes = stage.handler.bytes(&device.conn, 19).await;
+            assert_eq!(bytes, b"before, in the dark");
+            let names = stage.handler.names(&device.conn);
+            assert_eq!(names, ["created", "bytes", "bytes"]);
+        }
+        stage.finish().await;
+    }
+}
+
+/// A server that greets as HTTP/2 wants it and hangs up: the pauses grow, as they do towards
+/// one that is not there.
+#[tokio::test]
+async fn one_that_greets_and_hangs_up_is_left_in_peace() {
+    /// SETTINGS that set nothing (RFC 9113, 6.5).
+    const SETTINGS: [u8; 9] = [0, 0, 0, 4, 0, 0, 0, 0, 0];
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = format!("http://{}", listener.local_addr().unwrap());
+    let keys = [
+        ("HANDLER__ADDRESS", &*address),
+        ("HANDLER__HEALTH_CHECK", "false"),
+        ("SHARDS", "1"),
+    ];
+    let starting = Stage::assemble(Broker::start().await, Handler::absent(), &keys);
+    let begun = Instant::now();
+    let greeted = async {
+        for _ in 0..6 {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            stream.write_all(&SETTINGS).await.unwrap();
+            // What the gateway says meanwhile, so that the end is not a reset.
+            let _ = stream.read(&mut [0; 4096]).await;
+        }
+    };
+    let (stage, ()) = tokio::join!(starting, within("six connections", greeted));
+    // 50, 100, 200, 400 and 800 ms: never less, however busy the machine.
+    let pauses = Duration::from_millis(50 + 100 + 200 + 400 + 800);
+    assert!(begun.elapsed() >= pauses, "{:?}", begun.elapsed());
+    stage.finish().await;
 }
 
 /// HTTP/2 pings find a handler that has fallen silent in the midst of a callback: that is an

@@ -3,7 +3,6 @@
 
 mod common;
 
-use std::collections::HashMap;
 use std::time::Duration;
 
 use common::{Broker, Call, Device, Handler, Peer, Proxy, Python, Stage, free_port, until, within};
@@ -445,62 +444,5 @@ async fn a_named_handler_that_sleeps_slows_only_its_own() {
     assert_eq!(python.printed("asleep ", 10).await.len(), 10);
     assert!(all(stage.admin.metric(in_flight).await));
     python.kill().await;
-    stage.finish().await;
-}
-
-/// How often the handler is killed, and devices that send meanwhile.
-const RESTARTS: usize = 20;
-const DEVICES: usize = 1000;
-
-/// A handler that is killed again and again under load: every device stays, its bytes
-/// come in order, and only a callback that was not acknowledged comes again.
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_handler_that_is_killed_again_and_again_loses_nothing() {
-    let mut stage = Stage::with(&[("HANDLER__MAX_OUTAGE", "infinity")]).await;
-    let mut devices = Vec::new();
-    for _ in 0..DEVICES {
-        devices.push(stage.device().await);
-    }
-    for round in 0..RESTARTS {
-        let before = stage.handler.events().len();
-        for device in &mut devices {
-            device.send(format!("{round:04}")).await;
-        }
-        // In the middle of it.
-        let some = |log: &common::Log| (log.events.len() >= before + DEVICES / 4).then_some(());
-        stage.handler.wait("a part of the callbacks", some).await;
-        stage.handler.kill().await;
-        stage.handler.up().await;
-    }
-    let calls = until("every byte", || async {
-        let mut calls: HashMap<String, Vec<Vec<u8>>> = HashMap::new();
-        for event in stage.handler.events() {
-            if let Call::Bytes(bytes) = event.call {
-                calls.entry(event.conn).or_default().push(bytes.to_vec());
-            }
-        }
-        let last = format!("{:04}", RESTARTS - 1);
-        let all = calls
-            .values()
-            .filter(|calls| calls.last().is_some_and(|c| c.ends_with(last.as_bytes())));
-        (all.count() == DEVICES).then_some(calls)
-    })
-    .await;
-    let expected: String = (0..RESTARTS).map(|round| format!("{round:04}")).collect();
-    let mut different = 0.0;
-    for device in &devices {
-        let mut calls = calls[&device.conn].clone();
-        // Bytes are never the same twice, so what is comes again.
-        calls.dedup();
-        assert_eq!(calls.concat(), expected.as_bytes());
-        different += calls.len() as f64;
-        let names = stage.handler.names(&device.conn);
-        assert_eq!(names.iter().filter(|name| **name == "closed").count(), 0);
-    }
-    // Each was acknowledged, and after that none came again: it would have been acknowledged twice.
-    let taken =
-        r#"exproto_callbacks_total{handler="default",method="OnReceivedBytes",outcome="ok"}"#;
-    let taken = stage.admin.metric_until(taken, |n| n >= different).await;
-    assert_eq!(taken, different);
     stage.finish().await;
 }

@@ -38,8 +38,8 @@ use crate::transport::{PeerInfo, Received, Socket};
 /// by default.
 const MAX_READ: usize = 4 * READ_CHUNK;
 
-/// Most bytes in one OnReceivedMessages beyond its first message, for the same
-/// reason.
+/// Most bytes in one OnReceivedMessages, for the same reason. A message that is larger
+/// goes alone.
 const MAX_BATCH_BYTES: usize = 1024 * 1024;
 
 /// Bytes in callbacks in flight from which on a connection reads nothing, where it may

@@ -34,6 +34,7 @@ mod handler;
 mod http;
 mod mqtt;
 mod names;
+pub mod network;
 mod process;
 mod proxy;
 mod python;

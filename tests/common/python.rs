@@ -67,8 +67,12 @@ impl Python {
         self.child.try_wait().unwrap().is_none()
     }
 
-    /// Ends it in the middle of whatever it does.
-    pub async fn kill(mut self) {
+    /// Ends it in the middle of whatever it does: all that it has printed.
+    pub async fn kill(mut self) -> Vec<String> {
         within("the script's end", self.child.kill()).await.unwrap();
+        // The sender goes when there is nothing more to read.
+        let end = async { while self.out.changed().await.is_ok() {} };
+        within("the rest of a script's output", end).await;
+        self.output()
     }
 }

@@ -26,7 +26,7 @@ use exproto::{
 /// Below the gateway's `request_timeout`, so that no task works for a lost callback.
 const ADAPTER_TIMEOUT: Duration = Duration::from_secs(4);
 
-/// A batch of messages can outgrow gRPC's default of 4 MiB.
+/// An MQTT message may be larger than gRPC's default of 4 MiB.
 const MAX_CALLBACK_BYTES: usize = 64 * 1024 * 1024;
 
 /// An example handler: a device's bytes go up to MQTT, messages come down to the device.
