@@ -149,6 +149,8 @@ pub(super) struct Ledger<E> {
     /// The oldest first; only the last can be open.
     streams: VecDeque<Stream<E>>,
     waiting: VecDeque<Item<E>>,
+    /// Connections of which entries wait.
+    waiting_conns: usize,
     conns: NumberMap<ConnKey, Conn>,
     /// Most messages on a stream for now.
     most: usize,
@@ -168,6 +170,7 @@ impl<E> Ledger<E> {
             next: 0,
             streams: VecDeque::new(),
             waiting: VecDeque::new(),
+            waiting_conns: 0,
             conns: NumberMap::default(),
             cautious: false,
             suspended: false,
@@ -183,6 +186,15 @@ impl<E> Ledger<E> {
     /// Whether entries wait for a stream.
     pub(super) fn has_waiting(&self) -> bool {
         !self.waiting.is_empty()
+    }
+
+    /// Connections that wait for a handler that is away.
+    pub(super) fn held(&self) -> usize {
+        if self.suspended {
+            self.waiting_conns
+        } else {
+            0
+        }
     }
 
     /// Whether streams are not opened until [`Ledger::resume`].
@@ -233,7 +245,7 @@ impl<E> Ledger<E> {
         if !waits && self.place(&item, now, out) == Place::Here {
             self.write(item, out);
         } else {
-            self.conns.entry(conn).or_default().waiting += 1;
+            self.waits(conn);
             out.hold(&mut item.entry);
             self.waiting.push_back(item);
         }
@@ -495,7 +507,7 @@ impl<E> Ledger<E> {
         for mut item in items.into_iter().rev() {
             item.again = true;
             out.hold(&mut item.entry);
-            self.conns.entry(item.conn).or_default().waiting += 1;
+            self.waits(item.conn);
             self.release(item.conn);
             self.waiting.push_front(item);
         }
@@ -551,9 +563,21 @@ impl<E> Ledger<E> {
         self.forget(key);
     }
 
+    /// One more entry of a connection waits.
+    fn waits(&mut self, key: ConnKey) {
+        let conn = self.conns.entry(key).or_default();
+        conn.waiting += 1;
+        if conn.waiting == 1 {
+            self.waiting_conns += 1;
+        }
+    }
+
     fn no_longer_waits(&mut self, key: ConnKey) {
         if let Some(conn) = self.conns.get_mut(&key) {
             conn.waiting = conn.waiting.saturating_sub(1);
+            if conn.waiting == 0 {
+                self.waiting_conns = self.waiting_conns.saturating_sub(1);
+            }
         }
         self.forget(key);
     }

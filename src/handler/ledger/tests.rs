@@ -246,6 +246,14 @@ impl World {
         }
         assert_eq!(self.out.again.min(self.out.broken), self.out.again);
         assert!(self.out.longest <= self.limits.max_messages);
+        let waiting = self.ledger.waiting.iter().map(|item| item.conn);
+        let waiting = waiting.collect::<HashSet<_>>().len();
+        let held = if self.ledger.is_suspended() {
+            waiting
+        } else {
+            0
+        };
+        assert_eq!(self.ledger.held(), held, "connections that are held");
         let waiting = self.ledger.waiting.iter();
         let waiting: HashSet<Name> = waiting.map(|item| item.entry).collect();
         assert_eq!(self.out.held, waiting, "who waits is told so");

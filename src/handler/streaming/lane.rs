@@ -26,6 +26,8 @@ pub(super) struct Lane {
     ledger: Ledger<Entry>,
     hands: Hands,
     pause: Duration,
+    /// Connections that the metric counts as held.
+    held: usize,
     /// Why the last stream broke.
     trouble: String,
     /// Whether a handler that ends streams early was told of.
@@ -68,6 +70,7 @@ impl Lane {
                 tries: FuturesUnordered::new(),
             },
             pause: PAUSES.0,
+            held: 0,
             trouble: String::new(),
             warned: false,
         }
@@ -82,6 +85,7 @@ impl Lane {
         let mut gone = false;
         while !gone || !self.ledger.is_empty() {
             self.look_at_link();
+            self.count_held();
             if self.ledger.is_suspended() && again.is_none() {
                 again = Some(self.handler_back());
             }
@@ -127,6 +131,7 @@ impl Lane {
                 () = timer.as_mut(), if due.is_some() => self.elapsed(),
             }
         }
+        self.count_held();
     }
 
     fn take(&mut self, arrived: &mut Vec<Entry>) {
@@ -144,6 +149,15 @@ impl Lane {
         if !self.ledger.is_suspended() && !link.is_up() {
             self.trouble = link.trouble();
             self.ledger.suspend(Instant::now());
+        }
+    }
+
+    fn count_held(&mut self) {
+        let held = self.ledger.held();
+        if held != self.held {
+            let more = held as f64 - self.held as f64;
+            self.hands.client.0.metrics.held.increment(more);
+            self.held = held;
         }
     }
 
