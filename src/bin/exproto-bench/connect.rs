@@ -154,23 +154,71 @@ impl Opening<'_> {
 /// What a failed connection means for a person.
 pub fn explain(error: &Error, options: &Options, handler: Option<&Shared>) -> Failure {
     let (gateway, transport) = (&options.gateway, options.transport.name());
+    let uncalled = handler.is_some_and(|handler| handler.created.get() == 0);
+    let turned_away = error.is_turned_away();
+    let silent = matches!(error, Error::Silent(_) | Error::NoWelcome(_));
+    let trouble = handler.and_then(Shared::trouble);
+    let trouble = trouble.map(|trouble| format!("; the handler's first failure: {trouble}"));
+    let trouble = trouble.unwrap_or_default();
     match error {
-        Error::Io(_) | Error::Slow(_) => Failure::Gateway(format!(
-            "no connection to the gateway at {gateway} over {transport}: {error} \
-             (--gateway, --transport; --connect-rate if the gateway limits new connections)"
-        )),
-        Error::NoWelcome(_) | Error::Closed if handler.is_some_and(|h| h.created.get() == 0) => {
+        _ if uncalled && (turned_away || silent) => {
+            let or = match error {
+                Error::Silent(_) => format!("nobody is at {gateway} (--gateway), or "),
+                Error::NoWelcome(_) => String::new(),
+                _ => "it takes no more connections, or ".to_owned(),
+            };
             Failure::NoAnswer(format!(
-                "{error}: the gateway has not called the handler. \
+                "{error}: {or}the gateway has not called the handler. \
                  Its handler address must lead to {} (--handler)",
                 options.handler
             ))
         }
-        _ => {
-            let trouble = handler.and_then(Shared::trouble);
-            let trouble =
-                trouble.map(|trouble| format!("; the handler's first failure: {trouble}"));
-            Failure::NoAnswer(format!("{error}{}", trouble.unwrap_or_default()))
-        }
+        Error::Silent(_) => Failure::NoAnswer(format!(
+            "the gateway at {gateway}: {error}; it, or its handler, may hang{trouble}"
+        )),
+        _ if turned_away => Failure::Gateway(format!(
+            "the gateway at {gateway} over {transport}: {error}{trouble} ({})",
+            limits(options)
+        )),
+        Error::Io(_) | Error::Slow(_) => Failure::Gateway(format!(
+            "no connection to the gateway at {gateway} over {transport}: {error} \
+             (--gateway, --transport)"
+        )),
+        _ => Failure::NoAnswer(format!("{error}{trouble}")),
     }
+}
+
+/// What it means that a storm opened fewer connections than it should have.
+pub fn explain_missing(
+    opened: u64,
+    first: Option<&Error>,
+    options: &Options,
+    handler: Option<&Shared>,
+) -> Option<Failure> {
+    let all = u64::from(options.devices);
+    let missing = all.checked_sub(opened).filter(|missing| *missing > 0)?;
+    let Some(first) = first else {
+        return Some(Failure::Gateway(format!(
+            "{missing} of {all} connections were not opened"
+        )));
+    };
+    let first = explain(first, options, handler);
+    if opened == 0 {
+        return Some(first);
+    }
+    Some(Failure::Gateway(format!(
+        "{missing} of {all} connections were not opened, the first: {first}"
+    )))
+}
+
+/// Why a gateway turns devices away that it could answer.
+fn limits(options: &Options) -> String {
+    let slower = match options.scenario {
+        Scenario::Storm => "--rate",
+        _ => "--connect-rate",
+    };
+    format!(
+        "most likely a limit of its listener: max_conn_rate, 1000 new connections a second \
+         by default, or max_connections; {slower} opens them more slowly"
+    )
 }

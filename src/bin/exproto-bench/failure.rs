@@ -9,7 +9,7 @@ pub enum Failure {
     /// Options that do not go together, or a file that cannot be read.
     #[error("{0}")]
     Usage(String),
-    /// Devices cannot connect, or the adapter cannot be reached.
+    /// Devices cannot connect, or not all of them; or the adapter cannot be reached.
     #[error("{0}")]
     Gateway(String),
     /// The handler's address is taken.

@@ -2,7 +2,7 @@
 //! program. `exproto-bench --help` says how to use it, docs/performance.md how it measures.
 //!
 //! ```text
-//! options -> run: handler, MQTT clients, then the devices -> warm-up, measuring, draining -> report
+//! options -> run: handler, MQTT clients, probes, then the devices -> warm-up, measuring, draining -> report
 //! lanes: a device's messages; an arrival (closed loop) or the pacer (open loop) begins the next
 //! ```
 
@@ -13,8 +13,10 @@ mod frame;
 mod handler;
 mod lanes;
 mod options;
+mod output;
 mod pacer;
 mod peer;
+mod probe;
 mod process;
 mod report;
 mod run;
@@ -26,7 +28,7 @@ mod threads;
 mod tracker;
 
 use std::io::Write;
-use std::path::Path;
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::Parser;
@@ -34,6 +36,8 @@ use exproto_sidecar::tls;
 
 use failure::Failure;
 use options::Options;
+use output::Output;
+use process::Process;
 use report::Report;
 
 fn main() -> ExitCode {
@@ -50,6 +54,8 @@ fn main() -> ExitCode {
 
 fn bench(options: Options) -> Result<(), Failure> {
     options.check()?;
+    let processes = Process::chosen(&options.pid)?;
+    let files = Files::open(&options)?;
     // Each device takes a descriptor: the soft limit is for programs that use select(2).
     if let Err(error) = rlimit::increase_nofile_limit(u64::MAX) {
         eprintln!("the limit of open files cannot be raised: {error}");
@@ -58,26 +64,36 @@ fn bench(options: Options) -> Result<(), Failure> {
         .enable_all()
         .build()
         .map_err(|error| Failure::own("no runtime", error))?;
-    let outcome = runtime.block_on(run::run(options))?;
-    write(&outcome.report)?;
+    let outcome = runtime.block_on(run::run(options, processes))?;
+    files.write(&outcome.report)?;
     outcome.failure.map_or(Ok(()), Err)
 }
 
-/// The report in all the forms that were asked for.
-fn write(report: &Report) -> Result<(), Failure> {
-    // A reader that has gone, such as `head`, is no failure of ours.
-    let _ = std::io::stdout().write_all(report::text::render(report).as_bytes());
-    if let Some(file) = &report.options.json {
-        let json = format!("{:#}\n", report::json::render(report));
-        save(file, &json)?;
-    }
-    if let Some(file) = &report.options.chart {
-        save(file, &report::chart::render(report))?;
-    }
-    Ok(())
+/// Where the report goes beside standard output.
+struct Files {
+    json: Option<Output>,
+    chart: Option<Output>,
 }
 
-fn save(file: &Path, text: &str) -> Result<(), Failure> {
-    std::fs::write(file, text)
-        .map_err(|error| Failure::own(&format!("{} cannot be written", file.display()), error))
+impl Files {
+    fn open(options: &Options) -> Result<Self, Failure> {
+        let open = |path: &Option<PathBuf>| path.as_deref().map(Output::open).transpose();
+        Ok(Self {
+            json: open(&options.json)?,
+            chart: open(&options.chart)?,
+        })
+    }
+
+    /// The report in all the forms that were asked for.
+    fn write(self, report: &Report) -> Result<(), Failure> {
+        // A reader that has gone, such as `head`, is no failure of ours.
+        let _ = std::io::stdout().write_all(report::text::render(report).as_bytes());
+        if let Some(file) = self.json {
+            file.save(&format!("{:#}\n", report::json::render(report)))?;
+        }
+        if let Some(file) = self.chart {
+            file.save(&report::chart::render(report))?;
+        }
+        Ok(())
+    }
 }

@@ -151,6 +151,10 @@ pub struct Options {
     /// After so long a message counts as lost, and a connection as failed.
     #[arg(long, value_name = "TIME", default_value = "10s", value_parser = duration)]
     pub timeout: Duration,
+    /// How long the gateway may take to find the built-in handler: before anything is
+    /// measured some devices are answered, and leave.
+    #[arg(long, value_name = "TIME", default_value = "15s", value_parser = duration)]
+    pub ready_timeout: Duration,
     /// Connections that are being opened at a time.
     #[arg(long, value_name = "COUNT", default_value_t = 64,
         value_parser = clap::value_parser!(u32).range(1..=65_535))]
@@ -195,7 +199,7 @@ pub struct Options {
     #[arg(long, value_name = "FILE")]
     pub json: Option<PathBuf>,
     /// Draws the result as SVG.
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE.svg")]
     pub chart: Option<PathBuf>,
     /// Shows no progress.
     #[arg(long)]
@@ -236,9 +240,9 @@ DTLS a datagram is one frame. What a handler does, by kind:
   Messages (OnReceivedMessages): send each payload, which is a frame of kind D, to the device.
 
 Exit codes: 0 measured, also when Ctrl-C ended it or messages were lost; 1 trouble of this
-program; 2 wrong options; 3 no gateway; 4 the handler's address is taken; 5 no MQTT broker;
-6 no answer: the gateway does not call the handler, or nothing comes through; 130 ended by
-a signal before anything was measured.";
+program; 2 wrong options; 3 no gateway, or it refuses devices; 4 the handler's address is
+taken; 5 no MQTT broker; 6 no answer: the gateway does not call the handler, or nothing comes
+through; 130 ended by a signal before anything was measured.";
 
 impl Options {
     /// What clap cannot check.
@@ -266,6 +270,18 @@ impl Options {
         }
         if self.rate.is_some() && self.scenario == Scenario::Idle {
             return wrong("--rate: over idle connections nothing is sent".to_owned());
+        }
+        if let Some(chart) = &self.chart {
+            let ending = chart.extension().unwrap_or_default();
+            if !ending.eq_ignore_ascii_case("svg") {
+                let chart = chart.display();
+                return wrong(format!(
+                    "--chart {chart}: it is drawn as SVG, so its name must end in .svg"
+                ));
+            }
+            if self.chart == self.json {
+                return wrong("--json and --chart name the same file".to_owned());
+            }
         }
         Ok(())
     }
@@ -388,5 +404,9 @@ mod tests {
         assert_eq!(check("echo --psk a:00").ok(), Some(false));
         assert_eq!(check("echo --bare").ok(), Some(false));
         assert!(check("echo --rate 5 --window 2").is_err());
+        assert_eq!(check("echo --chart x.SVG --json x.json").ok(), Some(true));
+        assert_eq!(check("echo --chart x.png").ok(), Some(false));
+        assert_eq!(check("echo --chart svg").ok(), Some(false));
+        assert_eq!(check("echo --chart x.svg --json x.svg").ok(), Some(false));
     }
 }

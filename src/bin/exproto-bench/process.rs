@@ -3,9 +3,11 @@
 use std::fs;
 use std::time::Duration;
 
+use crate::failure::Failure;
+
 /// The unit of processor time in /proc: USER_HZ is 100 on every architecture for which
 /// Rust has a Linux.
-const TICK: Duration = Duration::from_millis(10);
+pub const TICK: Duration = Duration::from_millis(10);
 
 /// A process that is measured.
 #[derive(Debug, Clone)]
@@ -27,6 +29,22 @@ impl Process {
     /// The process of this id.
     pub fn new(name: String, pid: u32) -> Self {
         Self { name, pid }
+    }
+
+    /// Those of `--pid`.
+    ///
+    /// # Errors
+    /// One that is not there, or that may not be read.
+    pub fn chosen(pids: &[(String, u32)]) -> Result<Vec<Self>, Failure> {
+        let found = pids.iter().map(|(name, pid)| {
+            let process = Self::new(name.clone(), *pid);
+            process.usage().map(|_| process).ok_or_else(|| {
+                Failure::Usage(format!(
+                    "--pid {name}={pid}: no such process, or it may not be read"
+                ))
+            })
+        });
+        found.collect()
     }
 
     /// What it has used; `None` once it has ended, or where it may not be read.

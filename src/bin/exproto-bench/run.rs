@@ -1,5 +1,6 @@
 //! A run from its start to its report.
 
+use std::io::Write;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -7,15 +8,16 @@ use exproto_sidecar::shutdown::Signals;
 use tokio::time::{Interval, MissedTickBehavior, interval};
 use tokio_util::sync::CancellationToken;
 
-use crate::connect::{FirstError, Opening, explain};
+use crate::connect::{FirstError, Opening, explain, explain_missing};
 use crate::device;
 use crate::failure::Failure;
 use crate::handler::Shared;
 use crate::lanes::{Lanes, Phase};
 use crate::options::{Options, Scenario};
 use crate::pacer::Pacer;
+use crate::probe::Probes;
 use crate::process::{Process, Usage};
-use crate::report::{Counts, ProcessReport, Report};
+use crate::report::{Counts, ProcessReport, Report, text};
 use crate::sampler::Sampler;
 use crate::setup::Parts;
 use crate::threads::Threads;
@@ -43,11 +45,11 @@ enum End {
     Broken(Failure),
 }
 
-/// Runs what the options say.
+/// Runs what the options say, and measures these processes and its own.
 ///
 /// # Errors
 /// What kept it from measuring anything.
-pub async fn run(options: Options) -> Result<Outcome, Failure> {
+pub async fn run(options: Options, processes: Vec<Process>) -> Result<Outcome, Failure> {
     let mut signals =
         Signals::new().map_err(|error| Failure::own("signals cannot be handled", error))?;
     let threads =
@@ -57,7 +59,7 @@ pub async fn run(options: Options) -> Result<Outcome, Failure> {
         signal = signals.next() => return Err(Failure::Interrupted(signal)),
         parts = Parts::set_up(&options, &threads) => parts?,
     };
-    let mut bench = Bench::new(options, parts, signals);
+    let mut bench = Bench::new(options, processes, parts, signals);
     let outcome = bench.measure(&threads).await;
     bench.close().await;
     outcome
@@ -88,12 +90,7 @@ struct Span {
 }
 
 impl Bench {
-    fn new(options: Options, parts: Parts, signals: Signals) -> Self {
-        let mut processes: Vec<Process> = options
-            .pid
-            .iter()
-            .map(|(name, pid)| Process::new(name.clone(), *pid))
-            .collect();
+    fn new(options: Options, mut processes: Vec<Process>, parts: Parts, signals: Signals) -> Self {
         processes.push(Process::new("bench".to_owned(), std::process::id()));
         let mut tick = interval(LOOK);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -112,6 +109,8 @@ impl Bench {
 
     /// Connects the devices, measures, and reports.
     async fn measure(&mut self, threads: &Threads) -> Result<Outcome, Failure> {
+        self.await_gateway(threads).await?;
+        self.sampler.restart();
         let alone = self.sampler.usages();
         let begun = Instant::now();
         let opened = self.connect(threads).await?;
@@ -144,13 +143,12 @@ impl Bench {
         Ok(Outcome { report, failure })
     }
 
-    /// A run in which nothing came through has failed.
+    /// A run in which nothing came through has failed, and a storm that was turned away.
     fn verdict(&self, report: &Report, refused: Option<device::Error>) -> Option<Failure> {
         let counts = &report.counts;
-        if let (Scenario::Storm, 0, Some(error)) =
-            (self.options.scenario, counts.connected, refused)
-        {
-            return Some(explain(&error, &self.options, self.parts.handler()));
+        if self.options.scenario == Scenario::Storm {
+            let (opened, handler) = (counts.connected, self.parts.handler());
+            return explain_missing(opened, refused.as_ref(), &self.options, handler);
         }
         if self.options.scenario.has_messages() && counts.arrived == 0 {
             let trouble = report.trouble.as_deref().map_or_else(
@@ -162,10 +160,43 @@ impl Bench {
         None
     }
 
+    /// Waits until the gateway has found the built-in handler.
+    async fn await_gateway(&mut self, threads: &Threads) -> Result<(), Failure> {
+        let Some(handler) = self.parts.handler() else {
+            return Ok(());
+        };
+        let options = &self.options;
+        if !options.quiet {
+            // Whether anybody reads it or not.
+            let _ = writeln!(
+                std::io::stderr(),
+                "waiting until the gateway at {} calls the handler at {}, {} at most",
+                options.gateway,
+                options.handler,
+                text::time(options.ready_timeout)
+            );
+        }
+        let (topics, run) = (&self.parts.topics, self.parts.lanes.run());
+        let probes = Probes::new(options, threads, topics, run).await?;
+        tokio::select! {
+            biased;
+            signal = self.signals.next() => return Err(Failure::Interrupted(signal)),
+            found = probes.run() => found.map_err(|error| explain(&error, options, Some(handler)))?,
+        }
+        if let Some(signal) = self.farewell().await {
+            return Err(Failure::Interrupted(signal));
+        }
+        // Such as an answer to one that had left: it had asked twice.
+        if let Some(handler) = self.parts.handler() {
+            handler.forget_failures();
+        }
+        Ok(())
+    }
+
     /// Opens the connections. A storm gives back the first failure.
     async fn connect(&mut self, threads: &Threads) -> Result<Option<device::Error>, Failure> {
-        let dialer = Arc::new(device::dialer(&self.options).await?);
         let options = self.options.clone();
+        let dialer = Arc::new(device::dialer(&options, options.timeout).await?);
         let opening = Opening {
             options: &options,
             threads,
@@ -186,6 +217,7 @@ impl Bench {
                 return Ok(None);
             }
         }
+        self.sampler.end("connecting", &self.parts.lanes.stats);
         match failed.take() {
             Some(error) if options.scenario != Scenario::Storm => {
                 Err(explain(&error, &options, self.parts.handler()))
@@ -195,13 +227,17 @@ impl Bench {
     }
 
     /// Closes the connections, and answers the callbacks about it: a gateway would hold
-    /// them for the next handler. A signal ends it at once.
+    /// them for the next handler.
     async fn close(&mut self) {
         self.parts.lanes.enter(Phase::Over);
         self.closing.cancel();
-        let Some(handler) = &self.parts.handler else {
-            return;
-        };
+        self.farewell().await;
+    }
+
+    /// Waits until the handler was told of the end of all connections, for a while. A signal
+    /// ends it at once, and is given back.
+    async fn farewell(&mut self) -> Option<&'static str> {
+        let handler = self.parts.handler.as_ref()?;
         let farewell = async {
             if self.options.transport.is_datagram() {
                 handler.shared.close_all(&handler.adapter).await;
@@ -211,8 +247,8 @@ impl Bench {
             }
         };
         tokio::select! {
-            _ = tokio::time::timeout(FAREWELL, farewell) => {}
-            _ = self.signals.next() => {}
+            _ = tokio::time::timeout(FAREWELL, farewell) => None,
+            signal = self.signals.next() => Some(signal),
         }
     }
 
@@ -303,6 +339,7 @@ impl Bench {
         while self.end.is_none() && !reached(&self.parts.lanes) {
             self.look(phase).await;
         }
+        self.sampler.end(phase, &self.parts.lanes.stats);
     }
 
     /// A while in which it may end early; samples and gives up what is due. Cancel safe.
@@ -363,7 +400,7 @@ impl Bench {
             processes: processes.collect(),
             samples: self.sampler.samples.clone(),
             callbacks: span.callbacks,
-            failures: handler.map_or(0, |handler| handler.failures.get()),
+            failures: handler.map_or(0, Shared::failed_calls),
             trouble: handler.and_then(Shared::trouble),
         }
     }

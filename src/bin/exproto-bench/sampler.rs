@@ -1,4 +1,5 @@
-//! Looks at the run every second: for the progress line, and for the report.
+//! Looks at the run every second, and when a phase ends: for the progress line, and for the
+//! report.
 
 use std::io::Write;
 use std::time::{Duration, Instant};
@@ -10,7 +11,17 @@ use crate::stats::Stats;
 /// How often.
 const EVERY: Duration = Duration::from_secs(1);
 
-/// Seconds that are kept: a week. Later ones are shown but not in the report.
+/// A rest of a phase that is worth a sample of its own; a shorter one goes to the next.
+const REST: Duration = Duration::from_millis(100);
+
+/// The same for a whole phase.
+const WHOLE: Duration = Duration::from_millis(1);
+
+/// Least length of a sample in which processor time means something: its unit is a tick of
+/// ten milliseconds.
+const LEAST_OF_CPU: Duration = Duration::from_millis(500);
+
+/// Samples that are kept: a week of them. Later ones are shown but not in the report.
 const MOST: usize = 7 * 24 * 3600;
 
 /// See the module.
@@ -39,6 +50,13 @@ impl Sampler {
         }
     }
 
+    /// The first second begins now, and not before.
+    pub fn restart(&mut self) {
+        self.begun = Instant::now();
+        self.last = self.begun;
+        self.usages = self.usages();
+    }
+
     /// What the processes have used so far.
     pub fn usages(&self) -> Vec<Option<Usage>> {
         self.processes.iter().map(Process::usage).collect()
@@ -51,10 +69,22 @@ impl Sampler {
 
     /// Takes a sample if a second has passed.
     pub fn look(&mut self, phase: &'static str, stats: &Stats) {
-        let length = self.last.elapsed();
-        if length < EVERY {
-            return;
+        if self.last.elapsed() >= EVERY {
+            self.take(phase, stats);
         }
+    }
+
+    /// Takes a sample of what is left of a phase that has ended.
+    pub fn end(&mut self, phase: &'static str, stats: &Stats) {
+        let begun = self.samples.last().is_some_and(|last| last.phase == phase);
+        let least = if begun { REST } else { WHOLE };
+        if self.last.elapsed() >= least {
+            self.take(phase, stats);
+        }
+    }
+
+    fn take(&mut self, phase: &'static str, stats: &Stats) {
+        let length = self.last.elapsed();
         self.last += length;
         let usages = self.usages();
         let processes = usages
@@ -63,7 +93,8 @@ impl Sampler {
             .map(|(now, before)| {
                 let (now, before) = (now.as_ref()?, before.as_ref()?);
                 let cpu = now.cpu.saturating_sub(before.cpu).as_secs_f64();
-                Some((cpu / length.as_secs_f64(), now.memory))
+                let cpu = (length >= LEAST_OF_CPU).then(|| cpu / length.as_secs_f64());
+                Some((cpu, now.memory))
             })
             .collect();
         self.usages = usages;
@@ -93,7 +124,7 @@ impl Sampler {
 
     fn line(&self, sample: &Sample) -> String {
         let mut line = format!(
-            "{:>5.0}s {:<10} {:>8.0}/s",
+            "{:>5.1}s {:<10} {:>8.0}/s",
             sample.at.as_secs_f64(),
             sample.phase,
             per_second(sample.done, sample.length)
@@ -108,7 +139,8 @@ impl Sampler {
         }
         for (name, usage) in self.names().zip(&sample.processes) {
             if let Some((cpu, memory)) = usage {
-                line += &format!("  {name} {:.0} % {}", cpu * 100.0, text::bytes(*memory));
+                let cpu = cpu.map_or(String::new(), |cpu| format!(" {:.0} %", cpu * 100.0));
+                line += &format!("  {name}{cpu} {}", text::bytes(*memory));
             }
         }
         line

@@ -124,6 +124,7 @@ async fn start_handler(
         })
     };
     let adapter = connect(0).await?;
+    adapter.answers(&options.adapter, options.timeout).await?;
     let mut workers = Vec::new();
     for (number, runtime) in (0..).zip(threads.runtimes()) {
         workers.push(Worker {

@@ -92,7 +92,10 @@ async fn greet(link: &mut Link, device: &Device, limit: Duration) -> Result<(), 
             }
         }
         if Instant::now() >= end {
-            return Err(Error::NoWelcome(limit));
+            return Err(match link {
+                Link::Plain(_) => Error::Silent(limit),
+                Link::Dtls(_) => Error::NoWelcome(limit),
+            });
         }
     }
 }

@@ -50,12 +50,29 @@ pub enum Error {
     Slow(Duration),
     #[error("connected, but no answer to the first frame within {0:?}")]
     NoWelcome(Duration),
+    #[error("no answer within {0:?}, and over UDP nothing tells whether anybody is there")]
+    Silent(Duration),
     #[error("the gateway closed the connection before the handler had answered")]
     Closed,
     #[error("the handler could not set it up: {0}")]
     Failed(String),
     #[error("not the bench's protocol: {0}")]
     Frame(#[from] frame::Error),
+}
+
+impl Error {
+    /// Whether the gateway was there and hung up.
+    pub fn is_turned_away(&self) -> bool {
+        use io::ErrorKind::{BrokenPipe, ConnectionAborted, ConnectionReset, UnexpectedEof};
+        match self {
+            Self::Closed => true,
+            Self::Io(error) => matches!(
+                error.kind(),
+                BrokenPipe | ConnectionAborted | ConnectionReset | UnexpectedEof
+            ),
+            _ => false,
+        }
+    }
 }
 
 /// A device that was told apart from the others.
@@ -67,11 +84,11 @@ pub struct Device {
     pub ready: oneshot::Sender<Result<(), Error>>,
 }
 
-/// How to connect, from the options.
+/// How to connect, from the options; what takes longer than `timeout` has failed.
 ///
 /// # Errors
 /// Files that cannot be read, and a gateway that has no address.
-pub async fn dialer(options: &Options) -> Result<Dialer, Failure> {
+pub async fn dialer(options: &Options, timeout: Duration) -> Result<Dialer, Failure> {
     let wrong = |error: String| Failure::Usage(error);
     let way = match options.transport {
         Transport::Tcp => Way::Tcp,
@@ -99,7 +116,7 @@ pub async fn dialer(options: &Options) -> Result<Dialer, Failure> {
         way,
         sources: options.source.clone(),
         payload: options.payload,
-        timeout: options.timeout,
+        timeout,
     })
 }
 

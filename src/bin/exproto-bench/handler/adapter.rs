@@ -15,9 +15,9 @@ use hyper::body::Incoming;
 use hyper::client::conn::http2::{Builder, SendRequest};
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use tokio::net::TcpStream;
-use tonic::Status;
 use tonic::body::Body;
 use tonic::codegen::Service;
+use tonic::{Code, Status};
 
 use crate::failure::Failure;
 
@@ -71,11 +71,25 @@ impl Adapter {
             Ok(result) => result,
             Err(_) => Err(io::Error::from(io::ErrorKind::TimedOut)),
         };
-        result.map_err(|error| {
-            Failure::Gateway(format!(
-                "the gateway's adapter at {address} does not answer: {error} (--adapter)"
-            ))
-        })
+        result.map_err(|error| unanswered(address, &error.to_string()))
+    }
+
+    /// Waits until it answers a call: a gateway that hangs lets anybody connect.
+    ///
+    /// # Errors
+    /// No answer within `limit`, or somebody who does not speak gRPC.
+    pub async fn answers(&self, address: &str, limit: Duration) -> Result<(), Failure> {
+        // Of no connection: whatever it answers, it is there.
+        let request = CloseSocketRequest {
+            conn: "exproto-bench".to_owned(),
+        };
+        let mut client = self.client.clone();
+        let reason = match tokio::time::timeout(limit, client.close(request)).await {
+            Ok(Err(status)) if status.code() == Code::Unavailable => status.message().to_owned(),
+            Ok(_) => return Ok(()),
+            Err(_) => format!("connected, but no answer to a call within {limit:?}"),
+        };
+        Err(unanswered(address, &reason))
     }
 
     pub async fn authenticate(&self, conn: &str, clientid: &str) -> Result<(), Refusal> {
@@ -133,6 +147,12 @@ impl Adapter {
         };
         read("Send", self.client.clone().send(request).await)
     }
+}
+
+fn unanswered(address: &str, reason: &str) -> Failure {
+    Failure::Gateway(format!(
+        "the gateway's adapter at {address} does not answer: {reason} (--adapter)"
+    ))
 }
 
 async fn dial(address: &str) -> io::Result<Adapter> {

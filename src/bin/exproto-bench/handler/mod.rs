@@ -38,12 +38,17 @@ pub struct Shared {
     /// Frames of other runs are not for us.
     run: RunId,
     connections: Mutex<HashMap<String, Arc<Connection>>>,
-    /// Callbacks and what went wrong.
     pub created: Counter,
     pub callbacks: Counter,
-    pub failures: Counter,
-    /// The first failure, for a person.
-    trouble: Mutex<Option<String>>,
+    failures: Mutex<Failures>,
+}
+
+/// Calls that failed.
+#[derive(Default)]
+struct Failures {
+    count: u64,
+    /// The first one, for a person.
+    first: Option<String>,
 }
 
 impl Shared {
@@ -54,8 +59,7 @@ impl Shared {
             connections: Mutex::default(),
             created: Counter::default(),
             callbacks: Counter::default(),
-            failures: Counter::default(),
-            trouble: Mutex::default(),
+            failures: Mutex::default(),
         }
     }
 
@@ -99,17 +103,28 @@ impl Shared {
 
     /// Counts a call that failed.
     fn failed(&self, what: &str) {
-        self.failures.add(1);
-        let mut trouble = self.trouble.lock().unwrap_or_else(PoisonError::into_inner);
-        trouble.get_or_insert_with(|| what.to_owned());
+        let mut failures = self.failures();
+        failures.count += 1;
+        failures.first.get_or_insert_with(|| what.to_owned());
+    }
+
+    /// How many calls failed.
+    pub fn failed_calls(&self) -> u64 {
+        self.failures().count
     }
 
     /// The first failure.
     pub fn trouble(&self) -> Option<String> {
-        self.trouble
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clone()
+        self.failures().first.clone()
+    }
+
+    /// Forgets the calls that failed: of devices that went ahead, before it is measured.
+    pub fn forget_failures(&self) {
+        *self.failures() = Failures::default();
+    }
+
+    fn failures(&self) -> MutexGuard<'_, Failures> {
+        self.failures.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

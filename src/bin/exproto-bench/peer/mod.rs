@@ -57,6 +57,11 @@ impl Topics {
         format!("bench-{}-{device}", self.run)
     }
 
+    /// The client id of a device that goes ahead.
+    pub fn probe(&self, number: u32) -> String {
+        format!("bench-{}-probe-{number}", self.run)
+    }
+
     /// Where a device's uplink frames are published.
     pub fn up(&self, device: u32) -> String {
         let peer = device.checked_rem(self.peers).unwrap_or_default();

@@ -89,8 +89,12 @@ fn over_time(report: &Report, out: &mut String) -> std::fmt::Result {
     let panel = &OVER_TIME;
     label(out, (panel.left, panel.top - 10.0), "start", 12, what)?;
     let rates = report.samples.iter();
+    // A step for each: also a run of less than a second has one.
     let rates: Vec<(Duration, f64)> = rates
-        .map(|sample| (sample.at, per_second(sample.done, sample.length)))
+        .flat_map(|sample| {
+            let rate = per_second(sample.done, sample.length);
+            [sample.at.saturating_sub(sample.length), sample.at].map(|at| (at, rate))
+        })
         .collect();
     let highest = rates.iter().map(|(_, rate)| *rate).fold(0.0, f64::max);
     let highest = round_up(highest);
@@ -250,6 +254,15 @@ mod tests {
             }
         }
         assert!(!svg.contains("NaN") && !svg.contains("inf"));
+    }
+
+    #[test]
+    fn a_single_sample_is_a_line() {
+        let mut short = report();
+        short.samples.truncate(1);
+        let svg = render(&short);
+        // 400 of 500 a second, all along.
+        assert!(svg.contains("points=\"80.0,106.0 730.0,106.0\""), "{svg}");
     }
 
     #[test]

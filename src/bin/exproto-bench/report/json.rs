@@ -13,6 +13,7 @@ use crate::options::Scenario;
 pub fn render(report: &Report) -> Value {
     let options = &report.options;
     let counts = &report.counts;
+    let messages = options.scenario.has_messages();
     let processes = report.processes.iter();
     let samples = report.samples.iter().map(|sample| {
         json!({
@@ -26,7 +27,7 @@ pub fn render(report: &Report) -> Value {
             "processes": sample.processes.iter().zip(&report.processes).map(|(usage, process)| {
                 json!({
                     "name": process.name,
-                    "cpu": usage.map(|(cpu, _)| cpu),
+                    "cpu": usage.and_then(|(cpu, _)| cpu),
                     "memory": usage.map(|(_, memory)| memory),
                 })
             }).collect::<Vec<_>>(),
@@ -38,9 +39,9 @@ pub fn render(report: &Report) -> Value {
         "transport": options.transport.name(),
         "gateway": options.gateway,
         "devices": options.devices,
-        "payload": options.payload,
-        "qos": options.qos,
-        "window": options.rate.is_none().then(|| options.window()),
+        "payload": messages.then_some(options.payload),
+        "qos": messages.then_some(options.qos),
+        "window": (messages && options.rate.is_none()).then(|| options.window()),
         "rate": options.rate,
         "built_in_handler": options.has_handler(),
         "bench_threads": options.threads(),
@@ -90,10 +91,10 @@ fn of_process(process: &ProcessReport, report: &Report) -> Value {
         Scenario::Storm => "cpu_us_per_connection",
         _ => "cpu_us_per_message",
     };
-    let seconds = report.measured.as_secs_f64();
     json!({
         "name": process.name,
-        "cpu": process.cpu.filter(|_| seconds > 0.0).map(|cpu| cpu.as_secs_f64() / seconds),
+        "cpu": process.processors(report.measured),
+        "cpu_s": process.cpu.map(|cpu| cpu.as_secs_f64()),
         per_unit: process.cpu_each(report.units()).map(in_micros),
         "memory": {
             "before": process.before,

@@ -9,12 +9,17 @@ use std::time::Duration;
 use hdrhistogram::Histogram;
 
 use crate::options::{Options, Scenario};
+use crate::process::TICK;
 use crate::stats::Stats;
 
 /// Percentiles that are shown.
 pub const PERCENTILES: [f64; 6] = [50.0, 90.0, 95.0, 99.0, 99.9, 99.99];
 
-/// One second of a run.
+/// Processor time below it, in ticks, says nothing of a message: a tick more or less would be
+/// more than 5 % of it.
+const LEAST_TICKS: u32 = 20;
+
+/// One second of a run, or less where a phase ended.
 #[derive(Debug, Clone)]
 pub struct Sample {
     /// Since the connections began, or the messages.
@@ -30,8 +35,8 @@ pub struct Sample {
     pub p99: Option<u64>,
     pub outstanding: u64,
     pub lost: u64,
-    /// Of each process: processors in use, and bytes.
-    pub processes: Vec<Option<(f64, u64)>>,
+    /// Of each process: processors in use, if it was long enough to tell, and bytes.
+    pub processes: Vec<Option<(Option<f64>, u64)>>,
 }
 
 /// What a process has used.
@@ -47,9 +52,22 @@ pub struct ProcessReport {
 }
 
 impl ProcessReport {
-    /// Processor time for each message.
+    /// Processors in use; `None` where a tick more or less would make much of it.
+    pub fn processors(&self, measured: Duration) -> Option<f64> {
+        let told = measured >= TICK * 100 || (!self.is_too_short() && !measured.is_zero());
+        let cpu = self.cpu.filter(|_| told)?;
+        Some(cpu.as_secs_f64() / measured.as_secs_f64())
+    }
+
+    /// Processor time that is too little to divide.
+    pub fn is_too_short(&self) -> bool {
+        self.cpu.is_some_and(|cpu| cpu < TICK * LEAST_TICKS)
+    }
+
+    /// Processor time for each message; `None` where there was too little of it.
     pub fn cpu_each(&self, messages: u64) -> Option<Duration> {
-        let nanos = self.cpu?.as_nanos().checked_div(u128::from(messages))?;
+        let cpu = self.cpu.filter(|_| !self.is_too_short())?;
+        let nanos = cpu.as_nanos().checked_div(u128::from(messages))?;
         Some(Duration::from_nanos(u64::try_from(nanos).ok()?))
     }
 
@@ -201,7 +219,7 @@ mod tests {
             p99: Some(2_000_000),
             outstanding: 6,
             lost: 0,
-            processes: vec![Some((0.5, 1024)), None],
+            processes: vec![Some((Some(0.5), 1024)), None],
         };
         let process = |name: &str, cpu| ProcessReport {
             name: name.to_owned(),
@@ -228,7 +246,7 @@ mod tests {
             latency,
             to_all: histogram().unwrap(),
             processes: vec![
-                process("gateway", Some(Duration::from_millis(50))),
+                process("gateway", Some(Duration::from_millis(500))),
                 process("gone", None),
             ],
             samples: vec![sample(1, 400), sample(2, 600)],
@@ -248,7 +266,7 @@ mod tests {
             "1003 sent, 1000 arrived, 1 lost, 4 duplicated, 2 under way at the end\n",
             "p50 500 µs",
             "max 1.00 ms\n",
-            "  gateway         2 % of a processor, 50.0 µs a message, 1.9 MiB, 2.0 KiB a connection\n",
+            "  gateway         25 % of a processor, 500 µs a message, 1.9 MiB, 2.0 KiB a connection\n",
             "  handler         400 callbacks, 2.5 messages each\n",
             "1 calls failed, the first: Send: <refused>\n",
         ] {
@@ -262,7 +280,8 @@ mod tests {
         assert_eq!(json["throughput"], 500.0);
         assert_eq!(json["handler"]["messages_per_callback"], 2.5);
         assert_eq!(json["messages"]["duplicated"], 4);
-        assert_eq!(json["processes"][0]["cpu_us_per_message"], 50.0);
+        assert_eq!(json["processes"][0]["cpu_us_per_message"], 500.0);
+        assert_eq!(json["processes"][0]["cpu_s"], 0.5);
         assert_eq!(json["processes"][0]["memory"]["per_connection"], 2000);
         assert!(json["processes"][1]["cpu_us_per_message"].is_null());
         let p50 = json["latency_us"]["p50"].as_f64().unwrap();
@@ -282,6 +301,14 @@ mod tests {
         // What is there after the idle time.
         assert_eq!(process.memory_each(Scenario::Idle, 4), Some(250_000));
         assert_eq!(process.cpu_each(0), None);
+        process.cpu = Some(TICK * 19);
+        assert_eq!(process.cpu_each(1000), None);
+        let text = text::render(&report);
+        let told = "10 % of a processor, too short to tell for a message, 1.9 MiB";
+        assert!(text.contains(told), "{text}");
+        let process = &report.processes[0];
+        assert_eq!(process.processors(TICK * 50), None);
+        assert_eq!(process.processors(TICK * 190), Some(0.1));
         assert!(per_second(5, Duration::ZERO).abs() < f64::EPSILON);
     }
 }

@@ -48,16 +48,17 @@ fn write_all(report: &Report, out: &mut String) -> std::fmt::Result {
     }
     for process in &report.processes {
         let mut parts = Vec::new();
-        if let Some(cpu) = process.cpu {
-            let share = 100.0 * cpu.as_secs_f64() / report.measured.as_secs_f64().max(1e-9);
-            parts.push(format!("{share:.0} % of a processor"));
+        if let Some(share) = process.processors(report.measured) {
+            parts.push(format!("{:.0} % of a processor", 100.0 * share));
         }
+        let unit = match scenario {
+            Scenario::Storm => "connection",
+            _ => "message",
+        };
         if let Some(each) = process.cpu_each(report.units()) {
-            let unit = match scenario {
-                Scenario::Storm => "connection",
-                _ => "message",
-            };
             parts.push(format!("{} a {unit}", time(each)));
+        } else if process.is_too_short() && report.units() > 0 {
+            parts.push(format!("too short to tell for a {unit}"));
         }
         if let Some(end) = process.end {
             parts.push(bytes(end));

@@ -8,124 +8,21 @@
     clippy::indexing_slicing
 )]
 
+#[path = "../common/mod.rs"]
 mod common;
+mod scene;
+mod trouble;
 
-use std::net::SocketAddr;
-use std::process::{Output, Stdio};
+use std::process::Stdio;
 
 use bytes::{Bytes, BytesMut};
-use common::{Adapter, Authority, Broker, Call, Handler, Plan, free_port, within};
+use common::{Adapter, Broker, Call, Handler, Plan, within};
 use exproto_sidecar::gateway::Gateway;
+use scene::{Scene, finish};
 use serde_json::Value;
 use tempfile::TempDir;
 use tokio::io::{AsyncBufReadExt, BufReader};
 use tokio::process::Command;
-
-/// A gateway whose handler is the bench's.
-struct Scene {
-    gateway: Gateway,
-    handler: String,
-    dir: TempDir,
-    broker: Broker,
-}
-
-impl Scene {
-    async fn start() -> Self {
-        Self::with(&[]).await
-    }
-
-    /// With these keys, and listeners of all kinds.
-    async fn with(keys: &[(&str, &str)]) -> Self {
-        let mut broker = Broker::absent("allow_anonymous true\n").quiet();
-        broker.up().await;
-        let handler = format!("127.0.0.1:{}", free_port());
-        let dir = TempDir::new().unwrap();
-        let server = Authority::new(dir.path(), "authority").server("127.0.0.1");
-        let psk = dir.path().join("psk");
-        std::fs::write(&psk, "bench:00ff10\n").unwrap();
-        let any = "127.0.0.1:0";
-        let plan = Plan::new(&broker.url(), &format!("http://{handler}"))
-            .set("LISTENERS__SSL__DEFAULT__BIND", any)
-            .set(
-                "LISTENERS__SSL__DEFAULT__SSL_OPTIONS__CERTFILE",
-                &server.cert,
-            )
-            .set("LISTENERS__SSL__DEFAULT__SSL_OPTIONS__KEYFILE", &server.key)
-            .set("LISTENERS__UDP__DEFAULT__BIND", any)
-            .set("LISTENERS__DTLS__DEFAULT__BIND", any)
-            .set(
-                "LISTENERS__DTLS__DEFAULT__DTLS_OPTIONS__CERTFILE",
-                &server.cert,
-            )
-            .set(
-                "LISTENERS__DTLS__DEFAULT__DTLS_OPTIONS__KEYFILE",
-                &server.key,
-            )
-            .set(
-                "LISTENERS__DTLS__DEFAULT__DTLS_OPTIONS__PSK_FILE",
-                &psk.display().to_string(),
-            )
-            .set_all(keys);
-        let gateway = Gateway::start(&plan.config()).await.unwrap();
-        Self {
-            gateway,
-            handler,
-            dir,
-            broker,
-        }
-    }
-
-    fn listener(&self, transport: &str) -> SocketAddr {
-        self.gateway.addresses().listeners[&format!("{transport}.default")]
-    }
-
-    fn file(&self, name: &str) -> String {
-        self.dir.path().join(name).display().to_string()
-    }
-
-    /// The bench with these arguments, and the addresses of this scene before them.
-    fn command(&self, arguments: &str) -> Command {
-        let words: Vec<&str> = arguments.split_ascii_whitespace().collect();
-        let transport = words.iter().position(|word| *word == "--transport");
-        let transport = transport.map_or("tcp", |at| words[at + 1]);
-        let mut command = Command::new(env!("CARGO_BIN_EXE_exproto-bench"));
-        command
-            .args(words)
-            .args(["--gateway", &self.listener(transport).to_string()])
-            .args(["--adapter", &self.gateway.addresses().adapter.to_string()])
-            .args(["--mqtt", &self.broker.url()])
-            .args(["--json", &self.file("report.json")])
-            .stdin(Stdio::null())
-            .kill_on_drop(true);
-        if !arguments.contains("--handler") {
-            command.args(["--handler", &self.handler]);
-        }
-        command
-    }
-
-    /// Runs it to its end, which is a good one, and reads the report.
-    async fn run(&self, arguments: &str) -> Value {
-        let output = finish(self.command(arguments)).await;
-        assert_eq!(output.status.code(), Some(0), "{output:#?}");
-        self.report()
-    }
-
-    fn report(&self) -> Value {
-        let text = std::fs::read_to_string(self.file("report.json")).unwrap();
-        serde_json::from_str(&text).unwrap()
-    }
-
-    /// Runs it to a bad end, and gives the exit code and what it says.
-    async fn fail(&self, arguments: &str) -> (i32, String) {
-        let output = finish(self.command(arguments)).await;
-        let said = String::from_utf8(output.stderr).unwrap();
-        (output.status.code().unwrap(), said)
-    }
-}
-
-async fn finish(mut command: Command) -> Output {
-    within("the bench to end", command.output()).await.unwrap()
-}
 
 /// So many messages were sent, and each arrived once.
 #[track_caller]
@@ -250,7 +147,7 @@ async fn idle_connections_and_a_storm() {
     let report = scene.run("idle --devices 40 --duration 100ms").await;
     assert_eq!(report["connections"]["opened"], 40);
     assert_eq!(report["connections"]["closed_by_gateway"], 0);
-    assert!(report["throughput"].is_null());
+    assert!(report["throughput"].is_null() && report["window"].is_null());
 
     let report = scene
         .run(&format!(
@@ -259,7 +156,12 @@ async fn idle_connections_and_a_storm() {
         .await;
     assert_eq!(report["connections"]["opened"], 60);
     assert_eq!(report["connections"]["failed"], 0);
-    assert!(std::fs::read_to_string(chart).unwrap().starts_with("<svg"));
+    assert!(report["window"].is_null() && report["payload"].is_null());
+    // Shorter than a second, and there is something to see.
+    let chart = std::fs::read_to_string(chart).unwrap();
+    assert!(chart.starts_with("<svg"));
+    assert!(!chart.contains("points=\"\""), "{chart}");
+    assert!(!report["samples"].as_array().unwrap().is_empty());
 
     let report = scene.run("storm --bare --devices 50 --rate 200").await;
     assert_eq!(report["connections"]["opened"], 50);
@@ -298,67 +200,6 @@ async fn ctrl_c_ends_it_with_what_was_measured() {
     let report = scene.report();
     assert_eq!(report["ended_early"], "SIGINT");
     assert!(report["messages"]["arrived"].as_u64() > Some(0));
-}
-
-#[tokio::test]
-async fn what_is_missing_is_said() {
-    let scene = Scene::start().await;
-    let nobody = format!("127.0.0.1:{}", free_port());
-    let here = scene.handler.clone();
-
-    let (code, said) = scene.fail("echo --payload 5").await;
-    assert!(code == 2 && said.contains("--payload"), "{code} {said}");
-
-    let without_gateway = |option: &str| {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_exproto-bench"));
-        command.args(["echo", "--handler", &here, option, &nobody]);
-        command
-    };
-    let output = finish(without_gateway("--adapter")).await;
-    let said = String::from_utf8(output.stderr).unwrap();
-    assert_eq!(output.status.code(), Some(3));
-    assert!(said.contains("adapter") && said.contains(&nobody), "{said}");
-
-    let other = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-    let taken = other.local_addr().unwrap();
-    let (code, said) = scene.fail(&format!("echo --handler {taken}")).await;
-    assert!(
-        code == 4 && said.contains(&taken.to_string()),
-        "{code} {said}"
-    );
-    drop(other);
-
-    // The gateway calls another address than that at which the bench listens.
-    let (code, said) = scene
-        .fail(&format!("echo --handler {nobody} --timeout 500ms"))
-        .await;
-    assert!(
-        code == 6 && said.contains("has not called"),
-        "{code} {said}"
-    );
-}
-
-#[tokio::test]
-async fn a_broker_or_gateway_that_is_not_there_is_told_apart() {
-    let mut scene = Scene::start().await;
-    scene.broker.kill();
-    let (code, said) = scene.fail("uplink").await;
-    assert!(code == 5 && said.contains("MQTT broker"), "{code} {said}");
-    // Nothing of an echo passes the broker.
-    let report = scene
-        .run("echo --messages 50 --devices 2 --warmup 0s")
-        .await;
-    assert_counts(&report, 50);
-
-    let nobody = free_port();
-    let mut command = Command::new(env!("CARGO_BIN_EXE_exproto-bench"));
-    command
-        .args(["echo", "--gateway", &format!("127.0.0.1:{nobody}")])
-        .args(["--handler", "none"]);
-    let output = finish(command).await;
-    let said = String::from_utf8(output.stderr).unwrap();
-    assert_eq!(output.status.code(), Some(3), "{said}");
-    assert!(said.contains(&nobody.to_string()), "{said}");
 }
 
 /// A handler that was written from what `--help` says of the protocol.
