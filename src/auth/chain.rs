@@ -185,7 +185,7 @@ impl Chain {
             let started = Instant::now();
             let answer = link.provider.ask(attempt).await;
             let is_error = answer.is_err();
-            let is_away = matches!(answer, Err(Fault::OfService(_)));
+            let is_away = matches!(answer, Err(Fault::OfService(_) | Fault::NotYet(_)));
             unheard |= is_away;
             let decision = link.decision(answer);
             let (outcome, reason) = match &decision {

@@ -106,12 +106,14 @@ pub enum Fault {
     OfDevice(String),
     /// Who is to be asked is not there, or makes no sense.
     OfService(String),
+    /// What the device shows can be judged later only: no failed attempt, and nothing to be told.
+    NotYet(String),
 }
 
 impl Fault {
     /// What is wrong. No secret is in it.
     pub fn text(&self) -> &str {
-        let (Self::OfDevice(text) | Self::OfService(text)) = self;
+        let (Self::OfDevice(text) | Self::OfService(text) | Self::NotYet(text)) = self;
         text
     }
 }

@@ -267,12 +267,12 @@ section! {
         /// Service that gives a set of public keys (JWKS). "" for none.
         endpoint: Option<HttpUrl> = "",
 
-        /// How often the endpoint is asked; also when a token names a key that is not in the set. A
-        /// duration, at least 1s.
+        /// How often the endpoint is asked; also when a token names a key that is not in the set, which
+        /// waits for the answer. A duration, at least 1s.
         refresh_interval: Duration = Within("5m", Duration::from_secs(1)..),
 
-        /// The longest that the endpoint's answer takes, and that a token waits for the first keys.
-        /// A duration.
+        /// The longest that the endpoint's answer takes, and that a token waits for the first keys, or
+        /// for a request that has begun. A duration.
         request_timeout: Duration = Within("5s", TICK..),
 
         /// What claims must be, with placeholders: `{ sub = "${clientid}" }`.

@@ -147,10 +147,7 @@ impl JwtAuthenticator {
         let keys = match &self.ring {
             Ring::Fixed(keys) => keys.clone(),
             Ring::File(_, _, current) => current.get(),
-            Ring::Endpoint(endpoint) => {
-                let keys = endpoint.keys(token.kid.as_deref()).await;
-                keys.map_err(Fault::OfService)?
-            }
+            Ring::Endpoint(endpoint) => endpoint.keys(token.kid.as_deref()).await?,
         };
         let mut named = keys.iter().filter(|key| key.is_named(token.kid.as_deref()));
         if !named.any(|key| key.verify(&token.algorithm, token.message, &token.signature)) {
