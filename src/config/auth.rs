@@ -225,7 +225,8 @@ section! {
         /// connection that has it.
         clientid: Template = "${clientid}",
 
-        /// The longest that an attempt takes, waiting for its turn included. A duration.
+        /// The longest that an attempt takes, waiting for its turn included; several addresses of the
+        /// broker share it. A duration.
         request_timeout: Duration = Within("5s", TICK..),
 
         /// The most attempts at a time, 1 to 1024; further ones wait for their turn.
