@@ -31,7 +31,7 @@ use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 
 pub use crate::config::Secret;
-use crate::config::Template;
+use crate::config::{SecretTemplate, Template};
 use crate::metrics::AuthMetrics;
 use crate::tls::Subject;
 use chain::Chain;
@@ -160,7 +160,7 @@ pub struct Overrides {
     /// The user name.
     pub username: Template,
     /// The password.
-    pub password: Template,
+    pub password: SecretTemplate,
 }
 
 impl Overrides {
@@ -175,7 +175,7 @@ impl Overrides {
             is_set.then(|| values.plain(template))
         };
         let (clientid, username) = (filled(&self.clientid), filled(&self.username));
-        let password = filled(&self.password).map(Secret::new);
+        let password = filled(self.password.expose()).map(Secret::new);
         attempt.clientid = clientid.unwrap_or(std::mem::take(&mut attempt.clientid));
         attempt.username = username.unwrap_or(std::mem::take(&mut attempt.username));
         if let Some(password) = password {

@@ -10,7 +10,7 @@ use super::names::words;
 use super::page::Page;
 use super::reader::{Reader, Scope};
 use super::schema::{Item, Nested, Section, Within, section, unconfigured};
-use super::template::{HttpUrl, Template, TemplateTable};
+use super::template::{HttpUrl, SecretTemplate, Template, TemplateTable};
 use super::types::{ClientTls, TICK};
 use super::values::Secret;
 
@@ -307,7 +307,7 @@ section! {
         /// The user name. "" for what the handler says.
         username: Template = "",
 
-        /// The password. "" for what the handler says.
-        password: Template = "",
+        /// The password. "" for what the handler says. Not shown where it could be secret.
+        password: SecretTemplate = "",
     }
 }

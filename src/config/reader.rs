@@ -6,6 +6,7 @@ use figment::value::{Dict, Value};
 
 use super::layers::{Layers, variable_of};
 use super::names::Name;
+use super::placeholders;
 use super::report::{Fault, Origin};
 use super::schema::{join, leaves};
 use super::suggest;
@@ -95,11 +96,9 @@ impl<'a> Reader<'a> {
                     (false, Some(item)) => item,
                     (false, None) => show(value),
                 };
-                self.fault(
-                    value,
-                    scope.path_of(key),
-                    format!("found {found}; allowed: {allowed}"),
-                );
+                let path = scope.path_of(key);
+                let allowed = placeholders::narrow(&allowed, &path);
+                self.fault(value, path, format!("found {found}; allowed: {allowed}"));
                 None
             }
         }
