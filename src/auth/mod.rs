@@ -78,6 +78,8 @@ impl Attempt {
 /// What is known of a device that was let in.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Grant {
+    /// Its client id, in place of what it said.
+    pub clientid: Option<String>,
     /// No rule of authorization counts for it.
     pub is_superuser: bool,
     /// When it has to go.

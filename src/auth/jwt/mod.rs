@@ -197,6 +197,7 @@ impl JwtAuthenticator {
         };
         let expires = expires.map(|expires| expires + leeway);
         Decision::Allow(Grant {
+            clientid: None,
             rules,
             rules_until: expires,
             is_superuser: claims.get("is_superuser").and_then(truth) == Some(true),
