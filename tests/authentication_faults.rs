@@ -255,7 +255,7 @@ async fn an_endpoint_without_keys_denies_its_tokens_and_says_why_and_keeps_what_
         1,
         &[
             ("MECHANISM", "jwt"),
-            ("ENDPOINT", &service.url("/jwks")),
+            ("ENDPOINT", &service.url("/jwks?key=hunter2")),
             ("REFRESH_INTERVAL", "1s"),
             ("REQUEST_TIMEOUT", "300ms"),
         ],
@@ -285,9 +285,16 @@ async fn an_endpoint_without_keys_denies_its_tokens_and_says_why_and_keeps_what_
             assert!(answer.contains("has not given any keys"), "{answer}");
         }
         service.says(&json!({"keys": [one.jwk()]}));
-        scene.logged(&["authentication.1", "answers again"]).await;
+        let url = service.url("/jwks");
+        for word in [
+            "authenticator does not answer as it should",
+            "answers again",
+        ] {
+            scene.logged(&["authentication.1", "jwt", &url, word]).await;
+        }
         scene.login("c", "u", &token).await.1.ok();
     }
+    assert!(!scene.process.log().iter().any(|l| l.contains("hunter2")));
     // A key that it has not is none, however often it is asked.
     let (_, answer) = scene
         .login("c", "u", &two.token(&json!({"sub": "c"})))

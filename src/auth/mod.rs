@@ -216,6 +216,11 @@ pub fn check(options: &Options) -> Vec<Error> {
         .collect()
 }
 
+/// The number of a list's table, which tells apart who is asked.
+fn number_of(key: &str) -> &str {
+    key.rsplit('.').next().unwrap_or_default()
+}
+
 /// Logs and counts how an attempt to follow a change of `key`'s files ended.
 fn told<E: std::fmt::Display>(key: &str, metrics: &AuthMetrics) -> impl Fn(Result<(), E>) + use<E> {
     let (key, metrics) = (key.to_owned(), metrics.clone());
@@ -232,28 +237,58 @@ fn told<E: std::fmt::Display>(key: &str, metrics: &AuthMetrics) -> impl Fn(Resul
 }
 
 /// A trouble that is told once, however often it comes back, until it is over.
-#[derive(Debug, Default)]
-pub struct Trouble(Mutex<Option<String>>);
+#[derive(Debug)]
+pub struct Trouble {
+    /// Who has it: "authenticator", "source of rules".
+    what: &'static str,
+    /// Its table in the configuration.
+    key: String,
+    /// What it asks: http, mqtt, jwt.
+    kind: &'static str,
+    /// Where that is, without what could be secret.
+    url: String,
+    known: Mutex<Option<String>>,
+}
 
 impl Trouble {
+    /// There is none.
+    pub fn new(what: &'static str, key: &str, kind: &'static str, url: String) -> Self {
+        Self {
+            what,
+            key: key.to_owned(),
+            kind,
+            url,
+            known: Mutex::default(),
+        }
+    }
+
     /// It is there.
-    pub fn is(&self, key: &str, error: &str) {
-        let mut known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+    pub fn is(&self, error: &str) {
+        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
         if known.as_deref() != Some(error) {
             tracing::warn!(
-                key,
+                key = self.key,
+                kind = self.kind,
+                url = self.url,
                 error,
-                "who is asked about devices does not answer as it should"
+                "{} does not answer as it should",
+                self.what
             );
             *known = Some(error.to_owned());
         }
     }
 
     /// It is not, or not any more.
-    pub fn is_over(&self, key: &str) {
-        let mut known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+    pub fn is_over(&self) {
+        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
         if known.take().is_some() {
-            tracing::info!(key, "who is asked about devices answers again");
+            tracing::info!(
+                key = self.key,
+                kind = self.kind,
+                url = self.url,
+                "{} answers again",
+                self.what
+            );
         }
     }
 }

@@ -196,6 +196,17 @@ pub struct HttpUrl {
     pub path: Template,
 }
 
+impl HttpUrl {
+    /// For the log: without the query, which may hold a key.
+    pub fn without_query(&self) -> String {
+        let text = self.to_text();
+        match text.split_once('?') {
+            Some((before, _)) => before.to_owned(),
+            None => text,
+        }
+    }
+}
+
 impl ConfigValue for HttpUrl {
     fn allowed() -> String {
         format!(
@@ -277,6 +288,7 @@ mod tests {
     fn urls_have_placeholders_behind_the_host_only() {
         let url = HttpUrl::from_text("https://h:1?u=${username}").unwrap();
         assert_eq!(url.to_text(), "https://h:1/?u=${username}");
+        assert_eq!(url.without_query(), "https://h:1/");
         for bad in [
             "h",
             "ftp://h",

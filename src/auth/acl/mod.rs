@@ -17,9 +17,9 @@ use tokio_util::sync::CancellationToken;
 use super::fill::Values;
 pub use super::fill::Wish;
 use super::http::{self as service, Asker};
-use super::{Attempt, Error, Grant, Secret, Trouble, told};
+use super::{Attempt, Error, Grant, Secret, Trouble, number_of, told};
 use crate::config::OnError;
-use crate::metrics::AuthMetrics;
+use crate::metrics::{AuthMetrics, SourceMetrics};
 use crate::reload::{Current, Watch};
 pub use rules::{Permission, Rules};
 
@@ -56,7 +56,15 @@ pub struct Options {
 
 enum Asked {
     File(PathBuf, Watch, Arc<Current<Rules>>),
-    Http(Box<Asker>, OnError, Trouble),
+    Http(Box<Service>),
+}
+
+/// A service that is asked each time.
+struct Service {
+    asker: Asker,
+    on_error: OnError,
+    trouble: Trouble,
+    asked: SourceMetrics,
 }
 
 /// See the module.
@@ -124,8 +132,13 @@ impl Acl {
                     Asked::File(path.clone(), watch, Current::new(rules))
                 }
                 SourceKind::Http(request, on_error) => {
-                    let asker = Box::new(Asker::new(request));
-                    Asked::Http(asker, *on_error, Trouble::default())
+                    let (key, url) = (&source.key, request.url.without_query());
+                    Asked::Http(Box::new(Service {
+                        asker: Asker::new(request),
+                        on_error: *on_error,
+                        trouble: Trouble::new("source of rules", key, "http", url),
+                        asked: metrics.source(number_of(key)),
+                    }))
                 }
             };
             Ok((source.key.clone(), asked))
@@ -240,20 +253,29 @@ impl Acl {
                 Err(permission)
             }
         };
-        for (key, source) in self.sources.iter().skip(from) {
+        for (_, source) in self.sources.iter().skip(from) {
             let decided = match source {
                 Asked::File(_, _, current) => current.get().decide(values, wish),
-                Asked::Http(asker, on_error, trouble) => match answer(asker, values).await {
-                    Ok(decided) => {
-                        trouble.is_over(key);
-                        decided
+                Asked::Http(service) => {
+                    let said = answer(&service.asker, values).await;
+                    service.asked.count(match &said {
+                        Ok(Some(Permission::Allow)) => "allow",
+                        Ok(Some(Permission::Deny)) => "deny",
+                        Ok(None) => "ignore",
+                        Err(_) => "error",
+                    });
+                    match said {
+                        Ok(decided) => {
+                            service.trouble.is_over();
+                            decided
+                        }
+                        Err(error) => {
+                            service.trouble.is(&error);
+                            is_sound = false;
+                            (service.on_error == OnError::Deny).then_some(Permission::Deny)
+                        }
                     }
-                    Err(error) => {
-                        trouble.is(key, &error);
-                        is_sound = false;
-                        (*on_error == OnError::Deny).then_some(Permission::Deny)
-                    }
-                },
+                }
             };
             if let Some(permission) = decided {
                 return sound(permission, is_sound);

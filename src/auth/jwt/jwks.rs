@@ -39,6 +39,8 @@ struct Said {
 
 struct Shared {
     asker: Asker,
+    /// For the log.
+    url: String,
     interval: Duration,
     /// How long a request takes at most, and a token waits for one.
     patience: Duration,
@@ -54,6 +56,7 @@ impl Endpoint {
     pub fn new(request: &Options, interval: Duration) -> Self {
         Self(Arc::new(Shared {
             asker: Asker::new(request),
+            url: request.url.without_query(),
             interval,
             patience: request.client.request_timeout,
             said: watch::Sender::default(),
@@ -104,7 +107,7 @@ impl Endpoint {
         let (shared, stop) = (self.0.clone(), stop.clone());
         let (name, metrics) = (name.to_owned(), metrics.clone());
         tokio::spawn(async move {
-            let trouble = Trouble::default();
+            let trouble = Trouble::new("authenticator", &name, "jwt", shared.url.clone());
             loop {
                 let asked = Instant::now();
                 let result = tokio::select! {
@@ -121,11 +124,11 @@ impl Endpoint {
                 match &result {
                     Ok(()) => {
                         metrics.reloaded("ok");
-                        trouble.is_over(&name);
+                        trouble.is_over();
                     }
                     Err(error) => {
                         metrics.reloaded("failed");
-                        trouble.is(&name, error);
+                        trouble.is(error);
                     }
                 }
                 let wanted = async {
