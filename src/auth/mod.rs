@@ -211,9 +211,7 @@ pub fn check(options: &Options) -> Vec<Error> {
     let links = options.authenticators.iter();
     let sources = options.acl.sources.iter();
     let errors = links.filter_map(|options| chain::check(options).err());
-    errors
-        .chain(sources.filter_map(|source| acl::Acl::check(source).err()))
-        .collect()
+    errors.chain(sources.flat_map(acl::Acl::check)).collect()
 }
 
 /// The number of a list's table, which tells apart who is asked.

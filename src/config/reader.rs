@@ -98,7 +98,12 @@ impl<'a> Reader<'a> {
                 };
                 let path = scope.path_of(key);
                 let allowed = placeholders::narrow(&allowed, &path);
-                self.fault(value, path, format!("found {found}; allowed: {allowed}"));
+                let text = value.as_str().filter(|_| !T::SECRET).unwrap_or_default();
+                let emqx = suggest::emqx_value(key, text)
+                    .map(|here| format!("; as in EMQX? {here}"))
+                    .unwrap_or_default();
+                let problem = format!("found {found}{emqx}; allowed: {allowed}");
+                self.fault(value, path, problem);
                 None
             }
         }
@@ -138,7 +143,13 @@ impl<'a> Reader<'a> {
             }
             let path = scope.path_of(key);
             let allowed = keys.join(", ");
+            let emqx = suggest::emqx_key(&path).map(|here| format!("; as in EMQX? {here}"));
             for origin in self.origins(value) {
+                if let Some(emqx) = &emqx {
+                    let problem = format!("unknown key{emqx}; allowed: {allowed}");
+                    self.faults.push(Fault::new(origin, path.clone(), problem));
+                    continue;
+                }
                 let hint = suggest::key(&path, key, keys, self.known)
                     .map(|known| match origin {
                         Origin::Environment(_) => {
@@ -160,6 +171,17 @@ impl<'a> Reader<'a> {
             self.faults
                 .push(Fault::new(origin, scope.path_of(name), problem));
         }
+    }
+
+    /// Notes that there is one table where a list of them has to be; `value` is of the key `name` in it.
+    pub fn refuse_table(&mut self, scope: &Scope<'_>, name: &str, value: &Value) {
+        let list = &scope.path;
+        let variable = variable_of(&format!("{list}.1.{name}"));
+        let problem = format!(
+            "found one table; allowed: a list of tables, [[{list}]] in place of [{list}] in TOML, {variable} as a \
+             variable"
+        );
+        self.fault(value, list.clone(), problem);
     }
 
     /// Notes an item of a list whose number is none.

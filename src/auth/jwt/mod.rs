@@ -192,8 +192,13 @@ impl JwtAuthenticator {
             }
         }
         let rules = claims.get(&self.options.acl_claim_name).map(Rules::parse);
-        let Ok(rules) = rules.transpose() else {
-            return deny("the token's rules of access are none");
+        let rules = match rules.transpose() {
+            Ok(rules) => rules,
+            Err(problem) => {
+                let claim = &self.options.acl_claim_name;
+                let why = format!("the token's claim {claim} holds no rules of access: {problem}");
+                return Decision::Deny(why);
+            }
         };
         let expires = expires.map(|expires| expires + leeway);
         Decision::Allow(Grant {
