@@ -16,7 +16,7 @@ use metrics_exporter_prometheus::{
     Matcher, PrometheusBuilder, PrometheusHandle, PrometheusRecorder,
 };
 
-pub use auth::AuthMetrics;
+pub use auth::{AuthMetrics, AuthenticatorMetrics, SourceMetrics};
 pub use counted::Counted;
 
 #[derive(Clone, Copy)]
@@ -64,6 +64,7 @@ const AUTHENTICATIONS: &str = "exproto_authentications_total";
 const AUTHENTICATION_SECONDS: &str = "exproto_authentication_duration_seconds";
 const AUTHENTICATIONS_IN_FLIGHT: &str = "exproto_authentications_in_flight";
 const AUTHENTICATION_RELOADS: &str = "exproto_authentication_reloads_total";
+const AUTHORIZATION_REQUESTS: &str = "exproto_authorization_requests_total";
 const AUTHORIZATIONS: &str = "exproto_authorizations_total";
 const LOGIN_ATTEMPTS_LIMITED: &str = "exproto_login_attempts_limited_total";
 const LINKS_UP: &str = "exproto_broker_links_up";
@@ -124,11 +125,12 @@ const TABLE: &[(Kind, &str, Unit, &str, &str)] = &[
     (Kind::Counter, DELIVERED, Unit::Count, "", "Messages that a handler took, counted for each connection."),
     (Kind::Counter, DROPPED, Unit::Count, "reason", "Messages that no handler got, by reason: queue_full; connection_closed, before it was taken or handed over; bad_topic, of which the topic was not UTF-8."),
     (Kind::Gauge, LINK_UP, Unit::Count, "member", "1 where this connection to the broker is up, 0 where it is not: the pool's by number, and with MQTT 3.1.1 the one for what is retained, by that word."),
-    (Kind::Counter, AUTHENTICATIONS, Unit::Count, "authenticator, outcome", "Answers of authenticators, by outcome: allow, deny, ignore, or error where there was none that can be used (a service that is away, a token that nobody known has signed)."),
-    (Kind::Histogram, AUTHENTICATION_SECONDS, Unit::Seconds, "authenticator", "Time that an authenticator took for its answer, waiting for its turn included."),
+    (Kind::Counter, AUTHENTICATIONS, Unit::Count, "authenticator, number, outcome", "Answers of authenticators, by what they are (file, http, mqtt, jwt), their number in the configuration, and outcome: allow, deny, ignore, or error where there was none that can be used (a service that is away, a token that nobody known has signed)."),
+    (Kind::Histogram, AUTHENTICATION_SECONDS, Unit::Seconds, "authenticator, number", "Time that an authenticator took for its answer, waiting for its turn included."),
     (Kind::Gauge, AUTHENTICATIONS_IN_FLIGHT, Unit::Count, "", "Authentications under way."),
     (Kind::Counter, AUTHENTICATION_RELOADS, Unit::Count, "outcome", "Changes of files of users, keys and rules, and requests for keys to a JWKS endpoint, by outcome: ok, or failed where the old ones stay in use."),
     (Kind::Counter, AUTHORIZATIONS, Unit::Count, "outcome", "Publishes and subscriptions checked against rules, by outcome: allow, deny."),
+    (Kind::Counter, AUTHORIZATION_REQUESTS, Unit::Count, "number, outcome", "Requests to services with rules of access, by their number in the configuration (authorization.sources) and outcome: allow, deny, ignore, or error where there was no answer that can be used. What is remembered is not asked for."),
     (Kind::Counter, LOGIN_ATTEMPTS_LIMITED, Unit::Count, "by", "Authentications refused unseen after too many failed ones, by address or clientid."),
     (Kind::Gauge, LINKS_UP, Unit::Count, "", "Pool members connected to the broker."),
     (Kind::Gauge, SESSIONS, Unit::Count, "", "Devices' own sessions at the broker (broker.mode = per_client), those without a link included."),

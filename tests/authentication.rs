@@ -110,9 +110,11 @@ async fn users_of_a_file_are_let_in_with_their_passwords() {
     stage.adapter.send(&ann.conn, "still there").await.ok();
     assert_eq!(ann.read_text(11).await, "still there");
 
-    let allowed = r#"exproto_authentications_total{authenticator="file",outcome="allow"}"#;
+    let allowed =
+        r#"exproto_authentications_total{authenticator="file",number="1",outcome="allow"}"#;
     assert!(stage.admin.metric(allowed).await >= 6.0);
-    let ignored = r#"exproto_authentications_total{authenticator="file",outcome="ignore"}"#;
+    let ignored =
+        r#"exproto_authentications_total{authenticator="file",number="1",outcome="ignore"}"#;
     assert_eq!(stage.admin.metric(ignored).await, 1.0);
     assert_eq!(
         stage
@@ -240,7 +242,7 @@ async fn who_guesses_is_refused_unseen() {
     let limited = |by: &str| format!("exproto_login_attempts_limited_total{{by=\"{by}\"}}");
     assert_eq!(stage.admin.metric(&limited("clientid")).await, 1.0);
     assert_eq!(stage.admin.metric(&limited("address")).await, 1.0);
-    let denied = r#"exproto_authentications_total{authenticator="file",outcome="deny"}"#;
+    let denied = r#"exproto_authentications_total{authenticator="file",number="1",outcome="deny"}"#;
     assert_eq!(stage.admin.metric(denied).await, 5.0);
     stage.finish().await;
 }

@@ -11,6 +11,7 @@
 mod common;
 
 use std::net::Ipv4Addr;
+use std::time::Instant;
 
 use common::{
     Adapter, Admin, Answer, Broker, Device, Handler, Plan, Process, Service, Signer, client, hs256,
@@ -254,7 +255,7 @@ async fn an_endpoint_without_keys_denies_its_tokens_and_says_why_and_keeps_what_
         1,
         &[
             ("MECHANISM", "jwt"),
-            ("ENDPOINT", &service.url("/jwks")),
+            ("ENDPOINT", &service.url("/jwks?key=hunter2")),
             ("REFRESH_INTERVAL", "1s"),
             ("REQUEST_TIMEOUT", "300ms"),
         ],
@@ -284,9 +285,16 @@ async fn an_endpoint_without_keys_denies_its_tokens_and_says_why_and_keeps_what_
             assert!(answer.contains("has not given any keys"), "{answer}");
         }
         service.says(&json!({"keys": [one.jwk()]}));
-        scene.logged(&["authentication.1", "answers again"]).await;
+        let url = service.url("/jwks");
+        for word in [
+            "authenticator does not answer as it should",
+            "answers again",
+        ] {
+            scene.logged(&["authentication.1", "jwt", &url, word]).await;
+        }
         scene.login("c", "u", &token).await.1.ok();
     }
+    assert!(!scene.process.log().iter().any(|l| l.contains("hunter2")));
     // A key that it has not is none, however often it is asked.
     let (_, answer) = scene
         .login("c", "u", &two.token(&json!({"sub": "c"})))
@@ -392,6 +400,38 @@ async fn a_broker_that_is_silent_or_is_none_has_no_say() {
             within("the drain", gateway.drain()).await;
         }
     }
+}
+
+/// The next address is asked while there is time, and the one that answered is the first from then on.
+#[tokio::test]
+async fn a_broker_address_that_hangs_leaves_time_for_the_next() {
+    let (handler, broker) = (Handler::start().await, Broker::start().await);
+    let urls = format!("mqtt://127.0.0.1:{},{}", impostor(b"").await, broker.url());
+    let keys = item(
+        1,
+        &[
+            ("MECHANISM", "password_based"),
+            ("BACKEND", "mqtt"),
+            ("REQUEST_TIMEOUT", "4s"),
+        ],
+    );
+    let keys: Vec<(&str, &str)> = keys.iter().map(|(k, v)| (&**k, &**v)).collect();
+    // By itself a connection may take ten seconds.
+    let plan = Plan::new(&urls, &handler.url()).set_all(&keys);
+    let gateway = exproto_sidecar::gateway::Gateway::start(&plan.config())
+        .await
+        .unwrap();
+    let addresses = gateway.addresses();
+    let adapter = Adapter::connect(addresses.adapter.tcp().unwrap()).await;
+    for (clientid, least) in [("one", 2), ("two", 0)] {
+        let device = Device::dial(addresses.listeners["tcp.default"]).await;
+        let conn = handler.created(device.port()).await;
+        let asked = Instant::now();
+        let answer = adapter.authenticate_as(&conn, info(clientid, "u"), "p");
+        answer.await.ok();
+        assert_eq!(asked.elapsed().as_secs() / 2 * 2, least);
+    }
+    within("the drain", gateway.drain()).await;
 }
 
 /// Many guesses at a time are no more guesses than one after the other.

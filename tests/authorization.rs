@@ -233,6 +233,12 @@ async fn a_service_that_hangs_or_errs_denies_and_holds_up_nobody_who_does_not_ne
         service.answers(status, kind, body);
         denied(stage.publish(&other, "y", 1, "x").await);
     }
+    // A service that is dead shows.
+    for (outcome, count) in [("allow", 1.0), ("deny", 0.0), ("error", 4.0)] {
+        let name =
+            format!("exproto_authorization_requests_total{{number=\"2\",outcome=\"{outcome}\"}}");
+        assert_eq!(stage.admin.metric(&name).await, count, "{outcome}");
+    }
     stage.finish().await;
 }
 

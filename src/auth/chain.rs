@@ -9,9 +9,9 @@ use super::file::{self, UserFile};
 use super::http::{self, HttpAuthenticator};
 use super::jwt::{self, JwtAuthenticator};
 use super::mqtt::{self, BrokerAuthenticator};
-use super::{Attempt, Decision, Denial, Error, Fault, Grant, Trouble};
+use super::{Attempt, Decision, Denial, Error, Fault, Grant, Trouble, number_of};
 use crate::config::OnError;
-use crate::metrics::AuthMetrics;
+use crate::metrics::{AuthMetrics, AuthenticatorMetrics};
 
 /// One authenticator.
 #[derive(Debug, Clone)]
@@ -82,6 +82,23 @@ impl Provider {
         }
     }
 
+    /// Where whom it asks is, for the log.
+    fn url(options: &ProviderOptions) -> String {
+        match options {
+            ProviderOptions::File(_) => String::new(),
+            ProviderOptions::Http(http, _) => http.url.without_query(),
+            ProviderOptions::Mqtt(mqtt, _) => {
+                let addresses = mqtt.broker.addresses.iter();
+                let urls: Vec<String> = addresses.map(|one| one.url.to_string()).collect();
+                urls.join(",")
+            }
+            ProviderOptions::Jwt(jwt, _) => match &jwt.source {
+                jwt::Source::Endpoint(request, _) => request.url.without_query(),
+                _ => String::new(),
+            },
+        }
+    }
+
     /// Whether user names are secret.
     fn hides_usernames(&self) -> bool {
         matches!(self, Self::Jwt(jwt) if jwt.is_from_username())
@@ -103,6 +120,7 @@ struct Link {
     provider: Provider,
     on_error: OnError,
     trouble: Trouble,
+    asked: AuthenticatorMetrics,
 }
 
 /// Whether an authenticator can be made.
@@ -115,12 +133,12 @@ impl Link {
     fn decision(&self, answer: Result<Decision, Fault>) -> Decision {
         match answer {
             Ok(decision) => {
-                self.trouble.is_over(&self.key);
+                self.trouble.is_over();
                 decision
             }
             Err(fault) => {
                 if let Fault::OfService(error) = &fault {
-                    self.trouble.is(&self.key, error);
+                    self.trouble.is(error);
                 }
                 let error = fault.text().to_owned();
                 match self.on_error {
@@ -135,7 +153,6 @@ impl Link {
 /// See the module.
 pub struct Chain {
     links: Vec<Link>,
-    metrics: AuthMetrics,
 }
 
 impl Chain {
@@ -143,16 +160,18 @@ impl Chain {
     pub fn new(options: &[Options], metrics: &AuthMetrics) -> Result<Self, Error> {
         let link = |options: &Options| {
             let (provider, on_error) = Provider::new(options)?;
+            let (key, kind) = (options.key.clone(), provider.name());
+            let url = Provider::url(&options.provider);
             Ok(Link {
-                key: options.key.clone(),
+                trouble: Trouble::new("authenticator", &key, kind, url),
+                asked: metrics.authenticator(kind, number_of(&key)),
+                key,
                 provider,
                 on_error,
-                trouble: Trouble::default(),
             })
         };
         Ok(Self {
             links: options.iter().map(link).collect::<Result<_, _>>()?,
-            metrics: metrics.clone(),
         })
     }
 
@@ -185,7 +204,7 @@ impl Chain {
             let started = Instant::now();
             let answer = link.provider.ask(attempt).await;
             let is_error = answer.is_err();
-            let is_away = matches!(answer, Err(Fault::OfService(_)));
+            let is_away = matches!(answer, Err(Fault::OfService(_) | Fault::NotYet(_)));
             unheard |= is_away;
             let decision = link.decision(answer);
             let (outcome, reason) = match &decision {
@@ -196,7 +215,7 @@ impl Chain {
                 Decision::Deny(reason) => ("deny", reason.as_str()),
                 Decision::Ignore(reason) => ("ignore", reason.as_str()),
             };
-            self.metrics.asked(provider, outcome, started.elapsed());
+            link.asked.count(outcome, started.elapsed());
             tracing::debug!(
                 authenticator = link.key,
                 clientid = attempt.clientid,

@@ -165,9 +165,7 @@ impl UserFile {
             (Some(_), false) => Decision::Deny("the password is wrong".to_owned()),
             (Some(user), true) => Decision::Allow(Grant {
                 is_superuser: user.is_superuser,
-                expire_at: None,
-                rules: None,
-                rules_until: None,
+                ..Grant::default()
             }),
         }
     }

@@ -31,7 +31,7 @@ use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 
 pub use crate::config::Secret;
-use crate::config::Template;
+use crate::config::{SecretTemplate, Template};
 use crate::metrics::AuthMetrics;
 use crate::tls::Subject;
 use chain::Chain;
@@ -78,6 +78,8 @@ impl Attempt {
 /// What is known of a device that was let in.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Grant {
+    /// Its client id, in place of what it said.
+    pub clientid: Option<String>,
     /// No rule of authorization counts for it.
     pub is_superuser: bool,
     /// When it has to go.
@@ -106,12 +108,14 @@ pub enum Fault {
     OfDevice(String),
     /// Who is to be asked is not there, or makes no sense.
     OfService(String),
+    /// What the device shows can be judged later only: no failed attempt, and nothing to be told.
+    NotYet(String),
 }
 
 impl Fault {
     /// What is wrong. No secret is in it.
     pub fn text(&self) -> &str {
-        let (Self::OfDevice(text) | Self::OfService(text)) = self;
+        let (Self::OfDevice(text) | Self::OfService(text) | Self::NotYet(text)) = self;
         text
     }
 }
@@ -158,7 +162,7 @@ pub struct Overrides {
     /// The user name.
     pub username: Template,
     /// The password.
-    pub password: Template,
+    pub password: SecretTemplate,
 }
 
 impl Overrides {
@@ -173,7 +177,7 @@ impl Overrides {
             is_set.then(|| values.plain(template))
         };
         let (clientid, username) = (filled(&self.clientid), filled(&self.username));
-        let password = filled(&self.password).map(Secret::new);
+        let password = filled(self.password.expose()).map(Secret::new);
         attempt.clientid = clientid.unwrap_or(std::mem::take(&mut attempt.clientid));
         attempt.username = username.unwrap_or(std::mem::take(&mut attempt.username));
         if let Some(password) = password {
@@ -207,9 +211,12 @@ pub fn check(options: &Options) -> Vec<Error> {
     let links = options.authenticators.iter();
     let sources = options.acl.sources.iter();
     let errors = links.filter_map(|options| chain::check(options).err());
-    errors
-        .chain(sources.filter_map(|source| acl::Acl::check(source).err()))
-        .collect()
+    errors.chain(sources.flat_map(acl::Acl::check)).collect()
+}
+
+/// The number of a list's table, which tells apart who is asked.
+fn number_of(key: &str) -> &str {
+    key.rsplit('.').next().unwrap_or_default()
 }
 
 /// Logs and counts how an attempt to follow a change of `key`'s files ended.
@@ -228,28 +235,58 @@ fn told<E: std::fmt::Display>(key: &str, metrics: &AuthMetrics) -> impl Fn(Resul
 }
 
 /// A trouble that is told once, however often it comes back, until it is over.
-#[derive(Debug, Default)]
-pub struct Trouble(Mutex<Option<String>>);
+#[derive(Debug)]
+pub struct Trouble {
+    /// Who has it: "authenticator", "source of rules".
+    what: &'static str,
+    /// Its table in the configuration.
+    key: String,
+    /// What it asks: http, mqtt, jwt.
+    kind: &'static str,
+    /// Where that is, without what could be secret.
+    url: String,
+    known: Mutex<Option<String>>,
+}
 
 impl Trouble {
+    /// There is none.
+    pub fn new(what: &'static str, key: &str, kind: &'static str, url: String) -> Self {
+        Self {
+            what,
+            key: key.to_owned(),
+            kind,
+            url,
+            known: Mutex::default(),
+        }
+    }
+
     /// It is there.
-    pub fn is(&self, key: &str, error: &str) {
-        let mut known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+    pub fn is(&self, error: &str) {
+        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
         if known.as_deref() != Some(error) {
             tracing::warn!(
-                key,
+                key = self.key,
+                kind = self.kind,
+                url = self.url,
                 error,
-                "who is asked about devices does not answer as it should"
+                "{} does not answer as it should",
+                self.what
             );
             *known = Some(error.to_owned());
         }
     }
 
     /// It is not, or not any more.
-    pub fn is_over(&self, key: &str) {
-        let mut known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+    pub fn is_over(&self) {
+        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
         if known.take().is_some() {
-            tracing::info!(key, "who is asked about devices answers again");
+            tracing::info!(
+                key = self.key,
+                kind = self.kind,
+                url = self.url,
+                "{} answers again",
+                self.what
+            );
         }
     }
 }

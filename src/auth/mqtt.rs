@@ -1,8 +1,10 @@
 //! The broker decides: a CONNECT with what the device says is tried there.
 
+use std::sync::atomic::AtomicUsize;
 use std::time::Duration;
 
 use tokio::sync::Semaphore;
+use tokio::time::{Instant, timeout_at};
 
 use super::fill::Values;
 use super::{Attempt, Decision, Grant};
@@ -26,6 +28,8 @@ pub struct Options {
 pub struct BrokerAuthenticator {
     options: Options,
     turns: Semaphore,
+    /// The address that answered last.
+    first: AtomicUsize,
 }
 
 impl BrokerAuthenticator {
@@ -33,6 +37,7 @@ impl BrokerAuthenticator {
     pub fn new(options: &Options) -> Self {
         Self {
             turns: Semaphore::new(options.pool_size.min(Semaphore::MAX_PERMITS)),
+            first: AtomicUsize::default(),
             options: options.clone(),
         }
     }
@@ -40,26 +45,23 @@ impl BrokerAuthenticator {
     /// What the broker says; `Err` where it does not say yes or no.
     pub async fn ask(&self, attempt: &Attempt) -> Result<Decision, String> {
         let limit = self.options.request_timeout;
-        let tried = tokio::time::timeout(limit, self.login(attempt)).await;
-        match tried {
-            Ok(Ok(())) => Ok(Decision::Allow(Grant::default())),
-            Ok(Err(LoginError::Denied(reason))) => {
-                Ok(Decision::Deny(format!("the broker says {reason}")))
-            }
-            Ok(Err(LoginError::Failed(reason))) => Err(reason),
-            Err(_) => Err(format!("no answer within {limit:?}")),
-        }
-    }
-
-    async fn login(&self, attempt: &Attempt) -> Result<(), LoginError> {
-        let stopping = |_| LoginError::Failed("the gateway stops".to_owned());
-        let _turn = self.turns.acquire().await.map_err(stopping)?;
+        let until = Instant::now() + limit;
+        let turn = timeout_at(until, self.turns.acquire()).await;
+        let Ok(Ok(_turn)) = turn else {
+            return Err(format!("no turn to ask within {limit:?}"));
+        };
         let values = Values {
             attempt,
             wish: None,
         };
-        let clientid = values.plain(&self.options.clientid);
-        let password = attempt.password.expose();
-        try_login(&self.options.broker, &clientid, &attempt.username, password).await
+        let (broker, clientid) = (&self.options.broker, values.plain(&self.options.clientid));
+        let (username, password) = (&attempt.username, attempt.password.expose());
+        match try_login(broker, &self.first, until, &clientid, username, password).await {
+            Ok(()) => Ok(Decision::Allow(Grant::default())),
+            Err(LoginError::Denied(reason)) => {
+                Ok(Decision::Deny(format!("the broker says {reason}")))
+            }
+            Err(LoginError::Failed(reason)) => Err(reason),
+        }
     }
 }

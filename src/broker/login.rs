@@ -1,12 +1,14 @@
 //! Whether the broker lets somebody in: a CONNECT in a device's name, and nothing more.
 
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use bytes::BytesMut;
 use tokio::io::AsyncWriteExt;
+use tokio::time::{Instant, timeout, timeout_at};
 
-use super::dial::{LinkError, connect, handshake};
-use super::{Login, Options};
+use super::dial::{LinkError, Stream, connect, handshake};
+use super::{Address, Login, Options};
 
 /// Why it does not.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -19,10 +21,15 @@ pub enum LoginError {
     Failed(String),
 }
 
-/// Connects as the client, with a clean session that ends with the connection, and leaves again. The
-/// addresses are tried in turn. Another connection of this client id is taken over.
+/// Connects as the client, with a clean session that ends with the connection, and leaves again.
+/// Another connection of this client id is taken over.
+///
+/// The addresses are tried in turn, from the one that answered last on, which `first` remembers. They
+/// share the time `until` the end, so that one that hangs leaves enough to the others.
 pub async fn try_login(
     options: &Options,
+    first: &AtomicUsize,
+    until: Instant,
     client_id: &str,
     username: &str,
     password: &str,
@@ -35,31 +42,47 @@ pub async fn try_login(
         password: password.to_owned(),
     });
     let mut failures = Vec::new();
-    for address in &options.addresses {
-        let mut stream = match connect(&options, address).await {
-            Ok(stream) => stream,
-            Err(error) => {
-                failures.push(format!("{}: {error}", address.url));
-                continue;
-            }
+    let (start, count) = (first.load(Ordering::Relaxed), options.addresses.len());
+    let places = (start..count).chain(0..start.min(count));
+    for (place, left) in places.zip((1..=count).rev()) {
+        let Some(address) = options.addresses.get(place) else {
+            continue;
         };
-        let mut input = BytesMut::new();
-        let welcome = handshake(&options, address, client_id, true, &mut stream, &mut input).await;
-        return match welcome {
-            Ok(_) => {
+        let left = u32::try_from(left).unwrap_or(u32::MAX);
+        let share = until.saturating_duration_since(Instant::now()) / left;
+        let why = match timeout(share, ask(&options, address, client_id)).await {
+            Ok(Ok(mut stream)) => {
+                first.store(place, Ordering::Relaxed);
                 let mut out = BytesMut::new();
                 options.protocol.disconnect(false, &mut out);
                 // It has said yes, whatever becomes of the farewell.
-                if stream.write_all(&out).await.is_ok() {
-                    let _ = stream.shutdown().await;
-                }
-                Ok(())
+                let farewell = async {
+                    stream.write_all(&out).await?;
+                    stream.shutdown().await
+                };
+                let _ = timeout_at(until, farewell).await;
+                return Ok(());
             }
-            Err(LinkError::Refused(refusal)) if refusal.denied => {
-                Err(LoginError::Denied(refusal.reason))
+            Ok(Err(LinkError::Refused(refusal))) if refusal.denied => {
+                first.store(place, Ordering::Relaxed);
+                return Err(LoginError::Denied(refusal.reason));
             }
-            Err(error) => Err(LoginError::Failed(error.to_string())),
+            Ok(Err(error)) => error.to_string(),
+            Err(_) => format!("no answer within {} ms", share.as_millis()),
         };
+        failures.push(format!("{}: {why}", address.url));
     }
     Err(LoginError::Failed(failures.join("; ")))
+}
+
+/// A connection that the broker has taken.
+async fn ask(
+    options: &Options,
+    address: &Address,
+    client_id: &str,
+) -> Result<Box<dyn Stream>, LinkError> {
+    let mut stream = connect(options, address).await?;
+    let mut input = BytesMut::new();
+    handshake(options, address, client_id, true, &mut stream, &mut input).await?;
+    Ok(stream)
 }

@@ -10,7 +10,7 @@ use super::names::words;
 use super::page::Page;
 use super::reader::{Reader, Scope};
 use super::schema::{Item, Nested, Section, Within, section, unconfigured};
-use super::template::{HttpUrl, Template, TemplateTable};
+use super::template::{HttpUrl, SecretTemplate, Template, TemplateTable};
 use super::types::{ClientTls, TICK};
 use super::values::Secret;
 
@@ -225,7 +225,8 @@ section! {
         /// connection that has it.
         clientid: Template = "${clientid}",
 
-        /// The longest that an attempt takes, waiting for its turn included. A duration.
+        /// The longest that an attempt takes, waiting for its turn included; several addresses of the
+        /// broker share it. A duration.
         request_timeout: Duration = Within("5s", TICK..),
 
         /// The most attempts at a time, 1 to 1024; further ones wait for their turn.
@@ -267,12 +268,12 @@ section! {
         /// Service that gives a set of public keys (JWKS). "" for none.
         endpoint: Option<HttpUrl> = "",
 
-        /// How often the endpoint is asked; also when a token names a key that is not in the set. A
-        /// duration, at least 1s.
+        /// How often the endpoint is asked; also when a token names a key that is not in the set, which
+        /// waits for the answer. A duration, at least 1s.
         refresh_interval: Duration = Within("5m", Duration::from_secs(1)..),
 
-        /// The longest that the endpoint's answer takes, and that a token waits for the first keys.
-        /// A duration.
+        /// The longest that the endpoint's answer takes, and that a token waits for the first keys, or
+        /// for a request that has begun. A duration.
         request_timeout: Duration = Within("5s", TICK..),
 
         /// What claims must be, with placeholders: `{ sub = "${clientid}" }`.
@@ -306,7 +307,7 @@ section! {
         /// The user name. "" for what the handler says.
         username: Template = "",
 
-        /// The password. "" for what the handler says.
-        password: Template = "",
+        /// The password. "" for what the handler says. Not shown where it could be secret.
+        password: SecretTemplate = "",
     }
 }

@@ -13,10 +13,10 @@ use super::authz::RuleSource;
 use super::layers::Layers;
 use super::paths::Files;
 use super::report::{Fault, Origin};
-use super::template::TemplateTable;
+use super::template::{Piece, TemplateTable};
 use super::types::{
     Broker, BrokerMode, ClientTls, Config, Failover, Handler, OnUnavailable, Protocol, Server,
-    ServerTls, ServiceName, Verify,
+    ServerTls, ServiceName, Verify, Will,
 };
 use super::value::ConfigValue;
 use super::values::{Limit, Secret};
@@ -36,9 +36,10 @@ pub(crate) fn check(config: &mut Config, layers: &Layers, faults: &mut Vec<Fault
     }
     checks.isolation(config);
     checks.broker(config);
-    checks.overrides(&config.clientinfo_override);
+    checks.placeholders(config);
     for (number, authenticator) in &mut config.authentication {
-        checks.authenticator(&format!("authentication.{number}"), authenticator);
+        let mode = config.broker.mode;
+        checks.authenticator(&format!("authentication.{number}"), authenticator, mode);
     }
     for (number, source) in &config.authorization.sources {
         if let RuleSource::Http(service) = source {
@@ -222,7 +223,10 @@ impl Checks<'_> {
                 "session_outbox_max_bytes",
                 bytes != default.session_outbox_max_bytes,
             ),
-            ("will.topic", !broker.will.topic.pieces().is_empty()),
+            ("will.topic", broker.will.topic != default.will.topic),
+            ("will.payload", broker.will.payload != default.will.payload),
+            ("will.qos", broker.will.qos != default.will.qos),
+            ("will.retain", broker.will.retain != default.will.retain),
         ];
         if broker.mode == BrokerMode::Pool {
             for (name, _) in per_client.iter().filter(|(_, is_set)| *is_set) {
@@ -251,7 +255,40 @@ impl Checks<'_> {
                 ),
             );
         }
-        self.will(&broker.will);
+        self.will(&broker.will, &default.will);
+    }
+
+    /// A will without a topic is none, and one to a filter neither.
+    fn will(&mut self, will: &Will, default: &Will) {
+        if self.spoiled("broker.will.topic") {
+            return;
+        }
+        let has_wildcard = |piece: &Piece| match piece {
+            Piece::Text(text) => text.contains(['+', '#']),
+            Piece::Fill(_) => false,
+        };
+        if will.topic.pieces().iter().any(has_wildcard) {
+            let found = will.topic.to_text();
+            self.fault(
+                "broker.will.topic",
+                format!("found {found:?}; allowed: a topic, which has no + and no #"),
+            );
+        }
+        if !will.topic.pieces().is_empty() {
+            return;
+        }
+        for (name, is_set) in [
+            ("payload", will.payload != default.payload),
+            ("qos", will.qos != default.qos),
+            ("retain", will.retain != default.retain),
+        ] {
+            if is_set {
+                self.fault(
+                    &format!("broker.will.{name}"),
+                    "found a value without broker.will.topic; allowed: with it",
+                );
+            }
+        }
     }
 
     /// What a Unix socket has no use for, and a port neither.
@@ -401,9 +438,18 @@ impl Checks<'_> {
         }
     }
 
-    fn authenticator(&mut self, table: &str, authenticator: &mut Authenticator) {
+    fn authenticator(&mut self, table: &str, authenticator: &mut Authenticator, mode: BrokerMode) {
         match authenticator {
-            Authenticator::File(_) | Authenticator::Mqtt(_) => {}
+            Authenticator::File(_) => {}
+            Authenticator::Mqtt(login) => {
+                if login.enable && mode == BrokerMode::PerClient {
+                    self.fault(
+                        &format!("{table}.backend"),
+                        "found \"mqtt\" with broker.mode = \"per_client\", where the broker is asked \
+                         about each device anyway; allowed: with \"pool\", or leave this table out",
+                    );
+                }
+            }
             Authenticator::Http(service) => {
                 let tls = service.url.tls;
                 self.client_tls(table, &service.ssl_options, tls, "url", "https://");

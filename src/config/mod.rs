@@ -33,6 +33,7 @@ mod listeners;
 mod names;
 mod page;
 mod paths;
+mod placeholders;
 mod reader;
 mod report;
 mod schema;
@@ -60,8 +61,9 @@ pub use listeners::{
 };
 pub use names::{ClientIdPrefix, Mountpoint, Name, NodeName, PropertyName};
 pub use paths::Files;
+pub use placeholders::Placeholder;
 pub use report::{Fault, Origin, Report};
-pub use template::{HttpUrl, Piece, Placeholder, Template, TemplateTable};
+pub use template::{HttpUrl, Piece, SecretTemplate, Template, TemplateTable};
 pub use types::{
     Admin, Broker, BrokerMode, ClientTls, Config, Failover, Handler, Log, LogFormat, LogLevel,
     LoginAttempts, OnUnavailable, Protocol, Queue, QueuePolicy, Server, ServerTls, ServiceName,

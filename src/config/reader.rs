@@ -6,6 +6,7 @@ use figment::value::{Dict, Value};
 
 use super::layers::{Layers, variable_of};
 use super::names::Name;
+use super::placeholders;
 use super::report::{Fault, Origin};
 use super::schema::{join, leaves};
 use super::suggest;
@@ -95,11 +96,14 @@ impl<'a> Reader<'a> {
                     (false, Some(item)) => item,
                     (false, None) => show(value),
                 };
-                self.fault(
-                    value,
-                    scope.path_of(key),
-                    format!("found {found}; allowed: {allowed}"),
-                );
+                let path = scope.path_of(key);
+                let allowed = placeholders::narrow(&allowed, &path);
+                let text = value.as_str().filter(|_| !T::SECRET).unwrap_or_default();
+                let emqx = suggest::emqx_value(key, text)
+                    .map(|here| format!("; as in EMQX? {here}"))
+                    .unwrap_or_default();
+                let problem = format!("found {found}{emqx}; allowed: {allowed}");
+                self.fault(value, path, problem);
                 None
             }
         }
@@ -139,7 +143,13 @@ impl<'a> Reader<'a> {
             }
             let path = scope.path_of(key);
             let allowed = keys.join(", ");
+            let emqx = suggest::emqx_key(&path).map(|here| format!("; as in EMQX? {here}"));
             for origin in self.origins(value) {
+                if let Some(emqx) = &emqx {
+                    let problem = format!("unknown key{emqx}; allowed: {allowed}");
+                    self.faults.push(Fault::new(origin, path.clone(), problem));
+                    continue;
+                }
                 let hint = suggest::key(&path, key, keys, self.known)
                     .map(|known| match origin {
                         Origin::Environment(_) => {
@@ -161,6 +171,17 @@ impl<'a> Reader<'a> {
             self.faults
                 .push(Fault::new(origin, scope.path_of(name), problem));
         }
+    }
+
+    /// Notes that there is one table where a list of them has to be; `value` is of the key `name` in it.
+    pub fn refuse_table(&mut self, scope: &Scope<'_>, name: &str, value: &Value) {
+        let list = &scope.path;
+        let variable = variable_of(&format!("{list}.1.{name}"));
+        let problem = format!(
+            "found one table; allowed: a list of tables, [[{list}]] in place of [{list}] in TOML, {variable} as a \
+             variable"
+        );
+        self.fault(value, list.clone(), problem);
     }
 
     /// Notes an item of a list whose number is none.

@@ -344,6 +344,14 @@ impl<T: Item> Field<Listed> for BTreeMap<u16, T> {
         }
         let all = reader.table(scope, key, &["1", "2", "..."]);
         let mut items = BTreeMap::new();
+        // `[key]` in place of `[[key]]`.
+        let is_of_an_item = |(name, value): &(&String, &Value)| {
+            value.as_dict().is_none() && name.parse::<u16>().is_err()
+        };
+        if let Some((name, value)) = all.entries().find(is_of_an_item) {
+            reader.refuse_table(&all, name, value);
+            return items;
+        }
         for (number, value) in all.entries() {
             match number.parse::<u16>() {
                 Ok(place) if place > 0 => {

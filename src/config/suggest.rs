@@ -33,6 +33,45 @@ pub(crate) fn key(path: &str, key: &str, keys: &[&str], known: &[String]) -> Opt
         })
 }
 
+/// What a key of EMQX's is here, for an unknown key of an authenticator or a source of rules.
+pub(crate) fn emqx_key(path: &str) -> Option<&'static str> {
+    let (table, key) = path.rsplit_once('.')?;
+    if !table.starts_with("authentication") && !table.starts_with("authorization") {
+        return None;
+    }
+    Some(match key {
+        "use_jwks" => "here the keys come from endpoint or jwks_file (JWKS), public_key or secret",
+        "algorithm" => "here the key says it: secret is for HS256, public_key for RS256 and ES256",
+        "certificate" => "here it is public_key, the path of a file",
+        "ssl" => "here it is ssl_options",
+        "password_hash_algorithm" => "here each hash of the file says how it was made",
+        "filename" => "here it is path",
+        "cache" => "here it is cache_max_size and cache_ttl",
+        "enable_pipelining" | "max_inactive" | "max_retries" | "retry_interval"
+        | "precondition" => "here there is none: leave it out",
+        _ => return None,
+    })
+}
+
+/// What a value of EMQX's is here, for one that `key` cannot have.
+pub(crate) fn emqx_value(key: &str, value: &str) -> Option<&'static str> {
+    Some(match (key, value) {
+        ("backend", "built_in_database") => {
+            "here users are in a file: \"file\", see exproto-sidecar passwd"
+        }
+        ("type", "built_in_database") => "here rules are in a file: \"file\"",
+        ("backend" | "type", "mysql" | "postgresql" | "mongodb" | "redis" | "ldap") => {
+            "here a service of yours may ask it: \"http\""
+        }
+        ("backend", "jwt") | ("mechanism", "jwks") => "here it is mechanism = \"jwt\"",
+        ("mechanism", "http" | "file" | "mqtt" | "built_in_database") => {
+            "here that is a backend, with mechanism = \"password_based\""
+        }
+        ("mechanism", "scram" | "gssapi" | "cinfo") => "here there is none",
+        _ => return None,
+    })
+}
+
 fn flat(path: &str) -> String {
     path.replace('.', "_")
 }

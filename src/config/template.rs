@@ -3,45 +3,9 @@
 use figment::providers::{Format, Toml};
 use figment::value::{Dict, Value};
 
+use super::placeholders::{self, Placeholder};
 use super::value::{ConfigValue, Rejected, quote};
 use super::values::Secret;
-
-macro_rules! placeholders {
-    ($($(#[$doc:meta])* $variant:ident = $name:literal,)*) => {
-        /// What can be filled in.
-        #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-        pub enum Placeholder {
-            $($(#[$doc])* $variant,)*
-        }
-
-        impl Placeholder {
-            const ALL: &'static [(&'static str, Placeholder)] = &[$(($name, Placeholder::$variant),)*];
-        }
-    };
-}
-
-placeholders! {
-    /// The client id.
-    ClientId = "clientid",
-    /// The user name.
-    Username = "username",
-    /// The password.
-    Password = "password",
-    /// The device's address.
-    PeerHost = "peerhost",
-    /// The common name of its certificate.
-    CertCommonName = "cert_common_name",
-    /// The distinguished name of its certificate.
-    CertSubject = "cert_subject",
-    /// The name of its protocol.
-    ProtoName = "proto_name",
-    /// What it wants to do: `publish` or `subscribe`.
-    Action = "action",
-    /// Where it wants to do it.
-    Topic = "topic",
-    /// With which QoS.
-    Qos = "qos",
-}
 
 /// A part of a template.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -64,11 +28,11 @@ impl Template {
         while let Some(at) = rest.find("${") {
             let (before, tail) = rest.split_at(at);
             let (name, after) = tail.get(2..)?.split_once('}')?;
-            let (_, placeholder) = Placeholder::ALL.iter().find(|(known, _)| *known == name)?;
+            let placeholder = Placeholder::named(name)?;
             if !before.is_empty() {
                 pieces.push(Piece::Text(before.to_owned()));
             }
-            pieces.push(Piece::Fill(*placeholder));
+            pieces.push(Piece::Fill(placeholder));
             rest = after;
         }
         if !rest.is_empty() {
@@ -86,15 +50,19 @@ impl Template {
     fn is_bare(&self) -> bool {
         matches!(self.0.as_slice(), [] | [Piece::Fill(_)])
     }
+
+    /// As it is shown where it could be secret.
+    fn masked(&self) -> String {
+        match self.is_bare() {
+            true => self.to_text(),
+            false => Secret::MASK.to_owned(),
+        }
+    }
 }
 
 impl ConfigValue for Template {
     fn allowed() -> String {
-        let names: Vec<String> = Placeholder::ALL
-            .iter()
-            .map(|(name, _)| format!("${{{name}}}"))
-            .collect();
-        format!("text; placeholders are {}", names.join(" "))
+        format!("text; {}", placeholders::allowed())
     }
 
     fn from_text(text: &str) -> Result<Self, Rejected> {
@@ -106,14 +74,43 @@ impl ConfigValue for Template {
         for piece in &self.0 {
             match piece {
                 Piece::Text(part) => text.push_str(part),
-                Piece::Fill(placeholder) => {
-                    let mut all = Placeholder::ALL.iter();
-                    let name = all.find(|(_, one)| one == placeholder);
-                    text.push_str(&format!("${{{}}}", name.map_or("", |(name, _)| name)));
-                }
+                Piece::Fill(placeholder) => text.push_str(&placeholder.to_string()),
             }
         }
         text
+    }
+}
+
+/// A template whose text could be secret, and is not shown then.
+#[derive(Clone, Default, PartialEq, Eq)]
+pub struct SecretTemplate(Template);
+
+impl SecretTemplate {
+    /// The template itself. The caller keeps it out of logs.
+    pub fn expose(&self) -> &Template {
+        &self.0
+    }
+}
+
+impl std::fmt::Debug for SecretTemplate {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.to_text())
+    }
+}
+
+impl ConfigValue for SecretTemplate {
+    const SECRET: bool = true;
+
+    fn allowed() -> String {
+        Template::allowed()
+    }
+
+    fn from_text(text: &str) -> Result<Self, Rejected> {
+        Template::from_text(text).map(Self)
+    }
+
+    fn to_text(&self) -> String {
+        self.0.masked()
     }
 }
 
@@ -172,10 +169,7 @@ impl ConfigValue for TemplateTable {
 
     fn to_toml(&self) -> String {
         let entries = self.iter().map(|(name, value)| {
-            let value = match value.is_bare() {
-                true => value.to_text(),
-                false => Secret::MASK.to_owned(),
-            };
+            let value = value.masked();
             let is_bare = |b: u8| b.is_ascii_alphanumeric() || b == b'_' || b == b'-';
             let name = match !name.is_empty() && name.bytes().all(is_bare) {
                 true => name.to_owned(),
@@ -200,6 +194,17 @@ pub struct HttpUrl {
     pub authority: String,
     /// What is behind it, from the `/` on.
     pub path: Template,
+}
+
+impl HttpUrl {
+    /// For the log: without the query, which may hold a key.
+    pub fn without_query(&self) -> String {
+        let text = self.to_text();
+        match text.split_once('?') {
+            Some((before, _)) => before.to_owned(),
+            None => text,
+        }
+    }
 }
 
 impl ConfigValue for HttpUrl {
@@ -265,9 +270,25 @@ mod tests {
     }
 
     #[test]
+    fn a_secret_template_shows_nothing_but_a_placeholder() {
+        for (text, shown) in [
+            ("", ""),
+            ("${username}", "${username}"),
+            ("hunter2", "***"),
+            ("${clientid}:hunter2", "***"),
+        ] {
+            let template = SecretTemplate::from_text(text).unwrap();
+            assert_eq!(template.to_text(), shown);
+            assert_eq!(format!("{template:?}"), shown);
+            assert_eq!(template.expose().to_text(), text);
+        }
+    }
+
+    #[test]
     fn urls_have_placeholders_behind_the_host_only() {
         let url = HttpUrl::from_text("https://h:1?u=${username}").unwrap();
         assert_eq!(url.to_text(), "https://h:1/?u=${username}");
+        assert_eq!(url.without_query(), "https://h:1/");
         for bad in [
             "h",
             "ftp://h",

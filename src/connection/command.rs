@@ -256,6 +256,8 @@ pub enum RawPublish {
 
 /// What came of an authentication.
 struct Known {
+    /// See [`Client::said`].
+    said: Option<Arc<str>>,
     grant: Grant,
     own: Option<OwnSession>,
 }
@@ -410,6 +412,53 @@ impl Commands {
                 "clientinfo_override leaves no client id: is there a client certificate?",
             ));
         }
+        self.check_names(&attempt)?;
+        if handle.caller().has_moved()
+            && let Ok(client) = handle.client()
+            && **client.said.as_ref().unwrap_or(&client.clientid) == *attempt.clientid
+            && client.username == attempt.username
+        {
+            // The handler at the new address does what every handler does. The device is the
+            // one that was let in over this connection.
+            return Ok(());
+        }
+        let mut authentication = handle.authenticating()?;
+        let mut grant = if handle.context().settings.enable_authn {
+            let asked = self.auth.authenticate(&attempt);
+            authentication.run(asked).await??
+        } else {
+            Grant::default()
+        };
+        let said = grant
+            .clientid
+            .take()
+            .map(|clientid| Arc::from(std::mem::replace(&mut attempt.clientid, clientid)));
+        if said.is_some() {
+            self.check_names(&attempt)?;
+        }
+        let own = match &self.own {
+            None => None,
+            Some(own) => {
+                // The broker authenticates here, and is guarded like everybody who does.
+                self.auth.admit(&attempt)?;
+                let opened = own.open(&self.registry, handle, &attempt);
+                let opened = Box::pin(authentication.run(opened)).await?;
+                let opened = opened.inspect_err(|refusal| {
+                    if refusal.code == ResultCode::PermissionDeny {
+                        self.auth.failed(&attempt);
+                    }
+                })?;
+                // There may have been many guesses at a time.
+                self.auth.admit(&attempt)?;
+                Some(opened)
+            }
+        };
+        let known = Known { said, grant, own };
+        self.make_client(handle, &attempt, &template, known, authentication)
+    }
+
+    /// Whether client id and user name are such as a device may have.
+    fn check_names(&self, attempt: &Attempt) -> Result<(), Refusal> {
         // Nobody takes the gateway's own sessions over.
         if self.broker.owns(&attempt.clientid) {
             return Err(Refusal::new(
@@ -429,41 +478,7 @@ impl Commands {
                 ));
             }
         }
-        if handle.caller().has_moved()
-            && let Ok(client) = handle.client()
-            && *client.clientid == *attempt.clientid
-            && client.username == attempt.username
-        {
-            // The handler at the new address does what every handler does. The device is the
-            // one that was let in over this connection.
-            return Ok(());
-        }
-        let mut authentication = handle.authenticating()?;
-        let grant = if handle.context().settings.enable_authn {
-            let asked = self.auth.authenticate(&attempt);
-            authentication.run(asked).await??
-        } else {
-            Grant::default()
-        };
-        let own = match &self.own {
-            None => None,
-            Some(own) => {
-                // The broker authenticates here, and is guarded like everybody who does.
-                self.auth.admit(&attempt)?;
-                let opened = own.open(&self.registry, handle, &attempt);
-                let opened = Box::pin(authentication.run(opened)).await?;
-                let opened = opened.inspect_err(|refusal| {
-                    if refusal.code == ResultCode::PermissionDeny {
-                        self.auth.failed(&attempt);
-                    }
-                })?;
-                // There may have been many guesses at a time.
-                self.auth.admit(&attempt)?;
-                Some(opened)
-            }
-        };
-        let known = Known { grant, own };
-        self.make_client(handle, &attempt, &template, known, authentication)
+        Ok(())
     }
 
     /// The device's own session, or the pool.
@@ -476,7 +491,7 @@ impl Commands {
         handle: &Handle,
         attempt: &Attempt,
         asked_mountpoint: &str,
-        Known { grant, own }: Known,
+        Known { said, grant, own }: Known,
         authentication: Authentication<'_>,
     ) -> Result<(), Refusal> {
         let settings = &handle.context().settings;
@@ -492,6 +507,7 @@ impl Commands {
         let expires = grant.expire_at.map(deadline);
         let client = Arc::new(Client {
             clientid: attempt.clientid.as_str().into(),
+            said,
             username: attempt.username.clone(),
             mountpoint,
             person: self.auth.acl().person(attempt, grant),

@@ -34,6 +34,8 @@ const MAX_SUBSCRIPTIONS: usize = 10_000;
 pub struct Client {
     /// Unique among the gateway's connections.
     pub clientid: Arc<str>,
+    /// The one that the handler gave, where whoever vouched for it has given it another.
+    pub said: Option<Arc<str>>,
     /// As the handler gave it.
     pub username: String,
     /// In front of its topics on the broker.

@@ -2,12 +2,58 @@
 
 use std::time::Duration;
 
-use metrics::{Counter, Gauge};
+use metrics::{Counter, Gauge, Histogram, Label};
 
 use super::{
     AUTHENTICATION_RELOADS, AUTHENTICATION_SECONDS, AUTHENTICATIONS, AUTHENTICATIONS_IN_FLIGHT,
-    AUTHORIZATIONS, Counted, LOGIN_ATTEMPTS_LIMITED, Metrics, label,
+    AUTHORIZATION_REQUESTS, AUTHORIZATIONS, Counted, LOGIN_ATTEMPTS_LIMITED, Metrics, label,
 };
+
+/// What somebody who is asked can say, or that it says nothing.
+const OUTCOMES: [&str; 4] = ["allow", "deny", "ignore", "error"];
+
+/// A counter for each outcome: all of them are there from the start.
+struct Outcomes([Counter; 4]);
+
+impl Outcomes {
+    fn new(metrics: &Metrics, name: &'static str, labels: &[Label]) -> Self {
+        Self(OUTCOMES.map(|outcome| {
+            let outcome = std::iter::once(label("outcome", outcome));
+            metrics.counter(name, labels.iter().cloned().chain(outcome).collect())
+        }))
+    }
+
+    fn count(&self, outcome: &str) {
+        let mut counters = OUTCOMES.iter().zip(&self.0);
+        if let Some((_, counter)) = counters.find(|(name, _)| **name == outcome) {
+            counter.increment(1);
+        }
+    }
+}
+
+/// The metrics of an authenticator.
+pub struct AuthenticatorMetrics {
+    seconds: Histogram,
+    outcomes: Outcomes,
+}
+
+impl AuthenticatorMetrics {
+    /// Counts what it answered, and how long that took.
+    pub fn count(&self, outcome: &str, elapsed: Duration) {
+        self.seconds.record(elapsed.as_secs_f64());
+        self.outcomes.count(outcome);
+    }
+}
+
+/// The metrics of a service with rules of access.
+pub struct SourceMetrics(Outcomes);
+
+impl SourceMetrics {
+    /// Counts what it answered.
+    pub fn count(&self, outcome: &str) {
+        self.0.count(outcome);
+    }
+}
 
 /// See the module.
 #[derive(Clone)]
@@ -36,15 +82,28 @@ impl AuthMetrics {
         Counted::one(&self.in_flight)
     }
 
-    /// Counts what an authenticator answered, and how long that took.
-    pub fn asked(&self, authenticator: &'static str, outcome: &'static str, elapsed: Duration) {
-        let mut labels = vec![label("authenticator", authenticator)];
-        let seconds = self
-            .metrics
-            .histogram(AUTHENTICATION_SECONDS, labels.clone());
-        seconds.record(elapsed.as_secs_f64());
-        labels.push(label("outcome", outcome));
-        self.metrics.counter(AUTHENTICATIONS, labels).increment(1);
+    /// The metrics of an authenticator: of which kind, in the table with which number.
+    pub fn authenticator(&self, kind: &'static str, number: &str) -> AuthenticatorMetrics {
+        let labels = vec![
+            label("authenticator", kind),
+            label("number", number.to_owned()),
+        ];
+        AuthenticatorMetrics {
+            seconds: self
+                .metrics
+                .histogram(AUTHENTICATION_SECONDS, labels.clone()),
+            outcomes: Outcomes::new(&self.metrics, AUTHENTICATIONS, &labels),
+        }
+    }
+
+    /// The metrics of a service with rules, in the table with this number.
+    pub fn source(&self, number: &str) -> SourceMetrics {
+        let labels = [label("number", number.to_owned())];
+        SourceMetrics(Outcomes::new(
+            &self.metrics,
+            AUTHORIZATION_REQUESTS,
+            &labels,
+        ))
     }
 
     /// Counts an attempt that was refused unseen, for its address or else for its client id.

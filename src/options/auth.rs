@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use http::header::ACCEPT;
 use http::{HeaderName, Method};
 
 use super::{Error, broker, client_tls};
@@ -149,17 +150,19 @@ fn request(key: &str, options: &Request<'_>) -> Result<service::Options, Error> 
             .map_err(|error| Error::new(&format!("{key}.headers"), error))?;
         Ok((name, value.clone()))
     };
+    let headers = options.headers.iter().map(header);
+    let mut headers = headers.collect::<Result<Vec<_>, Error>>()?;
+    // As EMQX does: a service that can answer in several ways answers with what is understood.
+    if headers.iter().all(|(name, _)| *name != ACCEPT) {
+        headers.extend(Template::parse("application/json").map(|json| (ACCEPT, json)));
+    }
     Ok(service::Options {
         method: match options.method {
             HttpMethod::Post => Method::POST,
             HttpMethod::Get => Method::GET,
         },
         url: options.url.clone(),
-        headers: options
-            .headers
-            .iter()
-            .map(header)
-            .collect::<Result<_, Error>>()?,
+        headers,
         body: entries(options.body),
         client: client::Options {
             tls: tls(key, options.url, options.ssl_options)?,

@@ -43,6 +43,23 @@ fn every_key_of_the_default_file_loads_when_uncommented() {
 }
 
 #[test]
+fn a_fixed_password_in_place_of_a_devices_is_not_shown() {
+    let with = |password: &str| {
+        let config = toml(&format!("[clientinfo_override]\npassword = '{password}'")).unwrap();
+        (config.to_toml(), format!("{config:?}"))
+    };
+    for fixed in ["hunter2", "${clientid}hunter2"] {
+        let (dump, debug) = with(fixed);
+        assert!(!dump.contains("hunter2") && !debug.contains("hunter2"));
+        assert!(dump.contains("password = \"***\""), "{dump}");
+    }
+    let (dump, _) = with("${clientid}");
+    assert!(dump.contains("password = \"${clientid}\""), "{dump}");
+    let fault = toml("[clientinfo_override]\npassword = 'hunter2${x}'").unwrap_err();
+    assert!(!fault.to_string().contains("hunter2"), "{fault}");
+}
+
+#[test]
 fn the_dump_loads_again_and_masks_the_secret() {
     let config = toml(
         r#"

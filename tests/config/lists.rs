@@ -136,3 +136,58 @@ fn faults_of_lists_name_the_item() {
     let report = crate::support::load_file(&path).unwrap_err();
     assert_eq!(report.faults().len(), 2, "{report}");
 }
+
+#[test]
+fn a_table_in_place_of_a_list_is_told_how_to_be_one() {
+    let table = TWO.replace("[[authentication]]", "[authentication]");
+    let first = table.split("\n\n").next().unwrap();
+    one_fault(
+        toml(first),
+        &[
+            "authentication: found one table; allowed: a list of tables, [[authentication]] in place of [authentication]",
+        ],
+    );
+    one_fault(
+        env(&[("EXPROTO_AUTHENTICATION__MECHANISM", "jwt")]),
+        &["EXPROTO_AUTHENTICATION__1__MECHANISM as a variable"],
+    );
+    one_fault(
+        toml("[authorization.sources]\ntype = 'file'\npath = 'x'"),
+        &["[[authorization.sources]] in place of"],
+    );
+}
+
+#[test]
+fn what_is_written_as_for_emqx_is_told_what_it_is_here() {
+    let jwt = |line: &str| {
+        toml(&format!(
+            "[[authentication]]\nmechanism = 'jwt'\nendpoint = 'http://h/'\n{line}"
+        ))
+    };
+    for (line, here) in [
+        (
+            "use_jwks = true",
+            "unknown key; as in EMQX? here the keys come from endpoint",
+        ),
+        ("algorithm = 'hmac-based'", "here the key says it"),
+        ("ssl = { enable = true }", "here it is ssl_options"),
+    ] {
+        one_fault(jwt(line), &["authentication.1", here]);
+    }
+    for (lines, here) in [
+        (
+            "mechanism = 'password_based'\nbackend = 'built_in_database'",
+            "here users are in a file: \"file\"",
+        ),
+        (
+            "mechanism = 'password_based'\nbackend = 'mysql'",
+            "\"http\"; allowed: \"file\"",
+        ),
+        (
+            "mechanism = 'scram'",
+            "as in EMQX? here there is none; allowed: \"password_based\"",
+        ),
+    ] {
+        one_fault(toml(&format!("[[authentication]]\n{lines}")), &[here]);
+    }
+}

@@ -176,20 +176,58 @@ fn bad_values() {
             "broker.will.topic: found a value with broker.mode = \"pool\"",
         ),
         (
+            "[broker.will]\nretain = true",
+            "broker.will.retain: found a value with broker.mode = \"pool\"",
+        ),
+        (
+            "[broker]\nmode = 'per_client'\nwill = { topic = 'a/#' }",
+            "broker.will.topic: found \"a/#\"; allowed: a topic, which has no + and no #",
+        ),
+        (
+            "[broker]\nmode = 'per_client'\nwill = { payload = 'gone' }",
+            "broker.will.payload: found a value without broker.will.topic; allowed: with it",
+        ),
+        (
+            "[broker]\nmode = 'per_client'\n[[authentication]]\nmechanism = 'password_based'\nbackend = 'mqtt'",
+            "authentication.1.backend: found \"mqtt\" with broker.mode = \"per_client\"",
+        ),
+        (
             "[broker]\nmode = 'per_client'\nwill = { topic = 'x', payload = '${password}' }",
-            "broker.will.payload: found a placeholder that a will has no value for",
+            "broker.will.payload: found ${password}, which has no value here; allowed: placeholders \
+             are ${clientid} ${username} ${peerhost} ${cert_common_name} ${cert_subject} ${proto_name}",
+        ),
+        (
+            "[broker]\nmode = 'per_client'\nwill = { topic = '${device}' }",
+            "broker.will.topic: found \"${device}\"; allowed: text; placeholders are ${clientid} \
+             ${username} ${peerhost} ${cert_common_name} ${cert_subject} ${proto_name}",
         ),
         (
             "[clientinfo_override]\nusername = '${password}'",
-            "clientinfo_override.username: found a placeholder that it cannot have",
+            "clientinfo_override.username: found ${password}, which has no value here",
         ),
         (
             "[clientinfo_override]\nclientid = 'a-${password}'",
-            "clientinfo_override.clientid: found a placeholder that it cannot have",
+            "clientinfo_override.clientid: found ${password}, which has no value here",
         ),
         (
             "[clientinfo_override]\npassword = '${topic}'",
-            "clientinfo_override.password: found a placeholder that it cannot have",
+            "clientinfo_override.password: found ${topic}, which has no value here; allowed: \
+             placeholders are ${clientid} ${username} ${peerhost} ${cert_common_name} ${cert_subject} \
+             ${proto_name} ${password}",
+        ),
+        (
+            "[[authentication]]\nmechanism = 'password_based'\nbackend = 'http'\nurl = 'http://h/${topic}'",
+            "authentication.1.url: found ${topic}, which has no value here",
+        ),
+        (
+            "[[authentication]]\nmechanism = 'jwt'\nendpoint = 'http://h/${clientid}'",
+            "authentication.1.endpoint: found ${clientid}, which has no value here; allowed: no placeholders",
+        ),
+        (
+            "[[authorization.sources]]\ntype = 'http'\nurl = 'http://h/'\nbody = { p = '${password}' }",
+            "authorization.sources.1.body: found ${password}, which has no value here; allowed: \
+             placeholders are ${clientid} ${username} ${peerhost} ${cert_common_name} ${cert_subject} \
+             ${proto_name} ${action} ${topic} ${qos}",
         ),
         (
             "[admin]\nbind = 'localhost:1'",

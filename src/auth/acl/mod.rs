@@ -17,9 +17,9 @@ use tokio_util::sync::CancellationToken;
 use super::fill::Values;
 pub use super::fill::Wish;
 use super::http::{self as service, Asker};
-use super::{Attempt, Error, Grant, Secret, Trouble, told};
+use super::{Attempt, Error, Grant, Secret, Trouble, number_of, told};
 use crate::config::OnError;
-use crate::metrics::AuthMetrics;
+use crate::metrics::{AuthMetrics, SourceMetrics};
 use crate::reload::{Current, Watch};
 pub use rules::{Permission, Rules};
 
@@ -56,7 +56,15 @@ pub struct Options {
 
 enum Asked {
     File(PathBuf, Watch, Arc<Current<Rules>>),
-    Http(Box<Asker>, OnError, Trouble),
+    Http(Box<Service>),
+}
+
+/// A service that is asked each time.
+struct Service {
+    asker: Asker,
+    on_error: OnError,
+    trouble: Trouble,
+    asked: SourceMetrics,
 }
 
 /// See the module.
@@ -90,24 +98,45 @@ impl Person {
     }
 }
 
-/// The rules in the text of a file.
-fn parse(text: &str) -> Result<Rules, String> {
-    let file: Value = Toml::from_str(text).map_err(|error| error.to_string())?;
+/// The rules in the text of a file, or all that is wrong with them.
+fn parse(text: &str) -> Result<Rules, Vec<String>> {
+    let file: Value = Toml::from_str(text).map_err(|error| vec![error.to_string()])?;
     let members = file.as_object().into_iter().flatten();
     if let Some((unknown, _)) = members.clone().find(|(key, _)| *key != "rules") {
-        return Err(format!("unknown key {unknown:?}; allowed: rules"));
+        return Err(vec![format!("unknown key {unknown:?}; allowed: rules")]);
     }
-    match file.get("rules") {
-        None => Ok(Rules::default()),
-        Some(list @ Value::Array(_)) => Rules::parse(list),
-        Some(_) => Err("rules is no list".to_owned()),
-    }
+    let items = match file.get("rules") {
+        None => return Ok(Rules::default()),
+        Some(Value::Array(items)) => items,
+        Some(_) => return Err(vec!["rules is no list: write [[rules]]".to_owned()]),
+    };
+    // A rule has a line where each begins with one.
+    let lines = (1..).zip(text.lines().map(str::trim_start));
+    let heads = lines.filter(|(_, line)| line.starts_with("[[rules]]"));
+    let lines: Vec<u32> = heads.map(|(number, _)| number).collect();
+    let place = |index: usize| match lines.get(index) {
+        Some(line) if lines.len() == items.len() => format!("line {line}, rule {}", index + 1),
+        _ => format!("rule {}", index + 1),
+    };
+    Rules::list(items).map_err(|problems| {
+        let problems = problems.into_iter();
+        problems
+            .map(|(index, problem)| format!("{}: {problem}", place(index)))
+            .collect()
+    })
+}
+
+/// Reads a file; or all that is wrong with it.
+fn read_all(path: &Path) -> Result<Rules, Vec<String>> {
+    let named = |problem: String| format!("{}: {problem}", path.display());
+    let text = std::fs::read_to_string(path).map_err(|error| vec![named(error.to_string())])?;
+    parse(&text).map_err(|problems| problems.into_iter().map(named).collect())
 }
 
 fn read(path: &Path) -> Result<Arc<Rules>, String> {
-    let named = |problem: String| format!("{}: {problem}", path.display());
-    let text = std::fs::read_to_string(path).map_err(|error| named(error.to_string()))?;
-    parse(&text).map(Arc::new).map_err(named)
+    read_all(path)
+        .map(Arc::new)
+        .map_err(|problems| problems.join("; "))
 }
 
 impl Acl {
@@ -124,8 +153,13 @@ impl Acl {
                     Asked::File(path.clone(), watch, Current::new(rules))
                 }
                 SourceKind::Http(request, on_error) => {
-                    let asker = Box::new(Asker::new(request));
-                    Asked::Http(asker, *on_error, Trouble::default())
+                    let (key, url) = (&source.key, request.url.without_query());
+                    Asked::Http(Box::new(Service {
+                        asker: Asker::new(request),
+                        on_error: *on_error,
+                        trouble: Trouble::new("source of rules", key, "http", url),
+                        asked: metrics.source(number_of(key)),
+                    }))
                 }
             };
             Ok((source.key.clone(), asked))
@@ -141,15 +175,17 @@ impl Acl {
         })
     }
 
-    /// Whether the source can be used.
-    pub fn check(source: &Source) -> Result<(), Error> {
-        match &source.kind {
-            SourceKind::Http(..) => Ok(()),
-            SourceKind::File(path) => read(path).map(drop).map_err(|problem| Error {
-                key: format!("{}.path", source.key),
-                problem,
-            }),
-        }
+    /// What is wrong with the source.
+    pub fn check(source: &Source) -> Vec<Error> {
+        let problems = match &source.kind {
+            SourceKind::Http(..) => Vec::new(),
+            SourceKind::File(path) => read_all(path).err().unwrap_or_default(),
+        };
+        let error = |problem| Error {
+            key: format!("{}.path", source.key),
+            problem,
+        };
+        problems.into_iter().map(error).collect()
     }
 
     /// Follows changes of files until `stop` is cancelled.
@@ -240,20 +276,29 @@ impl Acl {
                 Err(permission)
             }
         };
-        for (key, source) in self.sources.iter().skip(from) {
+        for (_, source) in self.sources.iter().skip(from) {
             let decided = match source {
                 Asked::File(_, _, current) => current.get().decide(values, wish),
-                Asked::Http(asker, on_error, trouble) => match answer(asker, values).await {
-                    Ok(decided) => {
-                        trouble.is_over(key);
-                        decided
+                Asked::Http(service) => {
+                    let said = answer(&service.asker, values).await;
+                    service.asked.count(match &said {
+                        Ok(Some(Permission::Allow)) => "allow",
+                        Ok(Some(Permission::Deny)) => "deny",
+                        Ok(None) => "ignore",
+                        Err(_) => "error",
+                    });
+                    match said {
+                        Ok(decided) => {
+                            service.trouble.is_over();
+                            decided
+                        }
+                        Err(error) => {
+                            service.trouble.is(&error);
+                            is_sound = false;
+                            (service.on_error == OnError::Deny).then_some(Permission::Deny)
+                        }
                     }
-                    Err(error) => {
-                        trouble.is(key, &error);
-                        is_sound = false;
-                        (*on_error == OnError::Deny).then_some(Permission::Deny)
-                    }
-                },
+                }
             };
             if let Some(permission) = decided {
                 return sound(permission, is_sound);
@@ -320,7 +365,7 @@ pub(super) mod fuzzing {
 
     /// The rules of a file's text, together and each alone.
     pub fn parse(text: &str) -> Result<(Rules, Vec<Rules>), String> {
-        let rules = super::parse(text)?;
+        let rules = super::parse(text).map_err(|problems| problems.join("; "))?;
         let alone = rules.each();
         Ok((rules, alone))
     }
@@ -331,6 +376,19 @@ mod tests {
     use super::super::tests::attempt;
     use super::*;
     use crate::metrics::Metrics;
+
+    #[test]
+    fn all_faults_of_a_file_are_told_with_their_lines() {
+        let text = "# two\n[[rules]]\npermission = 'maybe'\n\n[[rules]]\npermission = 'allow'\n\n  \
+                    [[rules]]\npermission = 'deny'\nqos = 3\n";
+        let problems = parse(text).unwrap_err();
+        assert_eq!(problems.len(), 2, "{problems:?}");
+        assert!(problems[0].starts_with("line 2, rule 1: permission"));
+        assert!(problems[1].starts_with("line 8, rule 3: qos"));
+        let inline = "rules = [{ permission = 'maybe' }]";
+        assert!(parse(inline).unwrap_err()[0].starts_with("rule 1: permission"));
+        assert!(parse("[[rules]]\npermission = allow").unwrap_err()[0].contains("line 2"));
+    }
 
     #[tokio::test]
     async fn rules_of_a_token_lapse_with_it() {

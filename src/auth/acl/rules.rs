@@ -70,17 +70,35 @@ impl Rules {
     /// `sub` and `all`, which allows those and nothing else.
     pub fn parse(value: &Value) -> Result<Self, String> {
         match value {
-            Value::Array(items) if items.len() > MAX_RULES => {
-                Err(format!("there are more than {MAX_RULES} rules"))
-            }
             Value::Array(items) => {
-                let rules = items.iter().enumerate().map(|(index, item)| {
-                    rule(item).map_err(|problem| format!("rule {}: {problem}", index + 1))
-                });
-                rules.collect::<Result<_, _>>().map(Self)
+                let named = |(index, problem)| format!("rule {}: {problem}", index + 1);
+                let joined = |problems: Vec<(usize, String)>| {
+                    let all = problems.into_iter().map(named);
+                    all.collect::<Vec<_>>().join("; ")
+                };
+                Self::list(items).map_err(joined)
             }
             Value::Object(members) => short(members),
             _ => Err("rules are a list of objects, or an object of pub, sub and all".to_owned()),
+        }
+    }
+
+    /// The rules of a list; or what is wrong with each that is none, by its place.
+    pub(super) fn list(items: &[Value]) -> Result<Self, Vec<(usize, String)>> {
+        if items.len() > MAX_RULES {
+            let problem = format!("there are more than {MAX_RULES} rules");
+            return Err(vec![(MAX_RULES, problem)]);
+        }
+        let (mut rules, mut problems) = (Vec::new(), Vec::new());
+        for (index, item) in items.iter().enumerate() {
+            match rule(item) {
+                Ok(rule) => rules.push(rule),
+                Err(problem) => problems.push((index, problem)),
+            }
+        }
+        match problems.is_empty() {
+            true => Ok(Self(rules)),
+            false => Err(problems),
         }
     }
 

@@ -1,8 +1,13 @@
 //! A client of HTTP/1.1: connections kept for the next request, TLS, everything bounded.
+//!
+//! A service may close a kept connection just when a request comes (RFC 9112, 9.3.1). Where nothing
+//! of an answer was there yet, the request is made once more, over a connection of its own: nobody is
+//! to be refused for it, and to ask twice who a device is does no harm.
 
 use std::io;
 use std::pin::Pin;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, Ordering};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -10,11 +15,10 @@ use bytes::Bytes;
 use futures_util::future::BoxFuture;
 use http::{HeaderMap, Method, Request, StatusCode, Uri};
 use http_body_util::{BodyExt, Full, Limited};
-use hyper::rt::{Read, ReadBufCursor, Write};
 use hyper_util::client::legacy::connect::{Connected, Connection};
 use hyper_util::client::legacy::{Client, Error as ClientError};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
-use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 use tokio::sync::Semaphore;
 use tokio_rustls::rustls::pki_types::ServerName;
@@ -77,6 +81,8 @@ pub enum Error {
 /// See the module.
 pub struct HttpClient {
     client: Client<Connector, Full<Bytes>>,
+    /// Keeps no connections.
+    fresh: Client<Connector, Full<Bytes>>,
     turns: Semaphore,
     options: Options,
 }
@@ -88,13 +94,16 @@ impl HttpClient {
             tls: options.tls.clone(),
             timeout: options.connect_timeout,
         };
-        let client = Client::builder(TokioExecutor::new())
-            .pool_timer(TokioTimer::new())
-            .pool_idle_timeout(IDLE)
-            .pool_max_idle_per_host(options.pool_size)
-            .build(connector);
+        let client = |kept| {
+            Client::builder(TokioExecutor::new())
+                .pool_timer(TokioTimer::new())
+                .pool_idle_timeout(IDLE)
+                .pool_max_idle_per_host(kept)
+                .build(connector.clone())
+        };
         Self {
-            client,
+            client: client(options.pool_size),
+            fresh: client(0),
             turns: Semaphore::new(options.pool_size.min(Semaphore::MAX_PERMITS)),
             options,
         }
@@ -122,7 +131,10 @@ impl HttpClient {
     async fn send(&self, request: Request<Full<Bytes>>) -> Result<Answer, Error> {
         let closed = |_| Error::Broken("the gateway stops".to_owned());
         let _turn = self.turns.acquire().await.map_err(closed)?;
-        let answer = self.client.request(request).await;
+        let answer = match self.client.request(request.clone()).await {
+            Err(error) if was_kept_too_long(&error) => self.fresh.request(request).await,
+            answer => answer,
+        };
         let (head, body) = answer.map_err(|error| broken(&error))?.into_parts();
         let body = Limited::new(body, self.options.max_body).collect().await;
         let body = body.map_err(
@@ -137,6 +149,17 @@ impl HttpClient {
             body: body.to_bytes(),
         })
     }
+}
+
+/// Whether the connection had answered earlier requests, and nothing of this one's answer came.
+fn was_kept_too_long(error: &ClientError) -> bool {
+    let mut extras = http::Extensions::new();
+    if let Some(connected) = error.connect_info() {
+        connected.get_extras(&mut extras);
+    }
+    extras
+        .get::<Arc<Progress>>()
+        .is_some_and(|progress| progress.is_asked_again())
 }
 
 fn broken(error: &ClientError) -> Error {
@@ -167,11 +190,39 @@ struct Connector {
     timeout: Duration,
 }
 
-/// An open connection, as hyper wants it.
-struct Open(TokioIo<Box<dyn Stream>>);
+/// How far a connection is: it is asked, answers, is asked again...
+#[derive(Debug, Default)]
+struct Progress(AtomicU8);
+
+impl Progress {
+    /// Heard of since it was asked.
+    const HEARD: u8 = 1;
+    /// Asked again, and nothing was heard since.
+    const AGAIN: u8 = 2;
+
+    fn heard(&self) {
+        self.0.store(Self::HEARD, Ordering::Relaxed);
+    }
+
+    fn asked(&self) {
+        if self.0.load(Ordering::Relaxed) == Self::HEARD {
+            self.0.store(Self::AGAIN, Ordering::Relaxed);
+        }
+    }
+
+    fn is_asked_again(&self) -> bool {
+        self.0.load(Ordering::Relaxed) == Self::AGAIN
+    }
+}
+
+/// An open connection.
+struct Open {
+    stream: Box<dyn Stream>,
+    progress: Arc<Progress>,
+}
 
 impl Connector {
-    async fn open(self, uri: Uri) -> io::Result<Open> {
+    async fn open(self, uri: Uri) -> io::Result<TokioIo<Open>> {
         let host = uri.host().unwrap_or_default();
         let host = host.trim_start_matches('[').trim_end_matches(']');
         let is_tls = uri.scheme_str() == Some("https");
@@ -185,14 +236,17 @@ impl Connector {
                 Box::new(tls.connector().connect(name, tcp).await?)
             }
         };
-        Ok(Open(TokioIo::new(stream)))
+        Ok(TokioIo::new(Open {
+            stream,
+            progress: Arc::default(),
+        }))
     }
 }
 
 impl Service<Uri> for Connector {
-    type Response = Open;
+    type Response = TokioIo<Open>;
     type Error = io::Error;
-    type Future = BoxFuture<'static, io::Result<Open>>;
+    type Future = BoxFuture<'static, io::Result<TokioIo<Open>>>;
 
     fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<io::Result<()>> {
         Poll::Ready(Ok(()))
@@ -213,34 +267,40 @@ impl Service<Uri> for Connector {
 
 impl Connection for Open {
     fn connected(&self) -> Connected {
-        Connected::new()
+        Connected::new().extra(self.progress.clone())
     }
 }
 
-impl Read for Open {
+impl AsyncRead for Open {
     fn poll_read(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
-        buffer: ReadBufCursor<'_>,
+        buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.0).poll_read(cx, buffer)
+        let before = buffer.filled().len();
+        let read = Pin::new(&mut self.stream).poll_read(cx, buffer);
+        if buffer.filled().len() > before {
+            self.progress.heard();
+        }
+        read
     }
 }
 
-impl Write for Open {
+impl AsyncWrite for Open {
     fn poll_write(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.0).poll_write(cx, bytes)
+        self.progress.asked();
+        Pin::new(&mut self.stream).poll_write(cx, bytes)
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.0).poll_flush(cx)
+        Pin::new(&mut self.stream).poll_flush(cx)
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.0).poll_shutdown(cx)
+        Pin::new(&mut self.stream).poll_shutdown(cx)
     }
 }

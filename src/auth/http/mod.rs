@@ -1,7 +1,7 @@
 //! A service that decides, asked over HTTP: what EMQX's HTTP authenticator asks and understands.
 //!
 //! 200 with JSON: `result` is `allow`, `deny` or `ignore`; `is_superuser`, `expire_at` (seconds since
-//! the epoch), `acl`. 204 allows. Everything else is no decision, and neither is no answer.
+//! the epoch), `clientid_override`, `acl`. 204 allows. Everything else is no decision, and neither is no answer.
 
 pub mod client;
 
@@ -20,6 +20,10 @@ use client::{Answer, Error, HttpClient};
 
 /// The largest answer in bytes: rules of access for one device, with room.
 pub const MAX_BODY: usize = 64 * 1024;
+
+/// Seconds since the epoch beyond which a moment is taken for one in milliseconds, which all since
+/// September 2001 are: as seconds it is the year 33658. Who means "never" may say the year 9999.
+const FAR_AWAY: Duration = Duration::from_secs(1_000_000_000_000);
 
 /// What is asked, and how.
 #[derive(Debug, Clone)]
@@ -202,6 +206,13 @@ fn granted(members: &Map<String, Value>, now: SystemTime) -> Result<Decision, St
         None | Some(Value::Null) => None,
         Some(value) => Some(epoch(value).ok_or("its expire_at is no number of seconds")?),
     };
+    let is_far = |time: SystemTime| {
+        time.duration_since(SystemTime::UNIX_EPOCH)
+            .is_ok_and(|since| since >= FAR_AWAY)
+    };
+    if expire_at.is_some_and(is_far) {
+        return Err("its expire_at is in milliseconds, and not in seconds".to_owned());
+    }
     if expire_at.is_some_and(|time| time <= now) {
         return Ok(Decision::Deny("its expire_at has passed".to_owned()));
     }
@@ -209,9 +220,15 @@ fn granted(members: &Map<String, Value>, now: SystemTime) -> Result<Decision, St
         None | Some(Value::Null) => false,
         Some(value) => truth(value).ok_or("its is_superuser is not true or false")?,
     };
+    let clientid = match members.get("clientid_override") {
+        None | Some(Value::Null) => None,
+        Some(Value::String(text)) => Some(text.clone()).filter(|text| !text.is_empty()),
+        Some(_) => return Err("its clientid_override is no text".to_owned()),
+    };
     let acl = members.get("acl").filter(|acl| !acl.is_null());
     let rules = acl.map(Rules::parse).transpose();
     Ok(Decision::Allow(Grant {
+        clientid,
         is_superuser,
         expire_at,
         rules: rules.map_err(|problem| format!("its acl: {problem}"))?,
@@ -313,8 +330,7 @@ mod tests {
             Ok(Decision::Allow(Grant {
                 is_superuser,
                 expire_at,
-                rules: None,
-                rules_until: None,
+                ..Grant::default()
             }))
         };
         assert_eq!(decided(r#"{"result":"allow"}"#), grant(false, None));
@@ -325,6 +341,11 @@ mod tests {
         assert_eq!(
             decide(&answer(204, "text/html", ""), now),
             grant(false, None)
+        );
+        // The end of the year 9999.
+        assert_eq!(
+            decided(r#"{"result":"allow","expire_at":253402300799}"#),
+            grant(false, at(253_402_300_799))
         );
         let form = "Application/x-www-form-urlencoded; charset=utf-8";
         let form = |body: &str| decide(&answer(200, form, body), now);
@@ -382,9 +403,12 @@ mod tests {
             "<html>",
             r#"{"result":"yes"}"#,
             r#"{"result":"allow","expire_at":"soon"}"#,
+            r#"{"result":"allow","expire_at":1700000000000}"#,
+            r#"{"result":"allow","expire_at":1e12}"#,
             r#"{"result":"allow","is_superuser":"yes"}"#,
             r#"{"result":"allow","is_superuser":2}"#,
             r#"{"result":"allow","is_superuser":[]}"#,
+            r#"{"result":"allow","clientid_override":7}"#,
             r#"{"result":"allow","acl":[{"permission":"maybe"}]}"#,
         ] {
             assert!(decided(body).is_err(), "{body}");
@@ -392,6 +416,18 @@ mod tests {
         for status in [201, 301, 401, 404, 500] {
             let decided = decide(&answer(status, json, r#"{"result":"allow"}"#), now);
             assert!(decided.unwrap_err().contains(&status.to_string()));
+        }
+        for (text, clientid) in [
+            (r#""other""#, Some("other")),
+            (r#""""#, None),
+            ("null", None),
+        ] {
+            let body = format!(r#"{{"result":"allow","clientid_override":{text}}}"#);
+            let expected = Grant {
+                clientid: clientid.map(str::to_owned),
+                ..Grant::default()
+            };
+            assert_eq!(decided(&body), Ok(Decision::Allow(expected)), "{body}");
         }
         let html = answer(200, "text/html", r#"{"result":"allow"}"#);
         assert!(decide(&html, now).is_err());

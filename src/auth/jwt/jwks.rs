@@ -1,11 +1,13 @@
 //! A service that gives keys: asked at the start, every so often, and when a token names a key that
-//! is not there.
+//! is not there. That token waits for what the service says: its device is no guesser because keys
+//! have changed. Tokens with made-up names of keys gain nothing by it: together they bring about one
+//! request in each pause, and are refused, and counted, when it is answered.
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use http::StatusCode;
-use tokio::sync::{Notify, watch};
+use tokio::sync::{Notify, Semaphore, watch};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
@@ -13,20 +15,38 @@ use super::Keys;
 use super::key;
 use crate::auth::fill::Values;
 use crate::auth::http::{Asker, Options};
-use crate::auth::{Attempt, Trouble};
+use crate::auth::{Attempt, Fault, MAX_UNDER_WAY, Trouble};
 use crate::metrics::AuthMetrics;
 
 /// Between two requests passes at least so long, however many tokens name keys that are not there,
 /// and however often it fails.
 const LEAST_PAUSE: Duration = Duration::from_secs(5);
 
+/// Tokens that wait for keys at a time: others than those who bring them are to be authenticated,
+/// too.
+const MAX_WAITING: usize = MAX_UNDER_WAY / 2;
+
+/// What the service has said so far.
+#[derive(Debug, Default)]
+struct Said {
+    /// The last keys.
+    keys: Option<Arc<Keys>>,
+    /// Requests that have ended.
+    requests: u64,
+    /// Whether the last one brought no keys.
+    has_failed: bool,
+}
+
 struct Shared {
     asker: Asker,
+    /// For the log.
+    url: String,
     interval: Duration,
-    /// How long a token waits for the first keys.
+    /// How long a request takes at most, and a token waits for one.
     patience: Duration,
-    keys: watch::Sender<Option<Arc<Keys>>>,
+    said: watch::Sender<Said>,
     wanted: Notify,
+    places: Semaphore,
 }
 
 /// See the module.
@@ -36,26 +56,50 @@ impl Endpoint {
     pub fn new(request: &Options, interval: Duration) -> Self {
         Self(Arc::new(Shared {
             asker: Asker::new(request),
+            url: request.url.without_query(),
             interval,
             patience: request.client.request_timeout,
-            keys: watch::Sender::new(None),
+            said: watch::Sender::default(),
             wanted: Notify::new(),
+            places: Semaphore::new(MAX_WAITING),
         }))
     }
 
-    /// The keys; waits for the first ones. A token that names another one has them asked for.
-    pub async fn keys(&self, kid: Option<&str>) -> Result<Arc<Keys>, String> {
-        let mut keys = self.0.keys.subscribe();
-        let first = tokio::time::timeout(self.0.patience, keys.wait_for(Option::is_some)).await;
-        let found = match first {
-            Ok(Ok(keys)) => keys.clone(),
-            _ => None,
+    /// The keys; waits for the first ones, and for the next answer where the token names one that is
+    /// not there: until the next request may begin, and as long as it takes.
+    ///
+    /// # Errors
+    /// There are no keys, or it cannot be said that the one that the token names is none.
+    pub async fn keys(&self, kid: Option<&str>) -> Result<Arc<Keys>, Fault> {
+        let shared = &self.0;
+        let mut said = shared.said.subscribe();
+        let found = {
+            let first = said.wait_for(|said| said.keys.is_some());
+            match tokio::time::timeout(shared.patience, first).await {
+                Ok(Ok(said)) => said.keys.clone().map(|keys| (keys, said.requests)),
+                _ => None,
+            }
         };
-        let found = found.ok_or("the service has not given any keys")?;
-        if !found.iter().any(|key| key.is_named(kid)) {
-            self.0.wanted.notify_one();
+        let none = || Fault::OfService("the service has not given any keys".to_owned());
+        let (keys, requests) = found.ok_or_else(none)?;
+        let has = |keys: &Keys| keys.iter().any(|key| key.is_named(kid));
+        if has(&keys) {
+            return Ok(keys);
         }
-        Ok(found)
+        let later = |why: &str| Fault::NotYet(why.to_owned());
+        let full = |_| later("too many tokens wait for keys");
+        let _place = shared.places.try_acquire().map_err(full)?;
+        shared.wanted.notify_one();
+        let limit = shared.least_pause() + shared.patience;
+        let next = said.wait_for(|said| said.requests > requests);
+        let next = tokio::time::timeout(limit, next).await;
+        let Ok(Ok(said)) = next else {
+            return Err(later("the key that the token names is not fetched yet"));
+        };
+        match &said.keys {
+            Some(keys) if has(keys) || !said.has_failed => Ok(keys.clone()),
+            _ => Err(later("the key that the token names cannot be fetched")),
+        }
     }
 
     /// Asks until `stop` is cancelled.
@@ -63,7 +107,7 @@ impl Endpoint {
         let (shared, stop) = (self.0.clone(), stop.clone());
         let (name, metrics) = (name.to_owned(), metrics.clone());
         tokio::spawn(async move {
-            let trouble = Trouble::default();
+            let trouble = Trouble::new("authenticator", &name, "jwt", shared.url.clone());
             loop {
                 let asked = Instant::now();
                 let result = tokio::select! {
@@ -71,28 +115,31 @@ impl Endpoint {
                     () = stop.cancelled() => return,
                     result = shared.fetch() => result,
                 };
-                let pause = match &result {
-                    Ok(()) => shared.interval,
-                    Err(_) => LEAST_PAUSE.min(shared.interval),
+                let least = shared.least_pause();
+                let pause = if result.is_ok() {
+                    shared.interval
+                } else {
+                    least
                 };
                 match &result {
                     Ok(()) => {
                         metrics.reloaded("ok");
-                        trouble.is_over(&name);
+                        trouble.is_over();
                     }
                     Err(error) => {
                         metrics.reloaded("failed");
-                        trouble.is(&name, error);
+                        trouble.is(error);
                     }
                 }
-                let least = LEAST_PAUSE.min(shared.interval);
+                let wanted = async {
+                    shared.wanted.notified().await;
+                    tokio::time::sleep_until(asked + least).await;
+                };
                 tokio::select! {
                     biased;
                     () = stop.cancelled() => return,
                     () = tokio::time::sleep_until(asked + pause) => {}
-                    () = shared.wanted.notified() => {
-                        tokio::time::sleep_until(asked + least).await;
-                    }
+                    () = wanted => {}
                 }
             }
         });
@@ -100,7 +147,23 @@ impl Endpoint {
 }
 
 impl Shared {
+    fn least_pause(&self) -> Duration {
+        LEAST_PAUSE.min(self.interval)
+    }
+
     async fn fetch(&self) -> Result<(), String> {
+        let asked = self.ask().await;
+        self.said.send_modify(|said| {
+            said.requests += 1;
+            said.has_failed = asked.is_err();
+            if let Ok(keys) = &asked {
+                said.keys = Some(keys.clone());
+            }
+        });
+        asked.map(drop)
+    }
+
+    async fn ask(&self) -> Result<Arc<Keys>, String> {
         let nobody = Attempt::nobody();
         let values = Values {
             attempt: &nobody,
@@ -114,8 +177,6 @@ impl Shared {
         if answer.status != StatusCode::OK {
             return Err(format!("it answers with status {}", answer.status.as_u16()));
         }
-        self.keys
-            .send_replace(Some(Arc::new(key::jwks(&answer.body)?)));
-        Ok(())
+        key::jwks(&answer.body).map(Arc::new)
     }
 }

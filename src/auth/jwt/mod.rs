@@ -147,10 +147,7 @@ impl JwtAuthenticator {
         let keys = match &self.ring {
             Ring::Fixed(keys) => keys.clone(),
             Ring::File(_, _, current) => current.get(),
-            Ring::Endpoint(endpoint) => {
-                let keys = endpoint.keys(token.kid.as_deref()).await;
-                keys.map_err(Fault::OfService)?
-            }
+            Ring::Endpoint(endpoint) => endpoint.keys(token.kid.as_deref()).await?,
         };
         let mut named = keys.iter().filter(|key| key.is_named(token.kid.as_deref()));
         if !named.any(|key| key.verify(&token.algorithm, token.message, &token.signature)) {
@@ -195,11 +192,17 @@ impl JwtAuthenticator {
             }
         }
         let rules = claims.get(&self.options.acl_claim_name).map(Rules::parse);
-        let Ok(rules) = rules.transpose() else {
-            return deny("the token's rules of access are none");
+        let rules = match rules.transpose() {
+            Ok(rules) => rules,
+            Err(problem) => {
+                let claim = &self.options.acl_claim_name;
+                let why = format!("the token's claim {claim} holds no rules of access: {problem}");
+                return Decision::Deny(why);
+            }
         };
         let expires = expires.map(|expires| expires + leeway);
         Decision::Allow(Grant {
+            clientid: None,
             rules,
             rules_until: expires,
             is_superuser: claims.get("is_superuser").and_then(truth) == Some(true),

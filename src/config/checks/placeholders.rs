@@ -1,50 +1,70 @@
 //! Placeholders where they have no value, or one that nobody is to see.
 
-use super::super::auth::ClientInfoOverride;
-use super::super::template::{Piece, Placeholder, Template};
-use super::super::types::Will;
+use super::super::Config;
+use super::super::auth::Authenticator;
+use super::super::authz::RuleSource;
+use super::super::placeholders::{allowed_at, of};
+use super::super::template::{HttpUrl, Piece, Template, TemplateTable};
 use super::Checks;
 
-/// What a device wants to do, which only rules of access know.
-const WISHES: [Placeholder; 3] = [Placeholder::Action, Placeholder::Topic, Placeholder::Qos];
-
-/// Those that everybody may see.
-const SHOWN: &str = "${clientid} ${username} ${peerhost} ${cert_common_name} ${cert_subject} \
-                     ${proto_name}";
-
-fn has(template: &Template, unfit: &[Placeholder]) -> bool {
-    let mut pieces = template.pieces().iter();
-    pieces.any(|piece| matches!(piece, Piece::Fill(placeholder) if unfit.contains(placeholder)))
-}
-
 impl Checks<'_> {
-    pub(super) fn will(&mut self, will: &Will) {
-        for (name, template) in [("topic", &will.topic), ("payload", &will.payload)] {
-            if has(template, &WISHES) || has(template, &[Placeholder::Password]) {
-                self.fault(
-                    &format!("broker.will.{name}"),
-                    format!("found a placeholder that a will has no value for; allowed: {SHOWN}"),
-                );
+    pub(super) fn placeholders(&mut self, config: &Config) {
+        let will = &config.broker.will;
+        self.filled("broker.will.topic", &will.topic);
+        self.filled("broker.will.payload", &will.payload);
+        let overrides = &config.clientinfo_override;
+        self.filled("clientinfo_override.clientid", &overrides.clientid);
+        self.filled("clientinfo_override.username", &overrides.username);
+        self.filled("clientinfo_override.password", overrides.password.expose());
+        for (number, authenticator) in &config.authentication {
+            let table = format!("authentication.{number}");
+            match authenticator {
+                Authenticator::File(_) => {}
+                Authenticator::Http(service) => {
+                    self.request(&table, &service.url, [&service.headers, &service.body]);
+                }
+                Authenticator::Mqtt(login) => {
+                    self.filled(&format!("{table}.clientid"), &login.clientid);
+                }
+                Authenticator::Jwt(jwt) => {
+                    if let Some(endpoint) = &jwt.endpoint {
+                        self.filled(&format!("{table}.endpoint"), &endpoint.path);
+                    }
+                    self.all_filled(&format!("{table}.verify_claims"), &jwt.verify_claims);
+                }
+            }
+        }
+        for (number, source) in &config.authorization.sources {
+            if let RuleSource::Http(service) = source {
+                let table = format!("authorization.sources.{number}");
+                self.request(&table, &service.url, [&service.headers, &service.body]);
             }
         }
     }
 
-    /// What a device is called is in topics and in the log: no password may be in it.
-    pub(super) fn overrides(&mut self, overrides: &ClientInfoOverride) {
-        for (name, template, is_shown) in [
-            ("clientid", &overrides.clientid, true),
-            ("username", &overrides.username, true),
-            ("password", &overrides.password, false),
-        ] {
-            let (unfit, more): (&[_], _) = match is_shown {
-                true => (&[Placeholder::Password], ""),
-                false => (&[], " ${password}"),
-            };
-            if has(template, &WISHES) || has(template, unfit) {
-                self.fault(
-                    &format!("clientinfo_override.{name}"),
-                    format!("found a placeholder that it cannot have; allowed: {SHOWN}{more}"),
-                );
+    fn request(&mut self, table: &str, url: &HttpUrl, tables: [&TemplateTable; 2]) {
+        self.filled(&format!("{table}.url"), &url.path);
+        for (name, templates) in ["headers", "body"].iter().zip(tables) {
+            self.all_filled(&format!("{table}.{name}"), templates);
+        }
+    }
+
+    fn all_filled(&mut self, key: &str, templates: &TemplateTable) {
+        for (_, template) in templates.iter() {
+            self.filled(key, template);
+        }
+    }
+
+    fn filled(&mut self, key: &str, template: &Template) {
+        let known = of(key);
+        for piece in template.pieces() {
+            if let Piece::Fill(placeholder) = piece
+                && !known.contains(placeholder)
+            {
+                let allowed = allowed_at(key);
+                let problem =
+                    format!("found {placeholder}, which has no value here; allowed: {allowed}");
+                self.fault(key, problem);
             }
         }
     }
