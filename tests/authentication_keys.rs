@@ -101,3 +101,43 @@ async fn while_the_endpoint_is_away_nobody_has_failed_and_known_keys_count() {
     login(&stage, "c", &token).await.ok();
     stage.finish().await;
 }
+
+/// Tokens of one issuer among several: whose key they name has them, whatever the others do.
+#[tokio::test]
+async fn keys_that_do_not_come_hold_up_nobody_else() {
+    let (silent, other, own) = (
+        Service::start().await,
+        Service::start().await,
+        Service::start().await,
+    );
+    let gate = silent.hold();
+    let (stranger, signer) = (Signer::new("a"), Signer::new("b"));
+    other.says(&json!({"keys": [stranger.jwk()]}));
+    own.says(&json!({"keys": [signer.jwk()]}));
+    let mut keys = Vec::new();
+    for (number, service) in [(1, &silent), (2, &other), (3, &own)] {
+        let jwks = [
+            ("MECHANISM", "jwt"),
+            ("ENDPOINT", &*service.url("/jwks")),
+            // Longer than an authentication may take.
+            ("REQUEST_TIMEOUT", "10m"),
+        ];
+        keys.extend(item(number, &jwks));
+    }
+    let keys: Vec<(&str, &str)> = keys.iter().map(|(k, v)| (&**k, &**v)).collect();
+    let stage = Stage::with(&keys).await;
+    let token = signer.token(&json!({}));
+    // The first of them may have come before the keys.
+    login(&stage, "c", &token).await.ok();
+    let before = other.asked.borrow().len();
+    for answer in logins(&stage, 40, &token).await {
+        answer.ok();
+    }
+    assert_eq!(
+        other.asked.borrow().len(),
+        before,
+        "it has been asked for another's key"
+    );
+    gate.open();
+    stage.finish().await;
+}

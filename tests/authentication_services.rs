@@ -23,7 +23,7 @@ use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use common::{
     Adapter, Answer, Authority, Broker, Call, Device, Plan, Process, Service, Signer, Stage,
-    client, free_port, http_item, item, seconds, until, within,
+    client, free_port, hs256, http_item, item, seconds, until, within,
 };
 use exproto_sidecar::proto::{ClientInfo, ResultCode};
 use serde_json::{Value, json};
@@ -527,27 +527,42 @@ async fn tokens_that_openssl_has_signed_are_good() {
     }
 }
 
-/// Everything at trace level, every authenticator, whether it works or not.
+/// Everything at trace level, every authenticator and a source of rules, whether they work or not.
 #[tokio::test]
 async fn no_secret_is_in_the_log_the_metrics_or_an_answer() {
-    const SECRETS: [&str; 5] = [
+    no_secret_is_told("").await;
+}
+
+/// The same where every device has the same password.
+#[tokio::test]
+async fn nor_is_the_password_that_all_devices_have() {
+    no_secret_is_told("0verride-pw").await;
+}
+
+async fn no_secret_is_told(given: &'static str) {
+    const SECRETS: [&str; 7] = [
         "pa55word-of-device",
         "s3cret-of-the-tokens-that-is-long-enough",
         "hdr-s3cret",
         "body-s3cret",
         "br0ker-pw",
+        "rules-s3cret",
+        "0verride-pw",
     ];
-    let [password, jwt_secret, header, _, _] = SECRETS;
+    let [password, jwt_secret, header, _, broker_password, rules, _] = SECRETS;
     let folder = tempfile::tempdir().unwrap();
     let users = folder.path().join("users");
     let hash = "$2y$04$Lx6.LGoNu2yDeWtyDpLS8.RzlAVVDdwP65FTD7OOyvyQXFnI1tLjK";
     std::fs::write(&users, format!("ann:{hash}\n")).unwrap();
-    let (service, broker) = (Service::start().await, Broker::start().await);
+    let service = Service::start().await;
+    // It denies, and vouches for nobody else.
+    let broker = Broker::guarded(&[("gateway", broker_password)], "pattern readwrite #\n").await;
     let handler = common::Handler::start().await;
-    let mut keys = item(1, &[("MECHANISM", "jwt"), ("SECRET", jwt_secret)]);
-    keys.extend(http_item(2, &format!("http://127.0.0.1:{}/", free_port())));
-    keys.extend(http_item(3, &service.url("/x?password=${password}")));
     let headers = format!("{{ x-key = \"{header}\", x-password = \"${{password}}\" }}");
+    let away = format!("http://127.0.0.1:{}/", free_port());
+    let mut keys = item(1, &[("MECHANISM", "jwt"), ("SECRET", jwt_secret)]);
+    keys.extend(http_item(2, &away));
+    keys.extend(http_item(3, &service.url("/x?password=${password}")));
     keys.extend(item(
         3,
         &[
@@ -556,17 +571,35 @@ async fn no_secret_is_in_the_log_the_metrics_or_an_answer() {
             ("BODY", "{ password = \"${password}\", k = 'body-s3cret' }"),
         ],
     ));
+    // Keys that never come, and something else instead of keys.
+    for (number, url) in [(4, &away), (5, &service.url("/jwks"))] {
+        let jwks = [("MECHANISM", "jwt"), ("ENDPOINT", url)];
+        keys.extend(item(number, &jwks));
+        keys.extend(item(number, &[("REQUEST_TIMEOUT", "100ms")]));
+    }
     keys.extend(item(
-        4,
+        6,
+        &[
+            ("MECHANISM", "password_based"),
+            ("BACKEND", "file"),
+            ("PATH", users.to_str().unwrap()),
+        ],
+    ));
+    keys.extend(item(
+        7,
         &[("MECHANISM", "password_based"), ("BACKEND", "mqtt")],
     ));
+    let rules_headers = format!("{{ x-key = \"{rules}\" }}");
     let mut plan = Plan::new(&broker.url(), &handler.url())
         .set("LOG__LEVEL", "trace")
         .set("BROKER__USERNAME", "gateway")
-        .set("BROKER__PASSWORD", "br0ker-pw")
-        .set("AUTHENTICATION__5__MECHANISM", "password_based")
-        .set("AUTHENTICATION__5__BACKEND", "file")
-        .set("AUTHENTICATION__5__PATH", users.to_str().unwrap());
+        .set("BROKER__PASSWORD", broker_password)
+        .set("AUTHORIZATION__SOURCES__1__TYPE", "http")
+        .set("AUTHORIZATION__SOURCES__1__URL", &service.url("/rules"))
+        .set("AUTHORIZATION__SOURCES__1__HEADERS", &rules_headers);
+    if !given.is_empty() {
+        plan = plan.set("CLIENTINFO_OVERRIDE__PASSWORD", given);
+    }
     for (key, value) in &keys {
         plan = plan.set(key, value);
     }
@@ -574,46 +607,68 @@ async fn no_secret_is_in_the_log_the_metrics_or_an_answer() {
     let adapter = Adapter::connect(process.address("adapter on").await).await;
     let address = process.address("devices on").await;
     let mut said = Vec::new();
+    let json = "application/json";
     let answers = [
         (204, "text/plain", String::new()),
         // A service that says back what it was told.
+        (200, json, format!("{{\"result\":\"{password}\"}}")),
         (
             200,
-            "application/json",
-            format!("{{\"result\":\"{password}\"}}"),
+            json,
+            format!("{{\"result\":\"allow\",\"acl\":[{{\"{password}\":1}}]}}"),
+        ),
+        (
+            200,
+            json,
+            format!("{{\"result\":\"allow\",\"acl\":{{\"{password}\":1}}}}"),
         ),
         (200, "text/html", format!("<html>{password}</html>")),
         (500, "text/html", password.to_owned()),
         (302, "text/html", password.to_owned()),
     ];
     let forged = format!("a.{password}.b");
+    let acl = json!({"acl": [{password: 1}]});
+    let tokens = [hs256(jwt_secret, &json!({})), hs256(jwt_secret, &acl)];
     for (status, kind, body) in answers {
         service.answers(status, kind, &body);
-        for (username, tried) in [("ann", password), ("eve", password), ("eve", &forged)] {
+        for (username, tried) in [
+            ("ann", password),
+            ("eve", password),
+            ("eve", &forged),
+            ("eve", &tokens[0]),
+            ("eve", &tokens[1]),
+        ] {
             let device_ = Device::dial(address).await;
             let conn = handler.created(device_.port()).await;
             let answer = adapter
                 .authenticate_as(&conn, device("c", username), tried)
                 .await;
             said.push(answer.message);
+            said.push(adapter.publish(&conn, "t", 1, "x").await.message);
         }
     }
     let metrics = process.admin().await.get("/metrics").await.body;
     process.signal("TERM");
     assert_eq!(process.exit().await, Some(0));
     let log = process.log();
-    let asked = |name: &str| {
-        log.iter()
-            .any(|line| line.contains(&format!("authentication.{name}")))
+    let asked = |number: usize| {
+        let name = format!("authentication.{number}");
+        log.iter().any(|line| line.contains(&name))
     };
-    assert!((1..=4).all(|number| asked(&number.to_string())), "{log:#?}");
-    let lines = log
-        .iter()
-        .chain(&said)
-        .map(String::as_str)
-        .chain([metrics.as_str(), hash]);
-    for line in lines.filter(|line| *line != hash) {
-        for secret in SECRETS.iter().chain(&[&hash[10..]]) {
+    assert!((1..=7).all(asked), "{log:#?}");
+    assert!(
+        said.iter()
+            .any(|said| said.contains("mqtt: the broker says")),
+        "{said:?}"
+    );
+    let signatures = tokens.iter().filter_map(|token| token.rsplit('.').next());
+    let secrets: Vec<&str> = SECRETS
+        .into_iter()
+        .chain([&hash[10..]])
+        .chain(signatures)
+        .collect();
+    for line in log.iter().chain(&said).chain([&metrics]) {
+        for secret in &secrets {
             assert!(!line.contains(secret), "{secret} in: {line}");
         }
         // Passwords as numbers: a dump of bytes.

@@ -5,7 +5,7 @@ mod common;
 
 use std::time::Duration;
 
-use common::{Broker, Call, Device, Handler, Peer, Proxy, Python, Stage, free_port, until, within};
+use common::{Broker, Call, Device, Handler, Peer, Proxy, Python, Stage, free_port, within};
 use exproto_sidecar::proto::ResultCode;
 use tokio::net::{TcpStream, UnixListener};
 use tonic::{Code, Status};

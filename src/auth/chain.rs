@@ -1,5 +1,6 @@
 //! The authenticators, in order. The first that allows or denies decides; one that all ignore is
-//! refused, as in EMQX.
+//! refused, as in EMQX. One that has to wait for the key of a token is asked again when the others have
+//! been: it may be another's token, and whose key it is that does not come holds up nobody else.
 
 use std::time::Instant;
 
@@ -104,12 +105,12 @@ impl Provider {
         matches!(self, Self::Jwt(jwt) if jwt.is_from_username())
     }
 
-    async fn ask(&self, attempt: &Attempt) -> Result<Decision, Fault> {
+    async fn ask(&self, attempt: &Attempt, waits: bool) -> Result<Decision, Fault> {
         match self {
             Self::File(file) => Ok(file.ask(attempt).await),
             Self::Http(http) => http.ask(attempt).await.map_err(Fault::OfService),
             Self::Mqtt(mqtt) => mqtt.ask(attempt).await.map_err(Fault::OfService),
-            Self::Jwt(jwt) => jwt.ask(attempt).await,
+            Self::Jwt(jwt) => jwt.ask(attempt, waits).await,
         }
     }
 }
@@ -129,6 +130,37 @@ pub fn check(options: &Options) -> Result<(), Error> {
 }
 
 impl Link {
+    /// Asks it, and tells what came of it; none where it would have to wait and is not to.
+    async fn ask(&self, attempt: &Attempt, username: &str, waits: bool) -> Option<Said> {
+        let started = Instant::now();
+        let answer = self.provider.ask(attempt, waits).await;
+        if matches!(answer, Err(Fault::Later)) {
+            return None;
+        }
+        let is_error = answer.is_err();
+        let is_away = matches!(answer, Err(Fault::OfService(_) | Fault::NotYet(_)));
+        let decision = self.decision(answer);
+        let (outcome, reason) = match &decision {
+            Decision::Allow(_) => ("allow", ""),
+            Decision::Deny(reason) | Decision::Ignore(reason) if is_error => {
+                ("error", reason.as_str())
+            }
+            Decision::Deny(reason) => ("deny", reason.as_str()),
+            Decision::Ignore(reason) => ("ignore", reason.as_str()),
+        };
+        self.asked.count(outcome, started.elapsed());
+        tracing::debug!(
+            authenticator = self.key,
+            clientid = attempt.clientid,
+            username,
+            peer = %attempt.peer,
+            outcome,
+            reason,
+            "an authenticator was asked"
+        );
+        Some((decision, is_away))
+    }
+
     /// What an answer means, or that there is none.
     fn decision(&self, answer: Result<Decision, Fault>) -> Decision {
         match answer {
@@ -193,59 +225,75 @@ impl Chain {
 
     /// Asks one after the other.
     pub async fn ask(&self, attempt: &Attempt) -> Result<Grant, Denial> {
-        let hidden = self
-            .links
-            .iter()
-            .any(|link| link.provider.hides_usernames());
+        let mut links = self.links.iter();
+        let hidden = links.any(|link| link.provider.hides_usernames());
         let username = if hidden { HIDDEN } else { &attempt.username };
-        let (mut ignored, mut unheard) = (String::new(), false);
+        let mut heard = Heard::default();
+        let mut waiting = Vec::new();
         for link in &self.links {
-            let provider = link.provider.name();
-            let started = Instant::now();
-            let answer = link.provider.ask(attempt).await;
-            let is_error = answer.is_err();
-            let is_away = matches!(answer, Err(Fault::OfService(_) | Fault::NotYet(_)));
-            unheard |= is_away;
-            let decision = link.decision(answer);
-            let (outcome, reason) = match &decision {
-                Decision::Allow(_) => ("allow", ""),
-                Decision::Deny(reason) | Decision::Ignore(reason) if is_error => {
-                    ("error", reason.as_str())
-                }
-                Decision::Deny(reason) => ("deny", reason.as_str()),
-                Decision::Ignore(reason) => ("ignore", reason.as_str()),
-            };
-            link.asked.count(outcome, started.elapsed());
-            tracing::debug!(
-                authenticator = link.key,
-                clientid = attempt.clientid,
-                username,
-                peer = %attempt.peer,
-                outcome,
-                reason,
-                "an authenticator was asked"
-            );
-            match decision {
-                Decision::Allow(grant) => return Ok(grant),
-                Decision::Deny(reason) => {
-                    let reason = format!("{provider}: {reason}");
-                    return Err(match is_away {
-                        true => Denial::Unheard(reason),
-                        false => Denial::Refused(reason),
-                    });
-                }
-                Decision::Ignore(reason) => {
-                    if !ignored.is_empty() {
-                        ignored.push_str(", ");
-                    }
-                    ignored.push_str(&format!("{provider}: {reason}"));
-                }
+            // Without an answer that one denies, whoever comes behind.
+            let waits = link.on_error == OnError::Deny;
+            match link.ask(attempt, username, waits).await {
+                None => waiting.push(link),
+                Some(said) => heard.hear(link, said),
+            }
+            if heard.verdict.is_some() {
+                break;
             }
         }
-        let reason = format!("nobody vouches for it ({ignored})");
-        Err(match unheard {
-            true => Denial::Unheard(reason),
-            false => Denial::Refused(reason),
+        for link in waiting {
+            if matches!(heard.verdict, Some(Ok(_))) {
+                break;
+            }
+            if let Some(said) = link.ask(attempt, username, true).await {
+                heard.hear(link, said);
+            }
+        }
+        heard.end()
+    }
+}
+
+/// What one has said, and whether that is for want of an answer.
+type Said = (Decision, bool);
+
+/// What all have said so far.
+#[derive(Default)]
+struct Heard {
+    verdict: Option<Result<Grant, Denial>>,
+    ignored: String,
+    /// Whether one of them that ignored it could not be asked.
+    unheard: bool,
+}
+
+impl Heard {
+    fn hear(&mut self, link: &Link, (decision, is_away): Said) {
+        let provider = link.provider.name();
+        match decision {
+            Decision::Allow(grant) => self.verdict = Some(Ok(grant)),
+            Decision::Deny(reason) => {
+                let reason = format!("{provider}: {reason}");
+                self.verdict = Some(Err(match is_away {
+                    true => Denial::Unheard(reason),
+                    false => Denial::Refused(reason),
+                }));
+            }
+            Decision::Ignore(reason) => {
+                self.unheard |= is_away;
+                if !self.ignored.is_empty() {
+                    self.ignored.push_str(", ");
+                }
+                self.ignored.push_str(&format!("{provider}: {reason}"));
+            }
+        }
+    }
+
+    fn end(self) -> Result<Grant, Denial> {
+        self.verdict.unwrap_or_else(|| {
+            let reason = format!("nobody vouches for it ({})", self.ignored);
+            Err(match self.unheard {
+                true => Denial::Unheard(reason),
+                false => Denial::Refused(reason),
+            })
         })
     }
 }

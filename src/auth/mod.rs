@@ -110,13 +110,17 @@ pub enum Fault {
     OfService(String),
     /// What the device shows can be judged later only: no failed attempt, and nothing to be told.
     NotYet(String),
+    /// The answer has to be waited for, and was not to be.
+    Later,
 }
 
 impl Fault {
     /// What is wrong. No secret is in it.
     pub fn text(&self) -> &str {
-        let (Self::OfDevice(text) | Self::OfService(text) | Self::NotYet(text)) = self;
-        text
+        match self {
+            Self::OfDevice(text) | Self::OfService(text) | Self::NotYet(text) => text,
+            Self::Later => "it is asked later",
+        }
     }
 }
 

@@ -68,7 +68,7 @@ pub async fn try_login(
                 return Err(LoginError::Denied(refusal.reason));
             }
             Ok(Err(error)) => error.to_string(),
-            Err(_) => format!("no answer within {} ms", share.as_millis()),
+            Err(_) => "no answer in its part of request_timeout".to_owned(),
         };
         failures.push(format!("{}: {why}", address.url));
     }

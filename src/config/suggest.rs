@@ -42,7 +42,9 @@ pub(crate) fn emqx_key(path: &str) -> Option<&'static str> {
     Some(match key {
         "use_jwks" => "here the keys come from endpoint or jwks_file (JWKS), public_key or secret",
         "algorithm" => "here the key says it: secret is for HS256, public_key for RS256 and ES256",
-        "certificate" => "here it is public_key, the path of a file",
+        "certificate" if !table.ends_with(".ssl_options") => {
+            "here it is public_key, the path of a file"
+        }
         "ssl" => "here it is ssl_options",
         "password_hash_algorithm" => "here each hash of the file says how it was made",
         "filename" => "here it is path",

@@ -68,30 +68,33 @@ const KEYS: [&str; 9] = [
 impl Rules {
     /// Rules as EMQX writes them in JSON: a list of objects, or an object with filters for `pub`,
     /// `sub` and `all`, which allows those and nothing else.
+    ///
+    /// # Errors
+    /// The first that is none. Nothing of it is said back: others have written it, and it may be secret.
     pub fn parse(value: &Value) -> Result<Self, String> {
         match value {
             Value::Array(items) => {
-                let named = |(index, problem)| format!("rule {}: {problem}", index + 1);
-                let joined = |problems: Vec<(usize, String)>| {
-                    let all = problems.into_iter().map(named);
-                    all.collect::<Vec<_>>().join("; ")
-                };
-                Self::list(items).map_err(joined)
+                if items.len() > MAX_RULES {
+                    return Err(too_many());
+                }
+                let rules = items.iter().enumerate().map(|(index, item)| {
+                    rule(item, false).map_err(|problem| format!("rule {}: {problem}", index + 1))
+                });
+                rules.collect::<Result<_, _>>().map(Self)
             }
             Value::Object(members) => short(members),
             _ => Err("rules are a list of objects, or an object of pub, sub and all".to_owned()),
         }
     }
 
-    /// The rules of a list; or what is wrong with each that is none, by its place.
+    /// The rules of a list in a file; or what is wrong with each that is none, by its place.
     pub(super) fn list(items: &[Value]) -> Result<Self, Vec<(usize, String)>> {
         if items.len() > MAX_RULES {
-            let problem = format!("there are more than {MAX_RULES} rules");
-            return Err(vec![(MAX_RULES, problem)]);
+            return Err(vec![(MAX_RULES, too_many())]);
         }
         let (mut rules, mut problems) = (Vec::new(), Vec::new());
         for (index, item) in items.iter().enumerate() {
-            match rule(item) {
+            match rule(item, true) {
                 Ok(rule) => rules.push(rule),
                 Err(problem) => problems.push((index, problem)),
             }
@@ -123,13 +126,19 @@ fn text<'v>(members: &'v Map<String, Value>, name: &str) -> Result<Option<&'v st
     }
 }
 
-fn rule(item: &Value) -> Result<Rule, String> {
+fn too_many() -> String {
+    format!("there are more than {MAX_RULES} rules")
+}
+
+/// `quotes` what is in it where that is wrong.
+fn rule(item: &Value, quotes: bool) -> Result<Rule, String> {
     let members = item.as_object().ok_or("it is no object")?;
     if let Some(unknown) = members.keys().find(|key| !KEYS.contains(&key.as_str())) {
-        return Err(format!(
-            "unknown key {unknown:?}; allowed: {}",
-            KEYS.join(", ")
-        ));
+        let unknown = match quotes {
+            true => format!("unknown key {unknown:?}"),
+            false => "unknown key".to_owned(),
+        };
+        return Err(format!("{unknown}; allowed: {}", KEYS.join(", ")));
     }
     let permission = match text(members, "permission")? {
         Some("allow") => Permission::Allow,
@@ -232,7 +241,7 @@ fn short(members: &Map<String, Value>) -> Result<Rules, String> {
             "pub" => (true, false),
             "sub" => (false, true),
             "all" => (true, true),
-            _ => return Err(format!("unknown key {name:?}; allowed: pub, sub, all")),
+            _ => return Err("unknown key; allowed: pub, sub, all".to_owned()),
         };
         let topics = value
             .as_array()

@@ -2,7 +2,7 @@
 //!
 //! A service may close a kept connection just when a request comes (RFC 9112, 9.3.1). Where nothing
 //! of an answer was there yet, the request is made once more, over a connection of its own: nobody is
-//! to be refused for it, and to ask twice who a device is does no harm.
+//! to be refused for it. Such a service may have seen the first request all the same.
 
 use std::io;
 use std::pin::Pin;

@@ -1,9 +1,11 @@
 //! A service that gives keys: asked at the start, every so often, and when a token names a key that
-//! is not there. That token waits for what the service says: its device is no guesser because keys
-//! have changed. Tokens with made-up names of keys gain nothing by it: together they bring about one
-//! request in each pause, and are refused, and counted, when it is answered.
+//! is not there. That token waits for what the service says, once nobody else vouches for it: its
+//! device is no guesser because keys have changed. Tokens with made-up names of keys gain nothing by
+//! it: together they bring about one request in each pause, and are refused, and counted, when it
+//! is answered.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use http::StatusCode;
@@ -22,17 +24,21 @@ use crate::metrics::AuthMetrics;
 /// and however often it fails.
 const LEAST_PAUSE: Duration = Duration::from_secs(5);
 
-/// Tokens that wait for keys at a time: others than those who bring them are to be authenticated,
-/// too.
-const MAX_WAITING: usize = MAX_UNDER_WAY / 2;
+/// Tokens that wait for keys at a time, of all endpoints: others than those who bring them are to be
+/// authenticated, too.
+static PLACES: Semaphore = Semaphore::const_new(MAX_UNDER_WAY / 2);
+
+/// The longest that a token waits for the next answer: an authentication takes no longer than
+/// thirty seconds.
+const MAX_WAIT: Duration = Duration::from_secs(20);
 
 /// What the service has said so far.
 #[derive(Debug, Default)]
 struct Said {
     /// The last keys.
     keys: Option<Arc<Keys>>,
-    /// Requests that have ended.
-    requests: u64,
+    /// The request that was answered last, or failed, by its number; from 1 on.
+    request: u64,
     /// Whether the last one brought no keys.
     has_failed: bool,
 }
@@ -46,7 +52,8 @@ struct Shared {
     patience: Duration,
     said: watch::Sender<Said>,
     wanted: Notify,
-    places: Semaphore,
+    /// Requests that have begun.
+    begun: AtomicU64,
 }
 
 /// See the module.
@@ -61,39 +68,45 @@ impl Endpoint {
             patience: request.client.request_timeout,
             said: watch::Sender::default(),
             wanted: Notify::new(),
-            places: Semaphore::new(MAX_WAITING),
+            begun: AtomicU64::new(0),
         }))
     }
 
-    /// The keys; waits for the first ones, and for the next answer where the token names one that is
-    /// not there: until the next request may begin, and as long as it takes.
+    /// The keys. Where there are none yet, or not the one that the token names, it `waits` for the
+    /// answer to a request that begins from now on.
     ///
     /// # Errors
-    /// There are no keys, or it cannot be said that the one that the token names is none.
-    pub async fn keys(&self, kid: Option<&str>) -> Result<Arc<Keys>, Fault> {
+    /// [`Fault::Later`] where it would have to wait and is not to. There are no keys, or it cannot be
+    /// said that the one that the token names is none.
+    pub async fn keys(&self, kid: Option<&str>, waits: bool) -> Result<Arc<Keys>, Fault> {
         let shared = &self.0;
+        // What is under way may have been answered before the key was there.
+        let next = shared.begun.load(Ordering::Acquire) + 1;
         let mut said = shared.said.subscribe();
-        let found = {
-            let first = said.wait_for(|said| said.keys.is_some());
-            match tokio::time::timeout(shared.patience, first).await {
-                Ok(Ok(said)) => said.keys.clone().map(|keys| (keys, said.requests)),
-                _ => None,
-            }
-        };
-        let none = || Fault::OfService("the service has not given any keys".to_owned());
-        let (keys, requests) = found.ok_or_else(none)?;
         let has = |keys: &Keys| keys.iter().any(|key| key.is_named(kid));
-        if has(&keys) {
+        let there = said.borrow_and_update().keys.clone();
+        if let Some(keys) = there.filter(|keys| has(keys)) {
             return Ok(keys);
+        }
+        if !waits {
+            return Err(Fault::Later);
         }
         let later = |why: &str| Fault::NotYet(why.to_owned());
         let full = |_| later("too many tokens wait for keys");
-        let _place = shared.places.try_acquire().map_err(full)?;
+        let _place = PLACES.try_acquire().map_err(full)?;
+        let first = said.wait_for(|said| said.keys.is_some());
+        let first = tokio::time::timeout(shared.patience, first).await;
+        if !matches!(first, Ok(Ok(_))) {
+            let why = "the service has not given any keys";
+            return Err(Fault::OfService(why.to_owned()));
+        }
+        drop(first);
         shared.wanted.notify_one();
-        let limit = shared.least_pause() + shared.patience;
-        let next = said.wait_for(|said| said.requests > requests);
-        let next = tokio::time::timeout(limit, next).await;
-        let Ok(Ok(said)) = next else {
+        let limit = shared.least_pause() + 2 * shared.patience;
+        let is_said =
+            |said: &Said| said.request >= next || said.keys.as_ref().is_some_and(|keys| has(keys));
+        let is_said = said.wait_for(is_said);
+        let Ok(Ok(said)) = tokio::time::timeout(limit.min(MAX_WAIT), is_said).await else {
             return Err(later("the key that the token names is not fetched yet"));
         };
         match &said.keys {
@@ -152,9 +165,10 @@ impl Shared {
     }
 
     async fn fetch(&self) -> Result<(), String> {
+        let request = self.begun.fetch_add(1, Ordering::AcqRel) + 1;
         let asked = self.ask().await;
         self.said.send_modify(|said| {
-            said.requests += 1;
+            said.request = request;
             said.has_failed = asked.is_err();
             if let Ok(keys) = &asked {
                 said.keys = Some(keys.clone());

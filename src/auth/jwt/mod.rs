@@ -138,7 +138,8 @@ impl JwtAuthenticator {
     }
 
     /// Whether the token is valid; `Err` where it cannot be said that anybody trusted has signed it.
-    pub async fn ask(&self, attempt: &Attempt) -> Result<Decision, Fault> {
+    /// Where its key is not there yet, it `waits` for it, or says [`Fault::Later`].
+    pub async fn ask(&self, attempt: &Attempt, waits: bool) -> Result<Decision, Fault> {
         let token = match self.options.from_username {
             true => attempt.username.as_str(),
             false => attempt.password.expose(),
@@ -147,7 +148,7 @@ impl JwtAuthenticator {
         let keys = match &self.ring {
             Ring::Fixed(keys) => keys.clone(),
             Ring::File(_, _, current) => current.get(),
-            Ring::Endpoint(endpoint) => endpoint.keys(token.kid.as_deref()).await?,
+            Ring::Endpoint(endpoint) => endpoint.keys(token.kid.as_deref(), waits).await?,
         };
         let mut named = keys.iter().filter(|key| key.is_named(token.kid.as_deref()));
         if !named.any(|key| key.verify(&token.algorithm, token.message, &token.signature)) {

@@ -53,7 +53,7 @@ fn says(authenticator: &JwtAuthenticator, token: &str) -> Result<Decision, Strin
     let runtime = tokio::runtime::Builder::new_current_thread()
         .build()
         .unwrap();
-    let said = runtime.block_on(authenticator.ask(&attempt));
+    let said = runtime.block_on(authenticator.ask(&attempt, true));
     said.map_err(|fault| fault.text().to_owned())
 }
 
