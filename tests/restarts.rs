@@ -82,6 +82,7 @@ async fn a_handler_that_is_killed_again_and_again_loses_nothing() {
 }
 
 /// The lines of one run of the handler in Python.
+#[allow(clippy::panic)]
 fn noted(lines: &[String], pieces: &mut Pieces, created: &mut Vec<String>) {
     for line in lines {
         let words: Vec<_> = line.split(' ').collect();
