@@ -1,6 +1,6 @@
 //! The authenticators, in order. The first that allows or denies decides; one that all ignore is
-//! refused, as in EMQX. One that has to wait for the key of a token is asked again when the others have
-//! been: it may be another's token, and whose key it is that does not come holds up nobody else.
+//! refused, as in EMQX. Before one waits for the key of a token, those behind that know tokens are asked
+//! whether it is theirs: keys that do not come hold up nobody else's devices.
 
 use std::time::Instant;
 
@@ -229,27 +229,43 @@ impl Chain {
         let hidden = links.any(|link| link.provider.hides_usernames());
         let username = if hidden { HIDDEN } else { &attempt.username };
         let mut heard = Heard::default();
-        let mut waiting = Vec::new();
-        for link in &self.links {
+        for (place, link) in self.links.iter().enumerate() {
             // Without an answer that one denies, whoever comes behind.
             let waits = link.on_error == OnError::Deny;
-            match link.ask(attempt, username, waits).await {
-                None => waiting.push(link),
-                Some(said) => heard.hear(link, said),
+            let said = match link.ask(attempt, username, waits).await {
+                Some(said) => Some(said),
+                None => match self.whose_token(attempt, place + 1).await {
+                    Some(other) => {
+                        if let Some(said) = other.ask(attempt, username, false).await {
+                            heard.hear(other, said);
+                        }
+                        None
+                    }
+                    None => link.ask(attempt, username, true).await,
+                },
+            };
+            if let Some(said) = said {
+                heard.hear(link, said);
             }
             if heard.verdict.is_some() {
                 break;
             }
         }
-        for link in waiting {
-            if matches!(heard.verdict, Some(Ok(_))) {
-                break;
-            }
-            if let Some(said) = link.ask(attempt, username, true).await {
-                heard.hear(link, said);
+        heard.end()
+    }
+}
+
+impl Chain {
+    /// The one, from this place on, that has the key of a token and lets its device in.
+    async fn whose_token(&self, attempt: &Attempt, from: usize) -> Option<&Link> {
+        for link in self.links.iter().skip(from) {
+            if let Provider::Jwt(jwt) = &link.provider
+                && let Ok(Decision::Allow(_)) = jwt.ask(attempt, false).await
+            {
+                return Some(link);
             }
         }
-        heard.end()
+        None
     }
 }
 

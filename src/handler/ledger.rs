@@ -331,6 +331,10 @@ impl<E> Ledger<E> {
     /// The handler may be there again.
     pub(super) fn resume(&mut self, now: Instant, out: &mut impl Output<E>) {
         self.suspended = false;
+        if self.waiting.is_empty() {
+            // Nobody is kept waiting by what was; the next outage begins anew.
+            self.outage = None;
+        }
         self.pump(now, out);
     }
 

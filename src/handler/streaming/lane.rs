@@ -35,7 +35,9 @@ pub(super) struct Lane {
 }
 
 type Answers = FuturesUnordered<BoxFuture<'static, (StreamId, Option<Result<(), tonic::Status>>)>>;
-type Tried = (StreamId, HashMap<ConnKey, CallFailure>);
+/// With the connections that were tried: as long as the ledger knows them by their address, no other
+/// may have it.
+type Tried = (StreamId, HashMap<ConnKey, CallFailure>, Vec<Arc<Caller>>);
 
 /// What does as the ledger says.
 struct Hands {
@@ -111,12 +113,13 @@ impl Lane {
                     self.take(&mut arrived);
                     self.answered(stream, answer);
                 }
-                Some((stream, failed)) = self.hands.tries.next() => {
+                Some((stream, failed, tried)) = self.hands.tries.next() => {
                     while let Ok(entry) = entries.try_recv() {
                         arrived.push(entry);
                     }
                     self.take(&mut arrived);
                     self.ledger.tried(stream, &failed, Instant::now(), &mut self.hands);
+                    drop(tried);
                 }
                 // A gateway that drains waits for nobody.
                 () = draining.cancelled(), if held => {
@@ -318,6 +321,8 @@ impl Output<Entry> for Hands {
         for (conn, entry) in entries {
             by_conn.entry(conn).or_default().push_back(entry);
         }
+        let first = |entries: &VecDeque<Entry>| Some(entries.front()?.caller.clone());
+        let tried = by_conn.values().filter_map(first).collect();
         let (client, kind) = (self.client.clone(), self.kind);
         self.tries.push(Box::pin(async move {
             let chains = by_conn.into_iter().map(|(conn, entries)| {
@@ -329,7 +334,7 @@ impl Output<Entry> for Hands {
             while let Some(chain) = chains.next().await {
                 failed.extend(chain);
             }
-            (stream, failed)
+            (stream, failed, tried)
         }));
     }
 
@@ -371,7 +376,7 @@ async fn try_each(client: &Client, kind: Kind, entries: VecDeque<Entry>) -> Opti
 }
 
 impl ConnKey {
-    /// By address: the entries that carry it keep the caller alive.
+    /// By address: the entries that carry it, and those who try them, keep the caller alive.
     fn of(caller: &Arc<Caller>) -> Self {
         Self(Arc::as_ptr(caller) as usize)
     }
