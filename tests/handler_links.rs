@@ -169,6 +169,10 @@ async fn a_machine_that_drops_every_packet_is_an_outage() {
             stage.handler.bytes(&device.conn, 8).await;
             devices.push(device);
         }
+        // What was not answered yet would come again.
+        let answered =
+            r#"exproto_callbacks_total{handler="default",method="OnReceivedBytes",outcome="ok"}"#;
+        stage.admin.metric_until(answered, |n| n > 19.5).await;
         network::vanish();
         for device in &mut devices {
             device.send("in the dark").await;
