@@ -1,5 +1,5 @@
 //! A service that gives keys: asked at the start, every so often, and when a token names a key that
-//! is not there. That token waits for what the service says, once nobody else vouches for it: its
+//! is not there. That token waits for what the service says, once no other issuer vouches for it: its
 //! device is no guesser because keys have changed. Tokens with made-up names of keys gain nothing by
 //! it: together they bring about one request in each pause, and are refused, and counted, when it
 //! is answered.
