@@ -16,7 +16,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use exproto_sidecar::handler::client::{Client, Options};
+use exproto_sidecar::handler::client::{Client, OnUnavailable, Options};
 use exproto_sidecar::handler::resolve::{Directory, Place, System, Target};
 use exproto_sidecar::handler::{Caller, Event, EventSink, Handlers, link, pool, streaming};
 use exproto_sidecar::id::{ConnId, NodeTag, ShardId};
@@ -138,7 +138,7 @@ async fn measure(port: u16, streaming: Option<streaming::Options>, each: usize) 
         service_advice: String::new(),
         request_timeout: Duration::from_secs(5),
         close_timeout: Duration::from_secs(5),
-        max_outage: None,
+        on_unavailable: OnUnavailable::Hold(None),
         at_least_once: true,
         grpc_timeout: false,
         trace_context: false,

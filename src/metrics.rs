@@ -17,7 +17,7 @@ use metrics_exporter_prometheus::{
 };
 
 pub use auth::{AuthMetrics, AuthenticatorMetrics, SourceMetrics};
-pub use counted::Counted;
+pub use counted::{Counted, Share};
 
 #[derive(Clone, Copy)]
 enum Kind {

@@ -227,9 +227,9 @@ pub fn client(key: &str, handler: &Handler, shards: usize) -> client::Options {
         service_advice: format!("{key}.service_name = \"{other}\"{streaming}"),
         request_timeout: handler.request_timeout,
         close_timeout: handler.close_timeout,
-        max_outage: match handler.on_unavailable {
-            OnUnavailable::Hold => handler.max_outage.finite(),
-            OnUnavailable::Close => Some(Duration::ZERO),
+        on_unavailable: match handler.on_unavailable {
+            OnUnavailable::Hold => client::OnUnavailable::Hold(handler.max_outage.finite()),
+            OnUnavailable::Close => client::OnUnavailable::Close,
         },
         streaming: handler.streaming.then(|| streaming::Options {
             max_messages: handler.stream_max_messages,

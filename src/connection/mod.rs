@@ -16,6 +16,7 @@
 mod calls;
 pub mod command;
 mod context;
+mod forsaken;
 mod handle;
 pub(crate) mod hot;
 mod linger;
@@ -29,6 +30,7 @@ mod serve;
 mod task;
 
 pub use context::{ListenerContext, Settings};
+pub use forsaken::close_forsaken;
 pub use handle::{Authentication, Client, Handle, Refused};
 pub use queue::{Limits, Policy};
 pub use reason::CloseReason;

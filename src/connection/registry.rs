@@ -102,6 +102,12 @@ impl Registry {
         }
     }
 
+    /// Those of one shard.
+    pub(super) fn of_shard(&self, shard: ShardId) -> Vec<Handle> {
+        let shard = self.shard(shard).map(|shard| lock(shard));
+        shard.map_or_else(Vec::new, |shard| shard.values().cloned().collect())
+    }
+
     /// All of them.
     pub(super) fn handles(&self) -> Vec<Handle> {
         let shards = self.connections.iter();

@@ -28,12 +28,12 @@ use crate::admin::{self, Readiness, Status};
 use crate::auth::Auth;
 use crate::broker::{Broker, BrokerTasks, CutOff, LinkState, OwnSessions};
 use crate::config::{AdapterBind, Config, Handler};
-use crate::connection::Registry;
+use crate::connection::{Registry, close_forsaken};
 use crate::connection::command::{Commands, RawPublish};
 use crate::connection::own::Own;
 use crate::handler::client::Client;
 use crate::handler::resolve::{Directory, Resolve, System};
-use crate::id::{NodeTag, ShardId};
+use crate::id::{HandlerName, NodeTag, ShardId};
 use crate::memory;
 use crate::metrics::{AdapterMetrics, AuthMetrics, BrokerMetrics, HandlerMetrics, Metrics};
 use crate::options;
@@ -270,6 +270,7 @@ impl Gateway {
         let registry = Arc::new(Registry::new(node, shards.len()));
         let draining = &stops.draining;
         let clients = start_handlers(config, &shards, &metrics, draining, &resolver)?;
+        watch_handlers(&clients, &shards, &registry);
         let runtimes: Vec<_> = shards.iter().map(|shard| shard.runtime().clone()).collect();
         let broker_metrics = BrokerMetrics::new(&metrics);
         let (broker, broker_tasks) = Broker::start(broker_options, &runtimes, &broker_metrics)?;
@@ -502,6 +503,17 @@ fn start_handlers(
         all.insert(name.to_owned(), clients);
     }
     Ok(all)
+}
+
+/// Closes connections whose handler is away, where that is configured.
+fn watch_handlers(clients: &Clients, shards: &[Shard], registry: &Arc<Registry>) {
+    for (name, clients) in clients {
+        for (shard, client) in shards.iter().zip(clients) {
+            let (registry, name) = (registry.clone(), HandlerName::new(name));
+            let watching = close_forsaken(registry, shard.id(), name, client.clone());
+            shard.runtime().spawn(watching);
+        }
+    }
 }
 
 /// The handlers that a listener names; the others need not be there.

@@ -1,6 +1,7 @@
 //! Events as gRPC calls, one for each: in order, and tried again while the handler
 //! is away.
 
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -15,7 +16,7 @@ use super::link::{Channel, Link};
 use super::pool::{self, Pool};
 use super::resolve::Directory;
 use super::seat::{Member, Standing};
-use super::status::Miss;
+use super::status::{Away, Miss};
 use super::streaming::{self, Streaming};
 use super::{CallFailure, Caller, Event, EventSink, Handlers};
 use crate::metrics::{Counted, HandlerMetrics};
@@ -36,8 +37,8 @@ pub struct Options {
     pub request_timeout: Duration,
     /// Longest time in which OnSocketClosed is tried.
     pub close_timeout: Duration,
-    /// Longest outage that is borne; `None` without end, zero not at all.
-    pub max_outage: Option<Duration>,
+    /// What is done while the handler is away.
+    pub on_unavailable: OnUnavailable,
     /// Whether a call is repeated when nobody knows whether the handler took it.
     pub at_least_once: bool,
     /// Whether `request_timeout` is sent along.
@@ -49,6 +50,16 @@ pub struct Options {
     /// Streams that carry many events, if they are wanted. Only where connections stay
     /// at their address.
     pub streaming: Option<streaming::Options>,
+}
+
+/// What is done with a connection whose handler is away.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OnUnavailable {
+    /// Its callbacks are tried again for so long, or without end.
+    Hold(Option<Duration>),
+    /// It is closed as soon as that shows: the handler says UNAVAILABLE, or its channel is gone
+    /// and cannot be made anew at once.
+    Close,
 }
 
 /// The handler as one shard sees it.
@@ -106,6 +117,24 @@ impl Client {
     pub fn pool(&self) -> &Pool {
         &self.0.pool
     }
+
+    /// Calls `forsaken` whenever connections may have lost their handler, for ever, where such
+    /// connections are closed; [`Client::has_forsaken`] says of each whether it has.
+    pub async fn watch(&self, mut forsaken: impl FnMut()) {
+        if self.0.options.on_unavailable != OnUnavailable::Close {
+            return;
+        }
+        let mut changes = self.0.pool.changes();
+        // The sender lives in the pool, so this cannot fail.
+        while changes.changed().await.is_ok() {
+            forsaken();
+        }
+    }
+
+    /// Whether there is nobody who could be told of a connection.
+    pub fn has_forsaken(&self, caller: &Caller) -> bool {
+        self.0.pool.is_hopeless(caller)
+    }
 }
 
 /// The sink of every connection; which address it is at is the caller's.
@@ -149,19 +178,11 @@ impl Shared {
         let method = event.method_index();
         let started = Instant::now();
         let in_flight = Counted::one(&self.metrics.in_flight);
-        // Waiting for its turn is not the handler's time: of thousands that end
-        // together each is told, and those who are late would break the channel
-        // (HTTP/2 servers hang up on who cancels many calls at once).
-        let turn = self.first_turn(caller, event).await;
-        let persisting = self.persist(turn, caller, event);
         let is_last = matches!(event, Event::SocketClosed(_));
         let result = if is_last {
-            let limit = self.options.close_timeout;
-            timeout(limit, persisting)
-                .await
-                .unwrap_or_else(|_| Err(late(limit)))
+            self.say_farewell(caller, event).await
         } else {
-            persisting.await
+            self.call_alone(caller, event).await
         };
         drop(in_flight);
         match &result {
@@ -189,6 +210,29 @@ impl Shared {
         self.persist(turn, caller, event).await
     }
 
+    /// The last word to a handler about a connection.
+    ///
+    /// Waiting for its turn is not the handler's time: of thousands that end together each is
+    /// told, and those who are late would break the channel (HTTP/2 servers hang up on who
+    /// cancels many calls at once). But it waits only for as long as calls are answered.
+    async fn say_farewell(&self, caller: &Caller, event: &Event) -> Result<(), CallFailure> {
+        let limit = self.options.close_timeout;
+        let is_late = || late(limit);
+        let mut first_turn = pin!(self.first_turn(caller, event));
+        let turn = loop {
+            let answers = caller.answers();
+            match timeout(limit, &mut first_turn).await {
+                Ok(turn) => break turn,
+                Err(_) if caller.answers() == answers => return Err(is_late()),
+                Err(_) => {}
+            }
+        };
+        let persisting = self.persist(turn, caller, event);
+        timeout(limit, persisting)
+            .await
+            .unwrap_or_else(|_| Err(is_late()))
+    }
+
     /// The turn at the connection's address, if that is there.
     async fn first_turn(&self, caller: &Caller, event: &Event) -> Option<Turn> {
         match self.pool.place(caller, event, None) {
@@ -213,7 +257,7 @@ impl Shared {
                 Some((member, _room)) => match self.tell(member, caller, event).await {
                     Ok(()) => return Ok(()),
                     Err(Miss::Refused(failure)) => return Err(failure),
-                    Err(Miss::Away { sent: true, why }) if !self.options.at_least_once => {
+                    Err(Miss::Away { how, why }) if self.is_final(how) => {
                         return Err(CallFailure::Unavailable(why));
                     }
                     Err(Miss::Away { why, .. }) => why,
@@ -224,7 +268,10 @@ impl Shared {
             let (outage, _held) = outage.get_or_insert_with(|| {
                 let now = Instant::now();
                 let outage = Outage {
-                    give_up: self.options.max_outage.map(|limit| now + limit),
+                    give_up: match self.options.on_unavailable {
+                        OnUnavailable::Hold(limit) => limit.map(|limit| now + limit),
+                        OnUnavailable::Close => None,
+                    },
                     missed: None,
                     pause: PAUSES.0,
                 };
@@ -246,6 +293,7 @@ impl Shared {
                 biased;
                 () = self.draining.cancelled() => None,
                 chance = chance => chance,
+                () = self.forsaken(caller) => None,
             };
             let Some(member) = chance else {
                 return Err(CallFailure::Unavailable(trouble));
@@ -253,6 +301,26 @@ impl Shared {
             self.metrics.retried.increment(1);
             turn = self::turn(member).await;
         }
+    }
+
+    /// Whether a call that ended so is not made again.
+    fn is_final(&self, how: Away) -> bool {
+        let closes = self.options.on_unavailable == OnUnavailable::Close;
+        match how {
+            Away::NotSent => false,
+            Away::Broke => !self.options.at_least_once,
+            Away::Declined => !self.options.at_least_once || closes,
+        }
+    }
+
+    /// Resolves when a connection is to be closed because its handler is away.
+    async fn forsaken(&self, caller: &Caller) {
+        if self.options.on_unavailable != OnUnavailable::Close {
+            return std::future::pending().await;
+        }
+        let mut changes = self.pool.changes();
+        // The sender lives in the pool, so this cannot fail.
+        while !self.pool.is_hopeless(caller) && changes.changed().await.is_ok() {}
     }
 
     /// Waits for an address that the event can be told to.
@@ -297,7 +365,7 @@ impl Shared {
         let link = &member.link;
         let Some(channel) = link.channel() else {
             return Err(Miss::Away {
-                sent: false,
+                how: Away::NotSent,
                 why: link.trouble(),
             });
         };
@@ -355,8 +423,10 @@ impl Shared {
         caller.seat().standing = match &result {
             // Who refuses it knows of it: OnSocketClosed is to follow.
             Ok(()) | Err(Miss::Refused(_)) => Standing::Known,
-            Err(Miss::Away { sent: true, .. }) => Standing::Sent,
-            Err(Miss::Away { sent: false, .. }) => return result,
+            Err(Miss::Away {
+                how: Away::NotSent, ..
+            }) => return result,
+            Err(Miss::Away { .. }) => Standing::Sent,
         };
         result
     }

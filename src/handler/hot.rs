@@ -23,7 +23,7 @@ impl Output<usize> for Silent {
         self.ended = Some(stream);
     }
 
-    fn try_alone(&mut self, _: StreamId, _: Vec<(ConnKey, usize)>) {}
+    fn try_alone(&mut self, _: ConnKey, _: Vec<usize>) {}
 
     fn settle(&mut self, _: usize, _: Result<(), CallFailure>) {}
 }

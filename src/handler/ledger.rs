@@ -9,12 +9,13 @@
 //!              ^             |                     |
 //!              |             +------- broken ------+
 //!              +---------------------/  |
-//!                                       +-- error, late --> tried alone
+//!                                       +-- error, late --> tried alone --> taken or failed
 //! ```
 //!
 //! Two streams may be under way, and a handler may work on both at the same time. So
 //! a connection has entries on one of them only: what comes for it while the other is
-//! not answered waits. That is what keeps a connection's entries in order.
+//! not answered waits. That is what keeps a connection's entries in order. What comes for one
+//! whose entries are tried alone waits for those alone; everybody else's streams go on.
 
 use std::collections::{HashMap, VecDeque};
 use std::time::{Duration, Instant};
@@ -83,9 +84,9 @@ pub(super) trait Output<E> {
     fn write(&mut self, stream: StreamId, entry: &mut E, again: bool);
     /// Write nothing more to a stream and wait for its answer.
     fn end(&mut self, stream: StreamId);
-    /// Hand over each entry by itself, those of one connection one after another and
+    /// Hand over each of these entries of one connection by itself, one after another and
     /// none after one that failed; then [`Ledger::tried`].
-    fn try_alone(&mut self, stream: StreamId, entries: Vec<(ConnKey, E)>);
+    fn try_alone(&mut self, conn: ConnKey, entries: Vec<E>);
     /// An entry's fate.
     fn settle(&mut self, entry: E, result: Result<(), CallFailure>);
 }
@@ -103,8 +104,6 @@ enum State {
     Open,
     /// Since when, and when its answer is late.
     Ended(Instant, Instant),
-    /// Its entries are tried alone.
-    Trying,
 }
 
 #[derive(Debug)]
@@ -124,7 +123,7 @@ struct Stream<E> {
 enum Place {
     /// To the open stream.
     Here,
-    /// Its connection has entries on another stream.
+    /// Its connection has entries on another stream, or they are tried alone.
     Later,
     /// No stream has room, for nobody.
     Nowhere,
@@ -137,8 +136,21 @@ struct Conn {
     on: Option<StreamId>,
     /// How many of them.
     written: u32,
+    /// Whether entries of it are tried alone; then no stream carries any.
+    alone: bool,
     /// How many wait.
     waiting: u32,
+}
+
+impl Conn {
+    fn is_nothing(&self) -> bool {
+        self.written == 0 && !self.alone && self.waiting == 0
+    }
+
+    /// Whether it waits for a stream, and not for entries of its own that are tried alone.
+    fn waits_for_stream(&self) -> bool {
+        self.waiting > 0 && !self.alone
+    }
 }
 
 /// See the module. `E` is what the entries are.
@@ -149,8 +161,10 @@ pub(super) struct Ledger<E> {
     /// The oldest first; only the last can be open.
     streams: VecDeque<Stream<E>>,
     waiting: VecDeque<Item<E>>,
-    /// Connections of which entries wait.
+    /// Connections that wait for a stream.
     waiting_conns: usize,
+    /// Connections whose entries are tried alone.
+    alone: usize,
     conns: NumberMap<ConnKey, Conn>,
     /// Most messages on a stream for now.
     most: usize,
@@ -171,6 +185,7 @@ impl<E> Ledger<E> {
             streams: VecDeque::new(),
             waiting: VecDeque::new(),
             waiting_conns: 0,
+            alone: 0,
             conns: NumberMap::default(),
             cautious: false,
             suspended: false,
@@ -180,12 +195,12 @@ impl<E> Ledger<E> {
 
     /// Whether nothing is on its way and nothing waits.
     pub(super) fn is_empty(&self) -> bool {
-        self.waiting.is_empty() && self.streams.is_empty()
+        self.waiting.is_empty() && self.streams.is_empty() && self.alone == 0
     }
 
-    /// Whether entries wait for a stream.
+    /// Whether connections wait for a stream.
     pub(super) fn has_waiting(&self) -> bool {
-        !self.waiting.is_empty()
+        self.waiting_conns > 0
     }
 
     /// Connections that wait for a handler that is away.
@@ -218,7 +233,7 @@ impl<E> Ledger<E> {
         let due = |stream: &Stream<E>| match stream.state {
             State::Open if self.streams.len() == 1 => Some(stream.begun + self.limits.max_age),
             State::Ended(_, due) => Some(due),
-            State::Open | State::Trying => None,
+            State::Open => None,
         };
         self.streams.iter().filter_map(due).min()
     }
@@ -266,7 +281,7 @@ impl<E> Ledger<E> {
         let Some(index) = self.streams.iter().position(|s| s.id == stream) else {
             return;
         };
-        let Some(mut stream) = self.streams.remove(index) else {
+        let Some(stream) = self.streams.remove(index) else {
             return;
         };
         match end {
@@ -280,41 +295,43 @@ impl<E> Ledger<E> {
             }
             End::NotSent(_) => self.again(stream.items, now, out),
             End::Broken(trouble) => self.broke(stream.items, &trouble, now, out),
+            End::Refused => self.each_alone(stream.items, out),
+            End::Late => {
+                self.most = (self.most / 4).max(1);
+                self.each_alone(stream.items, out);
+            }
             // An answer before the end: nobody can know what the handler has read.
-            End::Taken | End::Refused | End::Late => {
-                match end {
-                    End::Late => self.most = (self.most / 4).max(1),
-                    End::Taken => (self.cautious, self.most) = (true, 1),
-                    End::Broken(_) | End::NotSent(_) | End::Refused => {}
-                }
-                stream.state = State::Trying;
-                let items = std::mem::take(&mut stream.items).into_iter();
-                let id = stream.id;
-                self.streams.insert(index, stream);
-                out.try_alone(id, items.map(|item| (item.conn, item.entry)).collect());
+            End::Taken => {
+                (self.cautious, self.most) = (true, 1);
+                self.each_alone(stream.items, out);
             }
         }
         self.pump(now, out);
     }
 
-    /// The entries of a stream have been tried alone. What waits for connections of
-    /// which one failed must not come after it, and fails too.
+    /// The entries of a connection have been tried alone. Where one failed, what waits for
+    /// the connection must not come after it, and fails too.
     pub(super) fn tried(
         &mut self,
-        stream: StreamId,
-        failed: &HashMap<ConnKey, CallFailure>,
+        conn: ConnKey,
+        failure: Option<CallFailure>,
         now: Instant,
         out: &mut impl Output<E>,
     ) {
-        self.streams.retain(|s| s.id != stream);
-        self.conns.retain(|_, conn| {
-            if conn.on == Some(stream) {
-                (conn.on, conn.written) = (None, 0);
+        self.alone = self.alone.saturating_sub(1);
+        self.change(conn, |conn| conn.alone = false);
+        match failure {
+            None => self.outage = None,
+            Some(failure) => {
+                if matches!(failure, CallFailure::Failed { .. }) {
+                    // It was heard of.
+                    self.outage = None;
+                }
+                if self.conns.contains_key(&conn) {
+                    self.fail(&HashMap::from([(conn, failure)]), out);
+                }
             }
-            conn.on.is_some() || conn.waiting > 0
-        });
-        self.outage = None;
-        self.fail(failed, out);
+        }
         self.pump(now, out);
     }
 
@@ -323,7 +340,7 @@ impl<E> Ledger<E> {
         self.suspended = true;
         // It may be another one that comes back.
         self.cautious = false;
-        if !self.is_empty() {
+        if self.has_waiting() || !self.streams.is_empty() {
             self.outage.get_or_insert(now);
         }
     }
@@ -331,17 +348,22 @@ impl<E> Ledger<E> {
     /// The handler may be there again.
     pub(super) fn resume(&mut self, now: Instant, out: &mut impl Output<E>) {
         self.suspended = false;
-        if self.waiting.is_empty() {
+        if !self.has_waiting() {
             // Nobody is kept waiting by what was; the next outage begins anew.
             self.outage = None;
         }
         self.pump(now, out);
     }
 
-    /// The handler was away for too long: what waits fails.
+    /// The handler was away for too long: what waits for a stream fails. What waits for entries
+    /// that are tried alone shares their fate.
     pub(super) fn give_up(&mut self, trouble: &str, out: &mut impl Output<E>) {
         self.outage = None;
         for item in std::mem::take(&mut self.waiting) {
+            if self.conns.get(&item.conn).is_some_and(|conn| conn.alone) {
+                self.waiting.push_back(item);
+                continue;
+            }
             self.no_longer_waits(item.conn);
             out.settle(
                 item.entry,
@@ -385,7 +407,8 @@ impl<E> Ledger<E> {
 
     /// Finds out where an entry may go, and opens a stream for it where there is none.
     fn place(&mut self, item: &Item<E>, now: Instant, out: &mut impl Output<E>) -> Place {
-        let on = self.conns.get(&item.conn).and_then(|conn| conn.on);
+        let conn = self.conns.get(&item.conn);
+        let (on, alone) = conn.map_or((None, false), |conn| (conn.on, conn.alone));
         let under_way = self.streams.len();
         match self.streams.back_mut() {
             Some(stream) if stream.state == State::Open => {
@@ -393,14 +416,14 @@ impl<E> Ledger<E> {
                 if stream.items.len() >= self.most || (large && !stream.items.is_empty()) {
                     stream.full = true;
                     Place::Nowhere
-                } else if on.is_none_or(|on| on == stream.id) {
+                } else if !alone && on.is_none_or(|on| on == stream.id) {
                     Place::Here
                 } else {
                     Place::Later
                 }
             }
             _ if self.suspended || under_way >= MAX_STREAMS => Place::Nowhere,
-            _ if on.is_some() => Place::Later,
+            _ if alone || on.is_some() => Place::Later,
             _ => {
                 let id = StreamId(self.next);
                 self.next += 1;
@@ -556,40 +579,56 @@ impl<E> Ledger<E> {
         }
     }
 
+    /// Each connection's entries are handed over by themselves from now on.
+    fn each_alone(&mut self, items: Vec<Item<E>>, out: &mut impl Output<E>) {
+        let mut order = Vec::new();
+        let mut by_conn: HashMap<ConnKey, Vec<E>> = HashMap::new();
+        for item in items {
+            let entries = by_conn.entry(item.conn).or_default();
+            if entries.is_empty() {
+                order.push(item.conn);
+            }
+            entries.push(item.entry);
+        }
+        for key in order {
+            self.alone += 1;
+            self.change(key, |conn| {
+                (conn.on, conn.written, conn.alone) = (None, 0, true);
+            });
+            out.try_alone(key, by_conn.remove(&key).unwrap_or_default());
+        }
+    }
+
     /// One entry of a connection is no longer on a stream.
     fn release(&mut self, key: ConnKey) {
-        if let Some(conn) = self.conns.get_mut(&key) {
+        self.change(key, |conn| {
             conn.written = conn.written.saturating_sub(1);
             if conn.written == 0 {
                 conn.on = None;
             }
-        }
-        self.forget(key);
+        });
     }
 
     /// One more entry of a connection waits.
     fn waits(&mut self, key: ConnKey) {
-        let conn = self.conns.entry(key).or_default();
-        conn.waiting += 1;
-        if conn.waiting == 1 {
-            self.waiting_conns += 1;
-        }
+        self.change(key, |conn| conn.waiting += 1);
     }
 
     fn no_longer_waits(&mut self, key: ConnKey) {
-        if let Some(conn) = self.conns.get_mut(&key) {
-            conn.waiting = conn.waiting.saturating_sub(1);
-            if conn.waiting == 0 {
-                self.waiting_conns = self.waiting_conns.saturating_sub(1);
-            }
-        }
-        self.forget(key);
+        self.change(key, |conn| conn.waiting = conn.waiting.saturating_sub(1));
     }
 
-    /// Keeps nothing of a connection that has nothing here.
-    fn forget(&mut self, key: ConnKey) {
-        let none = |conn: &Conn| conn.written == 0 && conn.waiting == 0;
-        if self.conns.get(&key).is_some_and(none) {
+    /// Changes what is kept of a connection, which is nothing of one that has nothing here.
+    fn change(&mut self, key: ConnKey, change: impl FnOnce(&mut Conn)) {
+        let conn = self.conns.entry(key).or_default();
+        let waited = conn.waits_for_stream();
+        change(conn);
+        match (waited, conn.waits_for_stream()) {
+            (false, true) => self.waiting_conns += 1,
+            (true, false) => self.waiting_conns = self.waiting_conns.saturating_sub(1),
+            _ => {}
+        }
+        if conn.is_nothing() {
             self.conns.remove(&key);
         }
     }

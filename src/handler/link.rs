@@ -144,6 +144,11 @@ fn refused(error: &hyper::Error) -> bool {
 #[error("the call was not sent")]
 pub(super) struct NotSent;
 
+/// Marks a status of a call whose channel broke after it was sent.
+#[derive(Debug, thiserror::Error)]
+#[error("the channel broke")]
+struct Broke;
+
 /// The status of a call that was not sent.
 pub(super) fn not_sent(trouble: String) -> tonic::Status {
     let mut status = tonic::Status::unavailable(trouble);
@@ -154,11 +159,12 @@ pub(super) fn not_sent(trouble: String) -> tonic::Status {
 /// Whatever breaks below gRPC says nothing about the call, unless it never was sent.
 fn unavailable(error: &hyper::Error, sent: bool) -> tonic::Status {
     let text = causes(error);
-    if sent {
-        tonic::Status::unavailable(text)
-    } else {
-        not_sent(text)
+    if !sent {
+        return not_sent(text);
     }
+    let mut status = tonic::Status::unavailable(text);
+    status.set_source(Arc::new(Broke));
+    status
 }
 
 /// See the module.
@@ -177,6 +183,8 @@ struct State {
     channel: Option<Channel>,
     /// The handler asks for no new connections.
     declines: bool,
+    /// Connecting has failed since there was a channel.
+    away: bool,
     /// When the channel was lost; when it began, as long as there has been none.
     lost: Instant,
     trouble: String,
@@ -202,6 +210,7 @@ impl Link {
             state: Mutex::new(State {
                 channel: None,
                 declines: false,
+                away: false,
                 lost: Instant::now(),
                 trouble: "not connected yet".to_owned(),
             }),
@@ -238,11 +247,28 @@ impl Link {
         self.state().channel.is_some()
     }
 
-    /// Resolves when the channel is up.
+    /// Whether the channel is down and could not be made anew. One that a handler has closed,
+    /// as those do that let their connections live only so long, is made anew at once.
+    pub(super) fn is_away(&self) -> bool {
+        let state = self.state();
+        state.channel.is_none() && state.away
+    }
+
+    /// Whether no new connection can be told to it, nor in a moment.
+    pub(super) fn takes_nobody(&self) -> bool {
+        let state = self.state();
+        match state.channel {
+            Some(_) => state.declines,
+            None => state.away,
+        }
+    }
+
+    /// Resolves when the channel is up, or away where it was not.
     pub(super) async fn back(&self) {
         let mut changes = self.changes.subscribe();
+        let away = self.is_away();
         // The sender lives in the link, so this cannot fail.
-        while !self.is_up() && changes.changed().await.is_ok() {}
+        while !self.is_up() && self.is_away() == away && changes.changed().await.is_ok() {}
     }
 
     /// Whether new connections may be told to it.
@@ -288,6 +314,7 @@ impl Link {
                     Ok(dialled) => dialled,
                     Err(error) => {
                         self.note(&error);
+                        self.failed();
                         self.directory.doubt();
                         sleep(pause).await;
                         pause = (pause * 2).min(PAUSES.1);
@@ -309,7 +336,8 @@ impl Link {
             };
             presence.set(ChannelState::Down);
             // One that greets and hangs up is not there either.
-            if begun.elapsed() >= PAUSES.1 {
+            let lasted = begun.elapsed() >= PAUSES.1;
+            if lasted {
                 pause = PAUSES.0;
             }
             let Some(result) = ended else {
@@ -329,8 +357,10 @@ impl Link {
                 }
             }
             self.directory.doubt();
-            sleep(pause).await;
-            pause = (pause * 2).min(PAUSES.1);
+            if !lasted {
+                sleep(pause).await;
+                pause = (pause * 2).min(PAUSES.1);
+            }
         }
     }
 
@@ -381,6 +411,7 @@ impl Link {
         }
         state.channel = Some(channel.clone());
         state.declines = declines;
+        state.away = false;
         drop(state);
         self.changes.send_replace(());
         if declines {
@@ -406,6 +437,14 @@ impl Link {
         state.declines = false;
         drop(state);
         self.changes.send_replace(());
+    }
+
+    /// Connecting has failed.
+    fn failed(&self) {
+        let known = std::mem::replace(&mut self.state().away, true);
+        if !known {
+            self.changes.send_replace(());
+        }
     }
 
     /// Logs a trouble once, however often it comes back.

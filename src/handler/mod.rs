@@ -183,6 +183,12 @@ impl Caller {
             .map_or_else(away, |member| member.link.trouble())
     }
 
+    /// How many calls were answered at the address that it is at, for as long as its channel is
+    /// the same.
+    fn answers(&self) -> Option<u64> {
+        Some(self.member()?.link.channel()?.answers())
+    }
+
     /// Gives its place at an address up: there is nothing more to be told.
     fn leave(&self) {
         let left = std::mem::take(&mut *self.seat());

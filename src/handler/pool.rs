@@ -143,6 +143,26 @@ impl Pool {
         self.members().listed.iter().any(|m| m.link.is_open())
     }
 
+    /// Whether there is nobody who could be told of a connection: the address that it is at is
+    /// away, or, where nobody knows of it, no address takes it. One whose channel is just being
+    /// made counts as there.
+    pub(super) fn is_hopeless(&self, caller: &Caller) -> bool {
+        let seat = caller.seat();
+        if let Some(member) = &seat.at
+            && seat.standing != Standing::New
+        {
+            return member.link.is_away();
+        }
+        drop(seat);
+        let members = self.members();
+        if members.listed.is_empty() {
+            let found = self.directory.found();
+            let found = found.borrow();
+            return found.iter().any(|found| found.trouble.is_some());
+        }
+        members.listed.iter().all(|m| m.link.takes_nobody())
+    }
+
     /// What is wrong with the addresses that take no new connections, one text each.
     pub fn troubles(&self) -> Vec<String> {
         let found = self.directory.found();

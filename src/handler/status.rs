@@ -16,13 +16,20 @@ const MOST_WORDS: usize = 256;
 #[derive(Debug)]
 pub(super) enum Miss {
     /// The handler is away, and may come back.
-    Away {
-        /// Whether it may have seen the call.
-        sent: bool,
-        why: String,
-    },
+    Away { how: Away, why: String },
     /// The handler has answered, or had its time.
     Refused(CallFailure),
+}
+
+/// How a handler shows that it is away.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Away {
+    /// There is no channel, or it broke before the call was sent.
+    NotSent,
+    /// The channel broke; it may have seen the call.
+    Broke,
+    /// It says so itself: UNAVAILABLE.
+    Declined,
 }
 
 /// What a status means.
@@ -30,11 +37,15 @@ pub(super) fn miss(status: &Status) -> Miss {
     let source = status.source();
     // A status with a cause was made on this side: the channel broke before an answer,
     // or in the middle of one.
-    if source.is_some() || status.code() == Code::Unavailable {
-        Miss::Away {
-            sent: !source.is_some_and(|source| source.is::<NotSent>()),
-            why: words(status),
-        }
+    let how = match source {
+        Some(source) if source.is::<NotSent>() => Some(Away::NotSent),
+        Some(_) => Some(Away::Broke),
+        None if status.code() == Code::Unavailable => Some(Away::Declined),
+        None => None,
+    };
+    if let Some(how) = how {
+        let why = words(status);
+        Miss::Away { how, why }
     } else {
         Miss::Refused(CallFailure::Failed {
             code: code_name(status.code()),

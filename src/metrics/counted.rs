@@ -18,3 +18,30 @@ impl Drop for Counted<'_> {
         self.0.decrement(1.0);
     }
 }
+
+/// Adds a number that changes to a gauge that others add to as well, for as long as it lives.
+pub struct Share {
+    gauge: Gauge,
+    value: usize,
+}
+
+impl Share {
+    /// Nothing yet.
+    pub fn new(gauge: Gauge) -> Self {
+        Self { gauge, value: 0 }
+    }
+
+    /// What it adds from now on.
+    pub fn set(&mut self, value: usize) {
+        if value != self.value {
+            self.gauge.increment(value as f64 - self.value as f64);
+            self.value = value;
+        }
+    }
+}
+
+impl Drop for Share {
+    fn drop(&mut self) {
+        self.set(0);
+    }
+}

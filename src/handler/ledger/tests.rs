@@ -35,8 +35,8 @@ struct World {
 struct Recorder {
     /// What each stream under way carries, and whether it is ended.
     streams: BTreeMap<StreamId, (Vec<Name>, bool)>,
-    /// Streams whose entries are tried alone.
-    trying: BTreeMap<StreamId, Vec<(ConnKey, Name)>>,
+    /// Entries that are tried alone, by connection.
+    trying: BTreeMap<usize, Vec<Name>>,
     /// Each entry's first time on a stream, in order, for each connection.
     first: HashMap<usize, Vec<usize>>,
     fates: HashMap<Name, Fate>,
@@ -54,7 +54,7 @@ struct Recorder {
 impl Output<Name> for Recorder {
     fn open(&mut self, stream: StreamId) {
         self.streams.insert(stream, (Vec::new(), false));
-        let under_way = self.streams.len() + self.trying.len();
+        let under_way = self.streams.len();
         assert!(under_way <= MAX_STREAMS, "{under_way} streams");
         let open = self.streams.values().filter(|(_, ended)| !ended).count();
         assert_eq!(open, 1, "one is written to");
@@ -71,8 +71,7 @@ impl Output<Name> for Recorder {
             let also = entries.iter().any(|(c, _)| *c == conn);
             assert!(*other == stream || !also, "on two streams: {conn}");
         }
-        let tried = self.trying.values().flatten();
-        assert!(tried.clone().all(|(_, (c, _))| *c != conn), "overtakes");
+        assert!(!self.trying.contains_key(&conn), "overtakes");
         let failed = self.failed.contains(&conn);
         assert!(again || !failed, "after a failure: {entry:?}");
         let (entries, ended) = self.streams.get_mut(&stream).unwrap();
@@ -98,9 +97,11 @@ impl Output<Name> for Recorder {
         *ended = true;
     }
 
-    fn try_alone(&mut self, stream: StreamId, entries: Vec<(ConnKey, Name)>) {
-        assert!(entries.iter().all(|(key, (conn, _))| key.0 == *conn));
-        self.trying.insert(stream, entries);
+    fn try_alone(&mut self, key: ConnKey, entries: Vec<Name>) {
+        assert!(entries.iter().all(|(conn, _)| key.0 == *conn));
+        assert!(entries.is_sorted() && !entries.is_empty());
+        let before = self.trying.insert(key.0, entries);
+        assert_eq!(before, None, "tried twice at a time");
     }
 
     fn settle(&mut self, entry: Name, result: Result<(), CallFailure>) {
@@ -124,8 +125,8 @@ enum Step {
     },
     /// The answer of the stream in this place.
     Ended(usize, End),
-    /// Which of the entries tried alone fail first, if any.
-    Tried(Option<usize>),
+    /// Which connection of those tried alone has ended, and which entry failed first, if any.
+    Tried(usize, Option<usize>),
     Wait(u64),
     Suspend,
     Resume,
@@ -143,7 +144,8 @@ fn steps() -> impl Strategy<Value = Step> {
     prop_oneof![
         20 => (0..6_usize, 1..40_usize).prop_map(|(conn, size)| Step::Push { conn, size }),
         6 => (0..2_usize, end).prop_map(|(place, end)| Step::Ended(place, end)),
-        3 => proptest::option::of(0..8_usize).prop_map(Step::Tried),
+        6 => (0..6_usize, proptest::option::of(0..8_usize))
+            .prop_map(|(place, fails)| Step::Tried(place, fails)),
         4 => (0..20_u64).prop_map(Step::Wait),
         1 => Just(Step::Suspend),
         3 => Just(Step::Resume),
@@ -206,24 +208,26 @@ impl World {
         }
     }
 
-    /// The entries of a stream were tried; the one in this place failed, and with it
-    /// those of its connection that come after.
-    fn tried(&mut self, fails: Option<usize>) {
-        let Some((stream, entries)) = self.out.trying.pop_first() else {
+    /// The entries of a connection were tried; the one in this place failed, and with it those
+    /// that come after.
+    fn tried(&mut self, place: usize, fails: Option<usize>) {
+        let count = self.out.trying.len().max(1);
+        let Some(conn) = self.out.trying.keys().nth(place % count).copied() else {
             return;
         };
-        let bad = fails.and_then(|place| entries.get(place)).copied();
+        let entries = self.out.trying.remove(&conn).unwrap();
         let failure = || CallFailure::Unavailable("no".to_owned());
-        let mut failed = HashMap::new();
-        for (place, (key, entry)) in entries.into_iter().enumerate() {
-            let fails = bad.is_some_and(|(k, _)| k == key) && Some(place) >= fails;
+        let fails = fails.filter(|fails| *fails < entries.len());
+        for (place, entry) in entries.into_iter().enumerate() {
+            let fails = fails.is_some_and(|fails| place >= fails);
             let result = if fails { Err(failure()) } else { Ok(()) };
-            if fails {
-                failed.insert(key, failure());
-            }
             self.out.settle(entry, result);
         }
-        self.ledger.tried(stream, &failed, self.now, &mut self.out);
+        let failed = fails.map(|_| failure());
+        let key = ConnKey(conn);
+        self.ledger.tried(key, failed, self.now, &mut self.out);
+        let waits = self.ledger.waiting.iter().any(|item| item.conn == key);
+        assert!(fails.is_none() || !waits, "waits after a failure");
     }
 
     fn step(&mut self, step: Step) {
@@ -234,7 +238,7 @@ impl World {
                     self.ended(stream, end);
                 }
             }
-            Step::Tried(fails) => self.tried(fails),
+            Step::Tried(place, fails) => self.tried(place, fails),
             Step::Wait(time) => self.wait(Duration::from_millis(time)),
             Step::Suspend => self.ledger.suspend(self.now),
             Step::Resume => self.ledger.resume(self.now, &mut self.out),
@@ -246,7 +250,9 @@ impl World {
         }
         assert_eq!(self.out.again.min(self.out.broken), self.out.again);
         assert!(self.out.longest <= self.limits.max_messages);
-        let waiting = self.ledger.waiting.iter().map(|item| item.conn);
+        let alone = |conn: &usize| self.out.trying.contains_key(conn);
+        let waiting = self.ledger.waiting.iter().map(|item| item.conn.0);
+        let waiting = waiting.filter(|conn| !alone(conn));
         let waiting = waiting.collect::<HashSet<_>>().len();
         let held = if self.ledger.is_suspended() {
             waiting
@@ -286,7 +292,7 @@ impl World {
             }
             self.step(Step::Resume);
             while !self.out.trying.is_empty() {
-                self.tried(None);
+                self.tried(0, None);
             }
             self.wait(self.limits.max_age);
             let ended = self.out.streams.iter().find(|(_, (_, ended))| *ended);
@@ -449,7 +455,7 @@ fn an_early_answer_is_no_answer() {
     world.ended(StreamId(0), End::Taken);
     assert!(world.out.fates.is_empty());
     world.push(1, 1);
-    world.tried(Some(0));
+    world.tried(0, Some(0));
     assert_eq!(world.out.fates[&(1, 1)], Fate::Failed, "after a failure");
     assert!(world.ledger.is_empty());
 }
@@ -461,7 +467,7 @@ fn who_answers_early_gets_one_message_a_stream() {
     let mut world = World::new(limits(true));
     world.push(1, 1);
     world.ended(StreamId(0), End::Taken);
-    world.tried(None);
+    world.tried(0, None);
     world.push(1, 1);
     world.push(2, 1);
     assert_eq!(world.out.streams[&StreamId(1)], (vec![(1, 1)], true));
@@ -470,4 +476,44 @@ fn who_answers_early_gets_one_message_a_stream() {
     world.ended(StreamId(2), End::Taken);
     world.step(Step::Resume);
     assert!(!world.out.streams[&StreamId(3)].1);
+}
+
+/// Who is tried alone keeps nobody waiting: the streams of others go on, are ended and answered.
+#[test]
+fn who_is_tried_alone_holds_up_nobody_else() {
+    let mut world = World::new(limits(true));
+    world.push(1, 1);
+    world.push(2, 1);
+    world.wait(world.limits.max_age);
+    world.ended(StreamId(0), End::Refused);
+    assert_eq!(world.out.trying.len(), 2);
+    world.tried(1, None);
+    world.push(1, 1);
+    for _ in 0..3 {
+        world.push(2, 1);
+        world.push(3, 1);
+        world.wait(world.limits.max_age);
+        let (stream, (entries, ended)) = world.out.streams.first_key_value().unwrap();
+        assert!(*ended && entries.iter().all(|(conn, _)| *conn != 1));
+        world.ended(*stream, End::Taken);
+    }
+    assert_eq!(world.out.held, HashSet::from([(1, 1)]));
+    world.tried(0, None);
+    assert!(world.out.held.is_empty());
+}
+
+/// An outage begins with those that are kept waiting by it: one that passed while nobody waited
+/// is not the beginning of the next.
+#[test]
+fn an_outage_that_kept_nobody_waiting_is_over() {
+    let mut world = World::new(limits(true));
+    world.push(1, 1);
+    world.ended(StreamId(0), End::Broken("gone".to_owned()));
+    world.ledger.give_up("gone", &mut world.out);
+    world.step(Step::Resume);
+    assert_eq!(world.ledger.outage(), None);
+    world.step(Step::Suspend);
+    world.wait(Duration::from_secs(60));
+    world.push(2, 1);
+    assert_eq!(world.ledger.outage(), Some(world.now));
 }

@@ -1,6 +1,5 @@
 //! The task that runs the streams of one kind on one channel.
 
-use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -11,12 +10,13 @@ use tokio::sync::mpsc;
 
 use super::{Behind, Entry, Kind, Options, WINDOW};
 use crate::handler::call::{MAX_WAIT, late};
-use crate::handler::client::{Client, PAUSES};
+use crate::handler::client::{Client, OnUnavailable, PAUSES};
 use crate::handler::ledger::{ConnKey, End, Ledger, Limits, Output, StreamId};
 use crate::handler::link::Link;
-use crate::handler::status::{Miss, miss};
+use crate::handler::status::{Away, Miss, miss};
 use crate::handler::{CallFailure, Caller};
-use crate::metrics::StreamOutcome;
+use crate::metrics::{Share, StreamOutcome};
+use crate::telemetry::Seldom;
 
 /// Most events that are taken in before anything else is looked at.
 const BATCH: usize = 256;
@@ -27,17 +27,21 @@ pub(super) struct Lane {
     hands: Hands,
     pause: Duration,
     /// Connections that the metric counts as held.
-    held: usize,
+    held: Share,
+    /// Whether the last stream was answered with UNAVAILABLE, and none with OK since.
+    declined: bool,
     /// Why the last stream broke.
     trouble: String,
+    /// For the lines about streams that failed.
+    complaints: Seldom,
     /// Whether a handler that ends streams early was told of.
     warned: bool,
 }
 
 type Answers = FuturesUnordered<BoxFuture<'static, (StreamId, Option<Result<(), tonic::Status>>)>>;
-/// With the connections that were tried: as long as the ledger knows them by their address, no other
-/// may have it.
-type Tried = (StreamId, HashMap<ConnKey, CallFailure>, Vec<Arc<Caller>>);
+/// A connection whose entries were tried, and why one failed. As long as the ledger knows it by its
+/// address, no other may have that.
+type Tried = (Arc<Caller>, Option<CallFailure>);
 
 /// What does as the ledger says.
 struct Hands {
@@ -54,6 +58,7 @@ struct Hands {
 impl Lane {
     pub(super) fn new(client: Client, link: Arc<Link>, kind: Kind, options: &Options) -> Self {
         let patience = client.0.options.request_timeout;
+        let client_held = client.0.metrics.held.clone();
         Self {
             ledger: Ledger::new(Limits {
                 max_messages: options.max_messages,
@@ -72,9 +77,11 @@ impl Lane {
                 tries: FuturesUnordered::new(),
             },
             pause: PAUSES.0,
-            held: 0,
+            held: Share::new(client_held),
+            declined: false,
             trouble: String::new(),
             warned: false,
+            complaints: Seldom::default(),
         }
     }
 
@@ -87,7 +94,7 @@ impl Lane {
         let mut gone = false;
         while !gone || !self.ledger.is_empty() {
             self.look_at_link();
-            self.count_held();
+            self.held.set(self.ledger.held());
             if self.ledger.is_suspended() && again.is_none() {
                 again = Some(self.handler_back());
             }
@@ -113,13 +120,13 @@ impl Lane {
                     self.take(&mut arrived);
                     self.answered(stream, answer);
                 }
-                Some((stream, failed, tried)) = self.hands.tries.next() => {
+                Some((tried, failure)) = self.hands.tries.next() => {
                     while let Ok(entry) = entries.try_recv() {
                         arrived.push(entry);
                     }
                     self.take(&mut arrived);
-                    self.ledger.tried(stream, &failed, Instant::now(), &mut self.hands);
-                    drop(tried);
+                    let conn = ConnKey::of(&tried);
+                    self.ledger.tried(conn, failure, Instant::now(), &mut self.hands);
                 }
                 // A gateway that drains waits for nobody.
                 () = draining.cancelled(), if held => {
@@ -134,7 +141,6 @@ impl Lane {
                 () = timer.as_mut(), if due.is_some() => self.elapsed(),
             }
         }
-        self.count_held();
     }
 
     fn take(&mut self, arrived: &mut Vec<Entry>) {
@@ -155,36 +161,25 @@ impl Lane {
         }
     }
 
-    fn count_held(&mut self) {
-        let held = self.ledger.held();
-        if held != self.held {
-            let more = held as f64 - self.held as f64;
-            self.hands.client.0.metrics.held.increment(more);
-            self.held = held;
-        }
-    }
-
-    /// Resolves when the handler may be there again.
+    /// Resolves when the handler may be there again, or is known not to be.
     fn handler_back(&mut self) -> BoxFuture<'static, ()> {
         let link = self.hands.link.clone();
+        if !link.is_up() {
+            return Box::pin(async move { link.back().await });
+        }
         let pause = self.pause;
         self.pause = (pause * 2).min(PAUSES.1);
-        Box::pin(async move {
-            if link.is_up() {
-                tokio::time::sleep(pause).await;
-            } else {
-                link.back().await;
-            }
-        })
+        Box::pin(tokio::time::sleep(pause))
     }
 
     /// When the handler has been away for longer than is borne.
     fn end_of_patience(&self) -> Option<Instant> {
-        let limit = self.hands.client.0.options.max_outage?;
-        let since = self.ledger.outage().filter(|_| self.ledger.has_waiting());
-        since
-            .filter(|_| self.ledger.is_suspended())
-            .map(|since| since + limit)
+        let suspended = self.ledger.is_suspended() && self.ledger.has_waiting();
+        let since = self.ledger.outage().filter(|_| suspended)?;
+        match self.hands.client.0.options.on_unavailable {
+            OnUnavailable::Hold(limit) => Some(since + limit?),
+            OnUnavailable::Close => self.hands.link.is_away().then_some(since),
+        }
     }
 
     fn due(&self) -> Option<Instant> {
@@ -207,21 +202,22 @@ impl Lane {
             Some(Ok(())) => {
                 count(StreamOutcome::Ok);
                 self.pause = PAUSES.0;
+                self.declined = false;
                 End::Taken
             }
             Some(Err(status)) => match miss(&status) {
-                Miss::Away { sent, why } => {
+                Miss::Away { how, why } => {
                     count(StreamOutcome::Broken);
                     self.trouble.clone_from(&why);
-                    if sent {
-                        End::Broken(why)
-                    } else {
-                        End::NotSent(why)
+                    match how {
+                        Away::NotSent => End::NotSent(why),
+                        Away::Broke => End::Broken(why),
+                        Away::Declined => self.declined(why),
                     }
                 }
                 Miss::Refused(failed) => {
                     count(StreamOutcome::Error);
-                    tracing::warn!(failure = %failed, "a handler failed a stream; each of its messages is sent again by itself");
+                    self.complain(&failed, "a handler failed a stream");
                     End::Refused
                 }
             },
@@ -236,6 +232,29 @@ impl Lane {
         }
         self.ledger
             .ended(stream, end, Instant::now(), &mut self.hands);
+    }
+
+    /// A stream was answered with UNAVAILABLE. Once, all of it is sent again; from then on it may
+    /// be one device that the handler cannot serve, for which the others are not to wait, nor
+    /// to be closed.
+    fn declined(&mut self, why: String) -> End {
+        let again = std::mem::replace(&mut self.declined, true);
+        let options = &self.hands.client.0.options;
+        let closes = options.on_unavailable == OnUnavailable::Close;
+        if (again || closes) && options.at_least_once {
+            let failure = CallFailure::Unavailable(why);
+            self.complain(&failure, "a handler is unavailable for streams");
+            End::Refused
+        } else {
+            End::Broken(why)
+        }
+    }
+
+    fn complain(&self, failure: &CallFailure, what: &str) {
+        if let Some(left_out) = self.complaints.tell(Instant::now()) {
+            let handler = self.hands.client.0.metrics.handler();
+            tracing::warn!(handler, %failure, left_out, "{what}; each of its messages is sent again by itself");
+        }
     }
 
     fn elapsed(&mut self) {
@@ -256,7 +275,7 @@ impl Lane {
             self.hands.cancel(stream);
             let metrics = &self.hands.client.0.metrics;
             metrics.stream_ended(self.hands.kind.method(), StreamOutcome::Late);
-            tracing::warn!(failure = %late(patience), "a handler did not answer a stream; each of its messages is sent again by itself");
+            self.complain(&late(patience), "a handler did not answer a stream");
             self.ledger.ended(stream, End::Late, now, &mut self.hands);
         }
     }
@@ -315,26 +334,15 @@ impl Output<Entry> for Hands {
         }
     }
 
-    fn try_alone(&mut self, stream: StreamId, entries: Vec<(ConnKey, Entry)>) {
+    fn try_alone(&mut self, _: ConnKey, entries: Vec<Entry>) {
         self.client.0.metrics.resent.increment(entries.len() as u64);
-        let mut by_conn: HashMap<ConnKey, VecDeque<Entry>> = HashMap::new();
-        for (conn, entry) in entries {
-            by_conn.entry(conn).or_default().push_back(entry);
-        }
-        let first = |entries: &VecDeque<Entry>| Some(entries.front()?.caller.clone());
-        let tried = by_conn.values().filter_map(first).collect();
+        let Some(caller) = entries.first().map(|entry| entry.caller.clone()) else {
+            return;
+        };
         let (client, kind) = (self.client.clone(), self.kind);
         self.tries.push(Box::pin(async move {
-            let chains = by_conn.into_iter().map(|(conn, entries)| {
-                let client = client.clone();
-                async move { Some((conn, try_each(&client, kind, entries).await?)) }
-            });
-            let mut chains: FuturesUnordered<_> = chains.collect();
-            let mut failed = HashMap::new();
-            while let Some(chain) = chains.next().await {
-                failed.extend(chain);
-            }
-            (stream, failed, tried)
+            let failure = try_each(&client, kind, entries).await;
+            (caller, failure)
         }));
     }
 
@@ -356,7 +364,7 @@ fn settle(client: &Client, kind: Kind, entry: Entry, result: Result<(), CallFail
 
 /// Calls with one entry of a connection after another. The first failure is that of
 /// all that follow.
-async fn try_each(client: &Client, kind: Kind, entries: VecDeque<Entry>) -> Option<CallFailure> {
+async fn try_each(client: &Client, kind: Kind, entries: Vec<Entry>) -> Option<CallFailure> {
     let mut failed = None;
     for entry in entries {
         let result = match &failed {
