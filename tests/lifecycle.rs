@@ -468,24 +468,6 @@ async fn a_callback_that_takes_too_long_closes_the_connection() {
     gate.open();
 }
 
-/// `on_unavailable = "close"`: a handler that answers UNAVAILABLE, or is gone, closes
-/// at once, `handler_unavailable`.
-#[tokio::test]
-async fn an_unavailable_handler_closes_where_that_is_configured() {
-    let stage = Stage::with(&[("HANDLER__ON_UNAVAILABLE", "close")]).await;
-    stage.handler.behave(|event| async move {
-        match event.call {
-            Call::Bytes(_) => Err(Status::unavailable("not now")),
-            _ => Ok(()),
-        }
-    });
-    let mut device = stage.device().await;
-    device.send("x").await;
-    assert_eq!(device.read_all().await, b"");
-    assert_eq!(stage.closed(&device).await, "handler_unavailable");
-    stage.finish().await;
-}
-
 /// A handler that is away for longer than `max_outage`: `handler_unavailable`. One
 /// that never was told of a connection is not told of its end.
 #[tokio::test]
