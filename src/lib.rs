@@ -10,7 +10,7 @@
 //! Imports point one way: `gateway` builds `listener`, `adapter` and `admin`; those
 //! use `connection`; that uses `auth`, `transport`, `handler` and `broker`, which know
 //! nothing of it; `auth` may ask the broker, the others know nothing of each other; at the bottom are `config`, `id`, `metrics`,
-//! `rate`, `proto`. `fuzzing` and `hot` are on top of them all and in no part of the program.
+//! `rate`, `proto`, `trace`. `fuzzing` and `hot` are on top of them all and in no part of the program.
 
 pub mod adapter;
 pub mod admin;
@@ -43,4 +43,5 @@ pub mod shard;
 pub mod shutdown;
 pub mod telemetry;
 pub mod tls;
+pub mod trace;
 pub mod transport;

@@ -152,6 +152,7 @@ pub fn adapter(config: &Config) -> adapter::Options {
         max_concurrent_streams: server.max_concurrent_streams,
         max_connection_age: server.max_connection_age.finite(),
         isolate: server.isolate_handlers,
+        trace: passes_traces(config),
     }
 }
 
@@ -304,9 +305,18 @@ pub fn broker(config: &Config) -> Result<broker::Options, Error> {
         from_property: name(&broker.from_property),
         id_property: name(&broker.id_property),
         timestamp_property: name(&broker.timestamp_property),
+        trace: passes_traces(config),
         will: None,
         own: false,
     })
+}
+
+/// Whether a handler that a listener names is told of traces: then those that handlers and messages
+/// are part of go on.
+pub fn passes_traces(config: &Config) -> bool {
+    let listeners = config.listeners.enabled();
+    let mut handlers = listeners.filter_map(|l| config.handler_named(&l.common.handler));
+    handlers.any(|handler| handler.trace_context)
 }
 
 /// What the sessions of devices have in common, and how many there may be; where each

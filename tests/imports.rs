@@ -196,6 +196,7 @@ fn imports_point_down_the_layers() {
             "proto",
             "tls",
             "telemetry",
+            "trace",
             "shutdown",
         ],
         &["lib"],

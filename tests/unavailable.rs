@@ -174,7 +174,10 @@ async fn who_is_declined_on_a_stream_waits_alone() {
         for device in &others {
             let what = format!("round {round} of {}", device.conn);
             let has = |log: &common::Log| log.bytes(&device.conn).ends_with(last.as_bytes());
-            stage.handler.wait(&what, |log| has(log).then_some(())).await;
+            stage
+                .handler
+                .wait(&what, |log| has(log).then_some(()))
+                .await;
         }
         bad.send(format!("bad {};", round + 1)).await;
     }
@@ -183,7 +186,10 @@ async fn who_is_declined_on_a_stream_waits_alone() {
     unavailable.store(false, Ordering::Relaxed);
     let what = "the last of the one that waited";
     let last = |log: &common::Log| log.bytes(&bad.conn).ends_with(b"bad 20;");
-    stage.handler.wait(what, |log| last(log).then_some(())).await;
+    stage
+        .handler
+        .wait(what, |log| last(log).then_some(()))
+        .await;
     let all = String::from_utf8(stage.handler.bytes(&bad.conn, 1).await).unwrap();
     let mut next = 0;
     for number in all.split_terminator(';') {

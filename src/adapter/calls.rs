@@ -14,6 +14,7 @@ use crate::proto::{
     AuthenticateRequest, CloseSocketRequest, CodeResponse, PublishRequest, RawPublishRequest,
     ResultCode, SendBytesRequest, SubscribeRequest, TimerRequest, TimerType, UnsubscribeRequest,
 };
+use crate::trace::{self, Traceparent};
 
 /// The eight calls.
 #[derive(Clone)]
@@ -22,6 +23,8 @@ pub(super) struct Calls {
     /// Of callers of whom nothing else is said.
     pub reach: Reach,
     pub metrics: Arc<AdapterMetrics>,
+    /// Whether traces are looked at.
+    pub trace: bool,
 }
 
 /// A call that has begun. One that is dropped before its answer was given up by the caller.
@@ -31,6 +34,8 @@ struct Call<'a> {
     began: Instant,
     /// How long the caller waits.
     limit: Option<Duration>,
+    /// What it is part of.
+    trace: Option<Traceparent>,
     ended: bool,
     metrics: &'a AdapterMetrics,
 }
@@ -42,16 +47,23 @@ impl Call<'_> {
         conn: &str,
         result: Result<Result<(), Refusal>, Status>,
     ) -> Result<Response<CodeResponse>, Status> {
-        let method = self.method;
+        let (method, traceparent) = (self.method, self.trace.map(tracing::field::display));
         let (code, message) = match result {
             Ok(Ok(())) => {
-                tracing::debug!(conn, method, "a handler's call is done");
+                tracing::debug!(conn, method, traceparent, "a handler's call is done");
                 (ResultCode::Success, String::new())
             }
             Ok(Err(refusal)) => {
                 let code = refusal.code.as_str_name();
                 let reason = &refusal.message;
-                tracing::debug!(conn, method, code, reason, "a handler's call is refused");
+                tracing::debug!(
+                    conn,
+                    method,
+                    code,
+                    reason,
+                    traceparent,
+                    "a handler's call is refused"
+                );
                 (refusal.code, refusal.message)
             }
             // Counted with all that fail.
@@ -87,6 +99,10 @@ impl Drop for Call<'_> {
 impl Calls {
     fn begin<T>(&self, method: &'static str, request: Request<T>) -> Result<(Call<'_>, T), Status> {
         let limit = deadline::timeout(request.metadata());
+        let trace = self.trace.then(|| request.metadata().get(trace::KEY));
+        let trace = trace
+            .flatten()
+            .and_then(|value| Traceparent::parse(value.as_encoded_bytes()));
         let (_, mut extensions, message) = request.into_parts();
         let reach = extensions.remove::<Reach>();
         let call = Call {
@@ -94,6 +110,7 @@ impl Calls {
             reach: reach.unwrap_or_else(|| self.reach.clone()),
             began: Instant::now(),
             limit: limit?,
+            trace,
             ended: false,
             metrics: &self.metrics,
         };
@@ -194,6 +211,7 @@ impl ConnectionAdapter for Calls {
             topic,
             qos,
             payload,
+            trace: call.trace,
         };
         self.execute(call, &conn, command).await
     }
@@ -228,7 +246,7 @@ impl ConnectionAdapter for Calls {
             qos,
             payload,
         } = message;
-        let work = self.commands.raw_publish(topic, qos, payload);
+        let work = self.commands.raw_publish(topic, qos, payload, call.trace);
         let result = deadline::within(call.limit, work).await;
         call.end("", result)
     }

@@ -75,6 +75,8 @@ pub struct Options {
     pub max_connection_age: Option<Duration>,
     /// Whether who calls acts only on the connections of the token's owner.
     pub isolate: bool,
+    /// Whether the trace that a call is part of goes on with what it brings about.
+    pub trace: bool,
 }
 
 /// Serves handlers' connections. Cheap to clone.
@@ -104,6 +106,7 @@ impl Adapter {
             // What came by without the doorkeeper's word reaches nothing.
             reach: if isolate { Reach::Nothing } else { Reach::All },
             metrics: metrics.clone(),
+            trace: options.trace,
         };
         let service = Guarded {
             calls: ConnectionAdapterServer::new(calls)

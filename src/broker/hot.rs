@@ -197,6 +197,7 @@ fn options() -> Arc<Options> {
         id_property: Some("exproto-id".to_owned()),
         timestamp_property: Some("exproto-timestamp".to_owned()),
         will: None,
+        trace: false,
         own: false,
     })
 }
@@ -263,6 +264,7 @@ pub(crate) fn published() -> Box<dyn FnMut()> {
             qos: QoS::AtLeastOnce,
             payload: Bytes::from_static(PAYLOAD),
             from: Some(from.clone()),
+            trace: None,
         };
         let mut confirmed = pin!(broker.publish(1, publication));
         let mut cx = Context::from_waker(Waker::noop());

@@ -27,6 +27,7 @@ use super::wire::{Decoder, InboundPublish, Protocol};
 use super::{Address, Delivery, Message, Options, PublishError, now_ms};
 use crate::id::{MessageId, MessageIds};
 use crate::telemetry::Seldom;
+use crate::trace::{self, Traceparent};
 
 /// Bytes read from the broker at once.
 const READ_CHUNK: usize = 64 * 1024;
@@ -531,6 +532,11 @@ impl Message {
             timestamp: property(&options.timestamp_property)
                 .and_then(|text| text.parse().ok())
                 .unwrap_or_else(now_ms),
+            trace: match options.trace {
+                true => properties.get(trace::KEY).map(str::as_bytes),
+                false => None,
+            }
+            .and_then(Traceparent::parse),
             topic,
             payload: unpin(publish.payload),
         })

@@ -39,6 +39,7 @@ use bytes::Bytes;
 
 use crate::id::MessageId;
 use crate::tls::Renewed;
+use crate::trace::Traceparent;
 pub use group::SubscriptionKey;
 pub use login::{LoginError, try_login};
 pub use member::{AckOnDrop, LinkState};
@@ -153,6 +154,8 @@ pub struct Publication {
     pub payload: Bytes,
     /// The device's client id, where it has one.
     pub from: Option<Arc<str>>,
+    /// The trace that it is part of. With MQTT 5 it goes along.
+    pub trace: Option<Traceparent>,
 }
 
 /// A message that came from the broker.
@@ -168,6 +171,8 @@ pub struct Message {
     pub from: String,
     /// Milliseconds since the Unix epoch.
     pub timestamp: u64,
+    /// The trace that it is part of, where that is looked at.
+    pub trace: Option<Traceparent>,
 }
 
 /// A message for one subscriber. Dropping the last delivery of a message
@@ -252,6 +257,8 @@ pub struct Options {
     pub id_property: Option<String>,
     /// User property with the time of publishing.
     pub timestamp_property: Option<String>,
+    /// Whether the trace that a message is part of is looked at.
+    pub trace: bool,
     /// Said at each connection.
     pub will: Option<Will>,
     /// Whether the connection is one device's own: one of thousands, so that it holds no

@@ -21,6 +21,7 @@ use super::{
 };
 use crate::id::MessageIds;
 use crate::metrics::BrokerMetrics;
+use crate::trace::{self, Traceparent};
 
 /// Connections that MQTT 3.1.1 may need for filters that overlap, in all. Each
 /// costs the broker a client; more than a few mean that something is amiss.
@@ -172,8 +173,8 @@ impl Broker {
         let member = pool.spread(route).ok_or(PublishError::Stopped)?;
         let protocol = pool.options.protocol;
         let properties = match protocol {
-            Protocol::V4 => [const { None }; 3],
-            Protocol::V5 => pool.properties(message.from.as_deref()),
+            Protocol::V4 => [const { None }; 4],
+            Protocol::V5 => pool.properties(message.from.as_deref(), message.trace),
         };
         let properties = properties.iter().flatten();
         let publish = OutboundPublish::new(
@@ -319,14 +320,19 @@ impl Broker {
 impl Pool {
     /// What a publish tells of itself to other gateways, and all that it does: one that
     /// is sent again tells the same.
-    fn properties<'a>(&'a self, from: Option<&'a str>) -> [Option<Property<'a>>; 3] {
+    fn properties<'a>(
+        &'a self,
+        from: Option<&'a str>,
+        trace: Option<Traceparent>,
+    ) -> [Option<Property<'a>>; 4] {
         let options = &*self.options;
         let from = options.from_property.as_deref().zip(from.map(Cow::from));
         let id = options.id_property.as_deref();
         let id = id.map(|name| (name, self.ids.next_id().text().into()));
         let timestamp = options.timestamp_property.as_deref();
         let timestamp = timestamp.map(|name| (name, now_ms().to_string().into()));
-        [from, id, timestamp]
+        let trace = trace.map(|trace| (trace::KEY, trace.to_string().into()));
+        [from, id, timestamp, trace]
     }
 
     /// One of the members that work is spread over.

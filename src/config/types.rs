@@ -247,7 +247,7 @@ section! {
         max_in_flight: usize = Within("900", 1..),
 
         /// What becomes of connections while the handler is away: "hold" keeps them and tries their
-        /// callbacks again with backoff, "close" closes each that has one, reason handler_unavailable.
+        /// callbacks again with backoff, "close" closes them all at once, reason handler_unavailable.
         on_unavailable: OnUnavailable = "hold",
 
         /// With "hold": the longest outage a connection is held for. A duration or "infinity".
@@ -294,8 +294,8 @@ section! {
         /// library then ends a callback at that time, also one that waits for the gateway.
         grpc_timeout: bool = "false",
 
-        /// Whether every callback carries a new trace id in a traceparent header (W3C Trace
-        /// Context), which the log tells at level debug.
+        /// Whether callbacks carry a traceparent header (W3C Trace Context), which the log tells at
+        /// level debug, and traces that calls to the adapter and messages are part of go on.
         trace_context: bool = "false",
 
         /// TLS towards an https:// address.

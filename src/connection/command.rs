@@ -19,6 +19,7 @@ use crate::broker::topic::{Mountpoint, TopicError, TopicFilter, TopicName, is_mq
 use crate::broker::{Broker, OwnSession, Publication, PublishError, QoS, SubscribeError};
 use crate::id::HandlerName;
 use crate::proto::ResultCode;
+use crate::trace::Traceparent;
 
 /// A request about one connection.
 #[derive(Debug)]
@@ -39,6 +40,8 @@ pub enum Command {
         qos: u32,
         /// The message.
         payload: Bytes,
+        /// What it is part of.
+        trace: Option<Traceparent>,
     },
     /// Subscribe the connection.
     Subscribe {
@@ -322,6 +325,7 @@ impl Commands {
                 topic,
                 qos: number,
                 payload,
+                trace,
             } => {
                 let client = handle.client()?;
                 let qos = qos(number)?;
@@ -337,6 +341,7 @@ impl Commands {
                     qos,
                     payload,
                     from: Some(client.clientid.clone()),
+                    trace,
                 };
                 let route = handle.id().route();
                 self.broker_of(&client).publish(route, publication).await?;
@@ -360,6 +365,7 @@ impl Commands {
         topic: String,
         qos_number: u32,
         payload: Bytes,
+        trace: Option<Traceparent>,
     ) -> Result<(), Refusal> {
         if self.raw_publish == RawPublish::Off {
             return Err(Refusal::new(
@@ -372,6 +378,7 @@ impl Commands {
             topic: TopicName::parse(topic)?,
             payload,
             from: None,
+            trace,
         };
         if self.raw_publish == RawPublish::Checked {
             let nobody = Attempt::nobody();

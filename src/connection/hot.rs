@@ -180,6 +180,7 @@ fn delivery() -> Delivery {
             payload: Bytes::from_static(&[7; 64]),
             from: "device-2".to_owned(),
             timestamp: 1_700_000_000_000,
+            trace: None,
         }),
         qos: QoS::AtLeastOnce,
         _ack: None,

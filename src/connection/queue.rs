@@ -121,6 +121,7 @@ mod tests {
                 payload: Bytes::from_static(payload.as_bytes()),
                 from: String::new(),
                 timestamp: 0,
+                trace: None,
             }),
             qos: QoS::AtMostOnce,
             _ack: None,

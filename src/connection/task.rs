@@ -31,6 +31,7 @@ use super::reason::CloseReason;
 use crate::broker::Delivery;
 use crate::handler::{CallFailure, Caller, Event, EventSink};
 use crate::proto;
+use crate::trace;
 use crate::transport::scratch::{READ_CHUNK, with_scratch};
 use crate::transport::{PeerInfo, Received, Socket};
 
@@ -176,7 +177,8 @@ impl<S: Socket> Driver<S> {
             Call::Bytes(bytes) => Event::ReceivedBytes(bytes),
             Call::Batch(batch) => {
                 let messages = batch.iter().map(|delivery| self.message(delivery));
-                let event = Event::ReceivedMessages(messages.collect());
+                let traces = batch.iter().map(|delivery| delivery.message.trace);
+                let event = Event::ReceivedMessages(messages.collect(), trace::of_all(traces));
                 deliveries = batch;
                 event
             }

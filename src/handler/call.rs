@@ -12,14 +12,16 @@ use tokio::sync::mpsc::UnboundedReceiver;
 use tokio::time::{Instant, timeout_at};
 use tonic::client::Grpc;
 use tonic::codec::{Codec, EncodeBuf, Encoder};
+use tonic::metadata::MetadataValue;
 use tonic::{Request, Status};
 use tonic_prost::ProstDecoder;
 
 use super::link::{Channel, Link, not_sent};
 use super::status::{Miss, miss};
-use super::{CallFailure, Caller, Event, trace, unary};
+use super::{CallFailure, Caller, Event, unary};
 use crate::metrics::METHODS;
 use crate::proto;
+use crate::trace::{self, Traceparent};
 
 /// Most time for which a handler that waits for us is not blamed, in one callback.
 pub(super) const MAX_WAIT: Duration = Duration::from_secs(120);
@@ -33,7 +35,7 @@ pub(super) struct Options {
     pub(super) request_timeout: Duration,
     /// Whether that is sent along.
     pub(super) grpc_timeout: bool,
-    /// Whether calls carry a trace id.
+    /// Whether calls carry a `traceparent`.
     pub(super) trace_context: bool,
 }
 
@@ -174,7 +176,7 @@ impl Calls {
                 conn,
                 bytes: bytes.clone(),
             }),
-            Event::ReceivedMessages(messages) => unary::messages(&conn, messages),
+            Event::ReceivedMessages(messages, _) => unary::messages(&conn, messages),
             Event::TimerTimeout => unary::request(&proto::TimerTimeoutRequest {
                 conn,
                 r#type: proto::TimerType::Keepalive.into(),
@@ -190,21 +192,30 @@ impl Calls {
         let mut parts = link.origin().into_parts();
         parts.path_and_query = Some(path);
         let uri = Uri::from_parts(parts).map_err(|error| Status::internal(error.to_string()))?;
-        unary::call(channel, uri, self.headers(method), encoded).await
+        unary::call(channel, uri, self.headers(event), encoded).await
     }
 
     /// What a call has beside gRPC's own headers.
-    fn headers(&self, method: usize) -> HeaderMap {
+    fn headers(&self, event: &Event) -> HeaderMap {
         let mut request = Request::new(());
         if self.options.grpc_timeout {
             request.set_timeout(self.options.request_timeout);
         }
         if self.options.trace_context
-            && let Some(parent) = trace::parent()
+            && let Some(traceparent) = traceparent(event)
+            && let Ok(value) = MetadataValue::try_from(traceparent.to_string())
         {
-            tracing::debug!(callback = METHODS.get(method), traceparent = ?parent, "calling");
-            request.metadata_mut().insert(trace::KEY, parent);
+            tracing::debug!(callback = event.method(), %traceparent, "calling");
+            request.metadata_mut().insert(trace::KEY, value);
         }
         request.into_parts().0.into_headers()
+    }
+}
+
+/// A callback goes on with the trace that brings it about, or begins one.
+fn traceparent(event: &Event) -> Option<Traceparent> {
+    match event {
+        Event::ReceivedMessages(_, Some(trace)) => trace.next(),
+        _ => Traceparent::begin(),
     }
 }

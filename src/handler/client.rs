@@ -43,7 +43,7 @@ pub struct Options {
     pub at_least_once: bool,
     /// Whether `request_timeout` is sent along.
     pub grpc_timeout: bool,
-    /// Whether calls carry a trace id.
+    /// Whether calls carry a `traceparent`.
     pub trace_context: bool,
     /// How the addresses are used.
     pub pool: pool::Options,

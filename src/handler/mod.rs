@@ -26,7 +26,6 @@ pub mod resolve;
 mod seat;
 mod status;
 pub mod streaming;
-mod trace;
 mod unary;
 
 pub use dial::Pings;
@@ -42,6 +41,7 @@ use self::seat::{Member, Seat, Standing};
 use crate::id::ConnId;
 use crate::metrics::METHODS;
 use crate::proto;
+use crate::trace::Traceparent;
 
 /// Something that happened to a connection, as its handler is told.
 #[derive(Debug)]
@@ -50,8 +50,8 @@ pub enum Event {
     SocketCreated(proto::ConnInfo),
     /// Bytes from the device.
     ReceivedBytes(Bytes),
-    /// Messages of the connection's subscriptions.
-    ReceivedMessages(Vec<proto::Message>),
+    /// Messages of the connection's subscriptions, and the trace that they are part of.
+    ReceivedMessages(Vec<proto::Message>, Option<Traceparent>),
     /// The keepalive timer ran out.
     TimerTimeout,
     /// Always the last; the text is the reason.
@@ -72,7 +72,7 @@ impl Event {
         let message = |m: &proto::Message| m.payload.len() + m.topic.len();
         match self {
             Self::ReceivedBytes(bytes) => bytes.len(),
-            Self::ReceivedMessages(messages) => messages.iter().map(message).sum(),
+            Self::ReceivedMessages(messages, _) => messages.iter().map(message).sum(),
             Self::SocketCreated(_) | Self::TimerTimeout | Self::SocketClosed(_) => 0,
         }
     }
@@ -82,7 +82,7 @@ impl Event {
         match self {
             Self::SocketCreated(_) => 0,
             Self::ReceivedBytes(_) => 1,
-            Self::ReceivedMessages(_) => 2,
+            Self::ReceivedMessages(..) => 2,
             Self::TimerTimeout => 3,
             Self::SocketClosed(_) => 4,
         }

@@ -197,7 +197,7 @@ impl EventSink for Streaming {
                 let request = proto::ReceivedBytesRequest { conn, bytes };
                 (Kind::Bytes, request.encode_to_vec())
             }
-            Event::ReceivedMessages(messages) => {
+            Event::ReceivedMessages(messages, _) => {
                 let conn = conn.text();
                 let request = proto::ReceivedMessagesRequest { conn, messages };
                 (Kind::Messages, request.encode_to_vec())
@@ -264,7 +264,8 @@ impl Kind {
                 Event::ReceivedBytes(proto::ReceivedBytesRequest::decode(request)?.bytes)
             }
             Self::Messages => {
-                Event::ReceivedMessages(proto::ReceivedMessagesRequest::decode(request)?.messages)
+                let request = proto::ReceivedMessagesRequest::decode(request)?;
+                Event::ReceivedMessages(request.messages, None)
             }
         })
     }

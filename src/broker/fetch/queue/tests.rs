@@ -29,6 +29,7 @@ fn member() -> Arc<Member> {
         id_property: None,
         from_property: None,
         timestamp_property: None,
+        trace: false,
         will: None,
         own: false,
     };
