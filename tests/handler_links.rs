@@ -268,13 +268,13 @@ async fn a_handler_that_forbids_pings_gets_no_more() {
         .set("HANDLER__REQUEST_TIMEOUT", "10m")
         .set("SHARDS", "1");
     let mut gateway = Process::run(&plan);
-    let python = Python::start("tests/sleeping_handler/handler.py", &[&port.to_string()]).await;
+    let python = Python::start(port, &[]).await;
     let devices = gateway.address("devices on").await;
     let mut device = Device::dial(devices).await;
-    device.send("x").await;
+    device.send("sleep").await;
     let line = gateway.logged("forbids pings").await;
     assert!(line.contains("it gets no more"), "{line}");
-    let asleep = python.printed("asleep ", 2).await;
+    let asleep = python.printed("bytes ", 2).await;
     assert_eq!(asleep[0], asleep[1]);
     let admin = gateway.admin().await;
     admin.metric_until(UP, |up| (up - 1.0).abs() < 0.1).await;

@@ -412,7 +412,7 @@ async fn a_handler_that_sleeps_slows_only_its_own() {
 #[tokio::test]
 async fn a_named_handler_that_sleeps_slows_only_its_own() {
     let port = free_port();
-    let mut python = Python::start("tests/sleeping_handler/handler.py", &[&port.to_string()]).await;
+    let mut python = Python::start(port, &[]).await;
     let stage = Stage::with(&[
         (
             "HANDLERS__SLEEPS__ADDRESS",
@@ -427,11 +427,11 @@ async fn a_named_handler_that_sleeps_slows_only_its_own() {
     let mut asleep = Vec::new();
     for _ in 0..SLEEPERS {
         let mut device = Device::dial(sleeps).await;
-        device.send("good night").await;
+        device.send("sleep").await;
         asleep.push(device);
     }
     // Its threads sleep, and the rest waits in its queue.
-    python.printed("asleep ", 10).await;
+    python.printed("bytes ", 10).await;
     let in_flight = "exproto_callbacks_in_flight{handler=\"sleeps\"}";
     let all = |n: f64| n > SLEEPERS as f64 - 0.5;
     stage.admin.metric_until(in_flight, all).await;
@@ -441,7 +441,7 @@ async fn a_named_handler_that_sleeps_slows_only_its_own() {
     }
     round_trips(&stage, &stage.handler, &mut awake).await;
     assert!(python.runs());
-    assert_eq!(python.printed("asleep ", 10).await.len(), 10);
+    assert_eq!(python.printed("bytes ", 10).await.len(), 10);
     assert!(all(stage.admin.metric(in_flight).await));
     python.kill().await;
     stage.finish().await;

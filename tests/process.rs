@@ -15,7 +15,8 @@ use std::net::Ipv4Addr;
 use std::time::{Duration, Instant};
 
 use common::{
-    Adapter, Broker, Call, Device, Handler, Peer, Plan, Process, client, free_port, within,
+    Adapter, Authority, Broker, Call, Device, Handler, Peer, Plan, Process, client, free_port,
+    within,
 };
 use exproto_sidecar::proto::ResultCode;
 use serde_json::Value;
@@ -258,6 +259,38 @@ async fn a_bad_certificate_exits_with_2() {
             err.contains("server.ssl_options") && err.contains("not-a.pem"),
             "{err}"
         );
+    }
+}
+
+/// An authority's file of a handler that is there, but has no certificate in it: the same, and
+/// which handler's it is.
+#[tokio::test]
+async fn a_bad_authority_of_a_handler_exits_with_2() {
+    let dir = TempDir::new().unwrap();
+    let authority = Authority::new(dir.path(), "authority");
+    let key = fs::read_to_string(authority.server("127.0.0.1").key).unwrap();
+    let good = fs::read_to_string(authority.file()).unwrap();
+    let file = dir.path().join("handlers.pem");
+    let path = file.to_str().unwrap();
+    for name in ["handler", "handlers.meters"] {
+        let keys = env(&[
+            ("EXPROTO_HANDLER__ADDRESS", "https://127.0.0.1:1"),
+            ("EXPROTO_HANDLERS__METERS__ADDRESS", "https://127.0.0.1:2"),
+        ]);
+        let set = format!("{name}.ssl_options.cacertfile={path}");
+        let check = ["check", "--set", &set];
+        let cut = &good[..good.len() / 2];
+        for bad in ["", "nothing of the kind", &key, cut] {
+            fs::write(&file, bad).unwrap();
+            let (code, out, err) = run(&check, &keys).await;
+            assert_eq!(code, Some(2), "{bad:?}: {err}");
+            assert_eq!(out, "");
+            let named = format!("\n{name}.ssl_options: {path}: a certificate in PEM is needed: ");
+            assert!(err.contains(&named), "{bad:?}: {err}");
+        }
+        fs::write(&file, &good).unwrap();
+        let (code, _, err) = run(&check, &keys).await;
+        assert_eq!(code, Some(0), "{err}");
     }
 }
 

@@ -12,12 +12,11 @@
 mod common;
 
 use std::collections::HashSet;
-use std::path::Path;
 use std::time::Duration;
 
 use common::{
-    Broker, Call, Device, Gate, Handler, Log, Peer, Plan, Process, Proxy, Python, Stage, free_port,
-    pattern, within,
+    Broker, Call, Device, Gate, Handler, Log, Notes, Peer, Plan, Process, Proxy, Python, Stage,
+    free_port, pattern, within,
 };
 use tokio::io::AsyncWriteExt;
 use tokio::task::JoinHandle;
@@ -528,25 +527,19 @@ async fn messages_survive_a_killed_handler() {
     stage.finish().await;
 }
 
-/// A handler written in Python as EMQX's are, with fewer threads than connections.
-async fn python(port: u16, adapter: u16, file: &Path) -> Python {
-    let (port, adapter) = (port.to_string(), adapter.to_string());
-    let arguments = [&*port, &*adapter, file.to_str().unwrap()];
-    Python::start("tests/streaming_handler/handler.py", &arguments).await
-}
-
-/// Python, restarted under load: echoes come to every device in order, none is lost.
+/// A handler written in Python as EMQX's are, with fewer threads than connections, restarted
+/// under load: echoes come to every device in order, none is lost.
 #[tokio::test]
 async fn a_python_handler_serves_and_is_restarted() {
     let broker = Broker::start().await;
     let (port, adapter) = (free_port(), free_port());
-    let folder = tempfile::tempdir().unwrap();
-    let file = folder.path().join("seen");
     let plan = Plan::new(&broker.url(), &format!("http://127.0.0.1:{port}"))
         .set("SERVER__BIND", &format!("127.0.0.1:{adapter}"))
         .set_all(&KEYS);
     let gateway = Process::run(&plan);
-    let handler = python(port, adapter, &file).await;
+    let adapter = adapter.to_string();
+    let arguments = ["--streams", "--adapter", &adapter];
+    let handler = Python::start(port, &arguments).await;
     gateway.printed("is ready").await;
     let address = gateway.address("devices on").await;
     let mut devices = Vec::new();
@@ -571,7 +564,7 @@ async fn a_python_handler_serves_and_is_restarted() {
         })
     };
     handler.kill().await;
-    let handler = python(port, adapter, &file).await;
+    let handler = Python::start(port, &arguments).await;
     let devices = within("the devices", sending).await.unwrap();
     for mut device in devices {
         let mut next = 1;
@@ -585,13 +578,8 @@ async fn a_python_handler_serves_and_is_restarted() {
     let mut gateway = gateway;
     assert_eq!(gateway.exit().await, Some(0));
     // What the handler saw of the connections: the end of each, after all of its bytes.
-    handler.kill().await;
-    let seen = std::fs::read_to_string(&file).unwrap();
-    let closed: Vec<&str> = seen
-        .lines()
-        .filter_map(|l| l.strip_prefix("closed "))
-        .collect();
+    let closed = Notes::of(&handler.kill().await).closed;
     assert_eq!(closed.len(), 20, "{closed:?}");
-    let distinct: HashSet<&str> = closed.into_iter().collect();
+    let distinct: HashSet<String> = closed.into_iter().map(|(conn, _)| conn).collect();
     assert_eq!(distinct.len(), 20);
 }

@@ -60,7 +60,7 @@ pub use mqtt::Peer;
 pub use names::Names;
 pub use process::{PROGRAM, Process};
 pub use proxy::Proxy;
-pub use python::Python;
+pub use python::{Notes, Python};
 pub use service::{Asked, Service, http_item, item};
 pub use stage::{Plan, Stage, node_name};
 pub use tokens::{Signer, hs256, seconds};
@@ -137,4 +137,24 @@ pub fn assert_same(found: &[u8], expected: &[u8]) {
     let differ = found.iter().zip(expected).position(|(a, b)| a != b);
     assert_eq!(differ, None, "the first difference");
     assert_eq!(found.len(), expected.len(), "the length");
+}
+
+/// The bytes of a device, callback by callback, without those that came again; no two of them
+/// may be the same otherwise. Asserts that only the last one came again or, with streaming,
+/// the last ones in order, before anything new.
+#[track_caller]
+pub fn without_repetitions(pieces: &[String], streaming: bool) -> Vec<&str> {
+    let mut known: Vec<&str> = Vec::new();
+    let mut next = 0;
+    for piece in pieces {
+        let at = known.iter().position(|known| known == piece);
+        let at = at.unwrap_or_else(|| {
+            known.push(piece);
+            known.len() - 1
+        });
+        let again = at + 1 == next || (streaming && at < next);
+        assert!(at == next || again, "{piece:?} in {pieces:?}");
+        next = at + 1;
+    }
+    known
 }
