@@ -230,7 +230,7 @@ pub fn client(key: &str, handler: &Handler, shards: usize) -> client::Options {
         close_timeout: handler.close_timeout,
         on_unavailable: match handler.on_unavailable {
             OnUnavailable::Hold => client::OnUnavailable::Hold(handler.max_outage.finite()),
-            OnUnavailable::Close => client::OnUnavailable::Close,
+            OnUnavailable::Close => client::OnUnavailable::Close(handler.connect_timeout),
         },
         streaming: handler.streaming.then(|| streaming::Options {
             max_messages: handler.stream_max_messages,

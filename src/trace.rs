@@ -29,15 +29,8 @@ impl Traceparent {
             flags: SAMPLED,
         };
         getrandom::fill(&mut new.trace).ok()?;
-        new.next()
-    }
-
-    /// The same trace with an id of its own, for what follows from this. `None` where the system
-    /// gives no randomness.
-    pub fn next(self) -> Option<Self> {
-        let mut parent = [0; 8];
-        getrandom::fill(&mut parent).ok()?;
-        Some(Self { parent, ..self })
+        getrandom::fill(&mut new.parent).ok()?;
+        Some(new)
     }
 
     /// What a header says; `None` where it is no `traceparent` (Trace Context, 3.2.2). Of a later
@@ -49,7 +42,8 @@ impl Traceparent {
         let parsed = Self {
             trace: hex(fields.next()?)?,
             parent: hex(fields.next()?)?,
-            flags: hex::<1>(fields.next()?)?[0],
+            // The others have no meaning yet, and are not passed on.
+            flags: hex::<1>(fields.next()?)?[0] & SAMPLED,
         };
         let valid = match version {
             0 => more.is_empty(),
@@ -61,11 +55,16 @@ impl Traceparent {
     }
 }
 
-/// The trace that several things are part of, if it is one and the same.
+/// The trace that several things are part of, if it is one and the same: after the first of them,
+/// recorded where one is.
 pub fn of_all(traces: impl IntoIterator<Item = Option<Traceparent>>) -> Option<Traceparent> {
     let mut traces = traces.into_iter();
-    let first = traces.next()??;
-    traces.all(|trace| trace == Some(first)).then_some(first)
+    let mut all = traces.next()??;
+    for other in traces {
+        let other = other.filter(|other| other.trace == all.trace)?;
+        all.flags |= other.flags;
+    }
+    Some(all)
 }
 
 /// So many bytes in lower case.
@@ -118,9 +117,8 @@ mod tests {
     fn what_is_read_is_written() {
         let parsed = Traceparent::parse(EXAMPLE.as_bytes()).unwrap();
         assert_eq!(parsed.to_string(), EXAMPLE);
-        let next = parsed.next().unwrap();
-        assert_eq!((next.trace, next.flags), (parsed.trace, parsed.flags));
-        assert_ne!(next.parent, parsed.parent);
+        let flags = EXAMPLE.replace("-01", "-ff");
+        assert_eq!(Traceparent::parse(flags.as_bytes()), Some(parsed));
         let new = Traceparent::begin().unwrap();
         assert_eq!(Traceparent::parse(new.to_string().as_bytes()), Some(new));
     }
@@ -128,7 +126,15 @@ mod tests {
     #[test]
     fn several_are_of_a_trace_that_all_are_of() {
         let [one, other] = [(); 2].map(|()| Traceparent::begin());
-        assert_eq!(of_all([one, one]), one);
+        // Calls of one trace have ids of their own.
+        let unrecorded = one.map(|one| Traceparent {
+            parent: [7; 8],
+            flags: 0,
+            ..one
+        });
+        assert_eq!(of_all([one, unrecorded]), one);
+        let recorded = unrecorded.map(|call| Traceparent { flags: 1, ..call });
+        assert_eq!(of_all([unrecorded, one]), recorded);
         for traces in [&[one, other][..], &[one, None], &[None, one], &[None], &[]] {
             assert_eq!(of_all(traces.iter().copied()), None, "{traces:?}");
         }

@@ -116,7 +116,8 @@ impl Calls {
         Ok(())
     }
 
-    /// One call. Time that the handler spends waiting for us is not the handler's.
+    /// One call, whose turn it is. Time that the handler spends waiting for us is not the
+    /// handler's.
     pub(super) async fn one(
         &self,
         link: &Link,
@@ -124,7 +125,6 @@ impl Calls {
         caller: &Caller,
         event: &Event,
     ) -> Result<(), Miss> {
-        let _turn = channel.turn().await;
         let limit = self.options.request_timeout;
         let (started, waited) = (Instant::now(), caller.waited());
         let (heard, answers) = (channel.clone(), channel.answers());
@@ -212,10 +212,11 @@ impl Calls {
     }
 }
 
-/// A callback goes on with the trace that brings it about, or begins one.
+/// A callback is part of the trace that brings it about, as it was said there: what the gateway does
+/// in between is recorded nowhere. Any other begins one.
 fn traceparent(event: &Event) -> Option<Traceparent> {
     match event {
-        Event::ReceivedMessages(_, Some(trace)) => trace.next(),
+        Event::ReceivedMessages(_, Some(trace)) => Some(*trace),
         _ => Traceparent::begin(),
     }
 }

@@ -58,8 +58,23 @@ pub enum OnUnavailable {
     /// Its callbacks are tried again for so long, or without end.
     Hold(Option<Duration>),
     /// It is closed as soon as that shows: the handler says UNAVAILABLE, or its channel is gone
-    /// and cannot be made anew at once.
-    Close,
+    /// and cannot be made anew, at once or within this time.
+    Close(Duration),
+}
+
+impl OnUnavailable {
+    /// For how long a callback is tried again, if that has an end.
+    fn limit(self) -> Option<Duration> {
+        match self {
+            Self::Hold(limit) => limit,
+            Self::Close(limit) => Some(limit),
+        }
+    }
+
+    /// Whether nobody waits for a handler that is away.
+    pub(super) fn closes(self) -> bool {
+        matches!(self, Self::Close(_))
+    }
 }
 
 /// The handler as one shard sees it.
@@ -76,7 +91,14 @@ pub(super) struct Shared {
 }
 
 /// An address to call, and the room for it.
-type Turn = (Arc<Member>, OwnedSemaphorePermit);
+struct Turn {
+    member: Arc<Member>,
+    /// None where it is gone again.
+    channel: Option<Channel>,
+    _room: OwnedSemaphorePermit,
+    /// Where the handler allows only so many calls.
+    _call: Option<OwnedSemaphorePermit>,
+}
 
 impl Client {
     /// A client that reaches nobody until [`Client::run`] runs. `shard` is the number
@@ -121,7 +143,7 @@ impl Client {
     /// Calls `forsaken` whenever connections may have lost their handler, for ever, where such
     /// connections are closed; [`Client::has_forsaken`] says of each whether it has.
     pub async fn watch(&self, mut forsaken: impl FnMut()) {
-        if self.0.options.on_unavailable != OnUnavailable::Close {
+        if !self.0.options.on_unavailable.closes() {
             return;
         }
         let mut changes = self.0.pool.changes();
@@ -161,8 +183,18 @@ impl EventSink for Client {
 /// Waits for room at an address.
 async fn turn(member: Arc<Member>) -> Option<Turn> {
     // The semaphore is never closed.
-    let permit = member.room.clone().acquire_owned().await.ok()?;
-    Some((member, permit))
+    let room = member.room.clone().acquire_owned().await.ok()?;
+    let channel = member.link.channel();
+    let call = match &channel {
+        Some(channel) => channel.turn().await,
+        None => None,
+    };
+    Some(Turn {
+        member,
+        channel,
+        _room: room,
+        _call: call,
+    })
 }
 
 /// What one event has met with so far.
@@ -250,17 +282,22 @@ impl Shared {
         event: &Event,
     ) -> Result<(), CallFailure> {
         let mut outage: Option<(Outage, Counted<'_>)> = None;
+        let mut broke = false;
         loop {
             let called = turn.is_some();
             let trouble = match &turn {
                 // Only a call takes room, not the wait for a handler that is away.
-                Some((member, _room)) => match self.tell(member, caller, event).await {
+                Some(turn) => match self.tell(turn, caller, event).await {
                     Ok(()) => return Ok(()),
                     Err(Miss::Refused(failure)) => return Err(failure),
-                    Err(Miss::Away { how, why }) if self.is_final(how) => {
-                        return Err(CallFailure::Unavailable(why));
+                    Err(Miss::Away { how, why }) => {
+                        let again = broke && how == Away::Broke;
+                        if self.is_final(how, again) {
+                            return Err(CallFailure::Unavailable(why));
+                        }
+                        broke |= how == Away::Broke;
+                        why
                     }
-                    Err(Miss::Away { why, .. }) => why,
                 },
                 None => caller.trouble(),
             };
@@ -268,10 +305,7 @@ impl Shared {
             let (outage, _held) = outage.get_or_insert_with(|| {
                 let now = Instant::now();
                 let outage = Outage {
-                    give_up: match self.options.on_unavailable {
-                        OnUnavailable::Hold(limit) => limit.map(|limit| now + limit),
-                        OnUnavailable::Close => None,
-                    },
+                    give_up: self.options.on_unavailable.limit().map(|limit| now + limit),
                     missed: None,
                     pause: PAUSES.0,
                 };
@@ -303,19 +337,19 @@ impl Shared {
         }
     }
 
-    /// Whether a call that ended so is not made again.
-    fn is_final(&self, how: Away) -> bool {
-        let closes = self.options.on_unavailable == OnUnavailable::Close;
+    /// Whether a call that ended so is not made once more; `again` where it has been already.
+    fn is_final(&self, how: Away, again: bool) -> bool {
+        let closes = self.options.on_unavailable.closes();
         match how {
             Away::NotSent => false,
-            Away::Broke => !self.options.at_least_once,
+            Away::Broke => !self.options.at_least_once || (closes && again),
             Away::Declined => !self.options.at_least_once || closes,
         }
     }
 
     /// Resolves when a connection is to be closed because its handler is away.
     async fn forsaken(&self, caller: &Caller) {
-        if self.options.on_unavailable != OnUnavailable::Close {
+        if !self.options.on_unavailable.closes() {
             return std::future::pending().await;
         }
         let mut changes = self.pool.changes();
@@ -361,9 +395,9 @@ impl Shared {
 
     /// Tells the handler at an address; of the connection first, where it may not know
     /// of it.
-    async fn tell(&self, member: &Member, caller: &Caller, event: &Event) -> Result<(), Miss> {
-        let link = &member.link;
-        let Some(channel) = link.channel() else {
+    async fn tell(&self, turn: &Turn, caller: &Caller, event: &Event) -> Result<(), Miss> {
+        let link = &turn.member.link;
+        let Some(channel) = turn.channel.clone() else {
             return Err(Miss::Away {
                 how: Away::NotSent,
                 why: link.trouble(),

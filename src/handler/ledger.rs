@@ -54,8 +54,8 @@ pub(super) struct Limits {
     /// How long an answer may take. Streams get shorter when half of it is used up, for a
     /// handler that is slow with each message must not seem dead because of many.
     pub patience: Duration,
-    /// Whether what was on a stream that broke is sent again. If not, its fate is
-    /// unknown and its connections are told of a failure.
+    /// Whether what was on a stream that was not answered with OK is sent again. If not, its fate
+    /// is unknown and its connections are told of a failure.
     pub at_least_once: bool,
 }
 
@@ -68,10 +68,10 @@ pub(super) enum End {
     Broken(String),
     /// The channel broke before anything of it was sent; why.
     NotSent(String),
-    /// The handler answered with an error.
-    Refused,
+    /// The handler answered with an error, or is unavailable again.
+    Refused(CallFailure),
     /// It did not answer in time.
-    Late,
+    Late(CallFailure),
 }
 
 /// What the ledger wants done.
@@ -172,8 +172,17 @@ pub(super) struct Ledger<E> {
     cautious: bool,
     /// No stream is opened: the handler is away.
     suspended: bool,
-    /// Since when nothing got through, if something was to.
+    /// Since when nothing got through of what was to. While something waits for a handler that is
+    /// away there is one; where nothing waits for a stream, nor is on one, there is none.
     outage: Option<Instant>,
+}
+
+/// Of a stream that was answered before its end.
+fn early() -> CallFailure {
+    CallFailure::Failed {
+        code: "INTERNAL",
+        message: "a stream was answered before its end".to_owned(),
+    }
 }
 
 impl<E> Ledger<E> {
@@ -268,6 +277,7 @@ impl<E> Ledger<E> {
         if self.end_if_due(now, out) {
             self.pump(now, out);
         }
+        self.end_outage();
     }
 
     /// A stream has ended.
@@ -287,26 +297,34 @@ impl<E> Ledger<E> {
         match end {
             End::Taken if stream.state != State::Open => {
                 self.adapt(&stream, now);
-                self.outage = None;
+                self.heard(now);
                 for item in stream.items {
                     self.release(item.conn);
                     out.settle(item.entry, Ok(()));
                 }
             }
             End::NotSent(_) => self.again(stream.items, now, out),
-            End::Broken(trouble) => self.broke(stream.items, &trouble, now, out),
-            End::Refused => self.each_alone(stream.items, out),
-            End::Late => {
+            End::Broken(trouble) => {
+                self.suspend(now);
+                if self.limits.at_least_once {
+                    self.again(stream.items, now, out);
+                } else {
+                    self.fail_all(stream.items, &CallFailure::Unavailable(trouble), out);
+                }
+            }
+            End::Refused(failure) => self.each_alone(stream.items, &failure, out),
+            End::Late(failure) => {
                 self.most = (self.most / 4).max(1);
-                self.each_alone(stream.items, out);
+                self.each_alone(stream.items, &failure, out);
             }
             // An answer before the end: nobody can know what the handler has read.
             End::Taken => {
                 (self.cautious, self.most) = (true, 1);
-                self.each_alone(stream.items, out);
+                self.each_alone(stream.items, &early(), out);
             }
         }
         self.pump(now, out);
+        self.end_outage();
     }
 
     /// The entries of a connection have been tried alone. Where one failed, what waits for
@@ -321,18 +339,14 @@ impl<E> Ledger<E> {
         self.alone = self.alone.saturating_sub(1);
         self.change(conn, |conn| conn.alone = false);
         match failure {
-            None => self.outage = None,
-            Some(failure) => {
-                if matches!(failure, CallFailure::Failed { .. }) {
-                    // It was heard of.
-                    self.outage = None;
-                }
-                if self.conns.contains_key(&conn) {
-                    self.fail(&HashMap::from([(conn, failure)]), out);
-                }
+            None => self.heard(now),
+            Some(failure) if self.conns.contains_key(&conn) => {
+                self.fail(&HashMap::from([(conn, failure)]), out);
             }
+            Some(_) => {}
         }
         self.pump(now, out);
+        self.end_outage();
     }
 
     /// Opens no stream until [`Ledger::resume`].
@@ -340,8 +354,20 @@ impl<E> Ledger<E> {
         self.suspended = true;
         // It may be another one that comes back.
         self.cautious = false;
-        if self.has_waiting() || !self.streams.is_empty() {
-            self.outage.get_or_insert(now);
+        self.outage.get_or_insert(now);
+        self.end_outage();
+    }
+
+    /// Something got through.
+    fn heard(&mut self, now: Instant) {
+        let waits = self.suspended && self.has_waiting();
+        self.outage = waits.then_some(now);
+    }
+
+    /// An outage that keeps nobody waiting is not the beginning of the next.
+    fn end_outage(&mut self) {
+        if !self.has_waiting() && self.streams.is_empty() {
+            self.outage = None;
         }
     }
 
@@ -349,7 +375,7 @@ impl<E> Ledger<E> {
     pub(super) fn resume(&mut self, now: Instant, out: &mut impl Output<E>) {
         self.suspended = false;
         if !self.has_waiting() {
-            // Nobody is kept waiting by what was; the next outage begins anew.
+            // What was on streams meanwhile had nothing to wait for.
             self.outage = None;
         }
         self.pump(now, out);
@@ -413,13 +439,13 @@ impl<E> Ledger<E> {
         match self.streams.back_mut() {
             Some(stream) if stream.state == State::Open => {
                 let large = stream.bytes + item.size > self.limits.max_bytes;
-                if stream.items.len() >= self.most || (large && !stream.items.is_empty()) {
+                if alone || on.is_some_and(|on| on != stream.id) {
+                    Place::Later
+                } else if stream.items.len() >= self.most || (large && !stream.items.is_empty()) {
                     stream.full = true;
                     Place::Nowhere
-                } else if !alone && on.is_none_or(|on| on == stream.id) {
-                    Place::Here
                 } else {
-                    Place::Later
+                    Place::Here
                 }
             }
             _ if self.suspended || under_way >= MAX_STREAMS => Place::Nowhere,
@@ -529,8 +555,6 @@ impl<E> Ledger<E> {
 
     /// What was on a stream goes before what waits.
     fn again(&mut self, items: Vec<Item<E>>, now: Instant, out: &mut impl Output<E>) {
-        self.suspend(now);
-        self.outage.get_or_insert(now);
         for mut item in items.into_iter().rev() {
             item.again = true;
             out.hold(&mut item.entry);
@@ -538,27 +562,16 @@ impl<E> Ledger<E> {
             self.release(item.conn);
             self.waiting.push_front(item);
         }
+        self.suspend(now);
     }
 
-    /// What was on a stream that broke is sent again, or fails.
-    fn broke(
-        &mut self,
-        items: Vec<Item<E>>,
-        trouble: &str,
-        now: Instant,
-        out: &mut impl Output<E>,
-    ) {
-        if self.limits.at_least_once {
-            return self.again(items, now, out);
-        }
-        self.suspend(now);
-        self.outage.get_or_insert(now);
+    /// Fails what was on a stream, and what waits for its connections.
+    fn fail_all(&mut self, items: Vec<Item<E>>, failure: &CallFailure, out: &mut impl Output<E>) {
         let mut failed = HashMap::new();
         for item in items {
-            let failure = CallFailure::Unavailable(trouble.to_owned());
             failed.insert(item.conn, failure.clone());
             self.release(item.conn);
-            out.settle(item.entry, Err(failure));
+            out.settle(item.entry, Err(failure.clone()));
         }
         self.fail(&failed, out);
     }
@@ -579,8 +592,12 @@ impl<E> Ledger<E> {
         }
     }
 
-    /// Each connection's entries are handed over by themselves from now on.
-    fn each_alone(&mut self, items: Vec<Item<E>>, out: &mut impl Output<E>) {
+    /// Each connection's entries are handed over by themselves from now on, or fail where nothing is
+    /// sent twice.
+    fn each_alone(&mut self, items: Vec<Item<E>>, failure: &CallFailure, out: &mut impl Output<E>) {
+        if !self.limits.at_least_once {
+            return self.fail_all(items, failure, out);
+        }
         let mut order = Vec::new();
         let mut by_conn: HashMap<ConnKey, Vec<E>> = HashMap::new();
         for item in items {

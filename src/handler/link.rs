@@ -149,6 +149,27 @@ pub(super) struct NotSent;
 #[error("the channel broke")]
 struct Broke;
 
+/// Marks a status of a call that the handler broke off, and not its channel.
+#[derive(Debug, thiserror::Error)]
+#[error("the handler broke off the call")]
+struct BrokeOff;
+
+/// Whether a call was broken off by the handler alone: a stream reset (RFC 9113, 5.4.2), as servers
+/// do whose code panics.
+pub(super) fn is_broken_off(error: &(dyn std::error::Error + 'static)) -> bool {
+    let mut cause = Some(error);
+    while let Some(error) = cause {
+        if error.is::<BrokeOff>() {
+            return true;
+        }
+        if let Some(error) = error.downcast_ref::<h2::Error>() {
+            return error.is_reset() && error.is_remote();
+        }
+        cause = error.source();
+    }
+    false
+}
+
 /// The status of a call that was not sent.
 pub(super) fn not_sent(trouble: String) -> tonic::Status {
     let mut status = tonic::Status::unavailable(trouble);
@@ -163,7 +184,11 @@ fn unavailable(error: &hyper::Error, sent: bool) -> tonic::Status {
         return not_sent(text);
     }
     let mut status = tonic::Status::unavailable(text);
-    status.set_source(Arc::new(Broke));
+    if is_broken_off(error) {
+        status.set_source(Arc::new(BrokeOff));
+    } else {
+        status.set_source(Arc::new(Broke));
+    }
     status
 }
 
@@ -183,7 +208,7 @@ struct State {
     channel: Option<Channel>,
     /// The handler asks for no new connections.
     declines: bool,
-    /// Connecting has failed since there was a channel.
+    /// Connecting has failed since there was a channel, or there was one for a moment only.
     away: bool,
     /// When the channel was lost; when it began, as long as there has been none.
     lost: Instant,
@@ -298,7 +323,7 @@ impl Link {
     pub(super) fn doubt(&self, channel: &Channel) {
         let now = self.channel();
         if now.is_some_and(|now| Arc::ptr_eq(&now.heard, &channel.heard)) {
-            self.lost(NO_ANSWERS);
+            self.lost(NO_ANSWERS, true);
         }
         channel.heard.doubted.notify_one();
     }
@@ -341,19 +366,19 @@ impl Link {
                 pause = PAUSES.0;
             }
             let Some(result) = ended else {
-                self.lost(NO_ANSWERS);
+                self.lost(NO_ANSWERS, true);
                 // Its calls may yet be answered.
                 tokio::spawn(timeout(LAST_CALLS, connection));
                 continue;
             };
             match result {
-                Ok(()) => self.lost("the handler closed the connection"),
+                Ok(()) => self.lost("the handler closed the connection", lasted),
                 Err(error) => {
                     if pings.is_some() && offended(&error) {
                         tracing::warn!(handler = self.names().0, url = %self.target.name, "the handler forbids pings: it gets no more");
                         pings = None;
                     }
-                    self.lost(&causes(&error));
+                    self.lost(&causes(&error), lasted);
                 }
             }
             self.directory.doubt();
@@ -426,8 +451,8 @@ impl Link {
         (self.metrics.handler(), &self.target.name, &self.endpoint)
     }
 
-    /// The channel is gone.
-    fn lost(&self, error: &str) {
+    /// The channel is gone. One that has not `lasted` was none.
+    fn lost(&self, error: &str, lasted: bool) {
         self.note(error);
         let mut state = self.state();
         // One that accepts and hangs up at once has not been there.
@@ -435,6 +460,7 @@ impl Link {
             state.lost = Instant::now();
         }
         state.declines = false;
+        state.away |= !lasted;
         drop(state);
         self.changes.send_replace(());
     }

@@ -148,17 +148,21 @@ impl Pool {
     /// made counts as there.
     pub(super) fn is_hopeless(&self, caller: &Caller) -> bool {
         let seat = caller.seat();
-        if let Some(member) = &seat.at
-            && seat.standing != Standing::New
-        {
-            return member.link.is_away();
+        if let Some(member) = &seat.at {
+            if seat.standing != Standing::New {
+                return member.link.is_away();
+            }
+            if member.link.is_up() {
+                // It is just being told.
+                return false;
+            }
         }
         drop(seat);
         let members = self.members();
         if members.listed.is_empty() {
             let found = self.directory.found();
             let found = found.borrow();
-            return found.iter().any(|found| found.trouble.is_some());
+            return found.iter().all(|found| found.trouble.is_some());
         }
         members.listed.iter().all(|m| m.link.takes_nobody())
     }

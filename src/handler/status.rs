@@ -6,7 +6,7 @@ use std::error::Error;
 use tonic::{Code, Status};
 
 use super::CallFailure;
-use super::link::NotSent;
+use super::link::{NotSent, is_broken_off};
 use crate::proto::code_name;
 
 /// Characters of a handler's message that are shown.
@@ -28,7 +28,7 @@ pub(super) enum Away {
     NotSent,
     /// The channel broke; it may have seen the call.
     Broke,
-    /// It says so itself: UNAVAILABLE.
+    /// It says so itself: UNAVAILABLE, or breaks off this call alone.
     Declined,
 }
 
@@ -39,6 +39,7 @@ pub(super) fn miss(status: &Status) -> Miss {
     // or in the middle of one.
     let how = match source {
         Some(source) if source.is::<NotSent>() => Some(Away::NotSent),
+        Some(source) if is_broken_off(source) => Some(Away::Declined),
         Some(_) => Some(Away::Broke),
         None if status.code() == Code::Unavailable => Some(Away::Declined),
         None => None,

@@ -133,13 +133,17 @@ enum Step {
     GiveUp,
 }
 
+fn failure() -> CallFailure {
+    CallFailure::Unavailable("no".to_owned())
+}
+
 fn steps() -> impl Strategy<Value = Step> {
     let end = prop_oneof![
         6 => Just(End::Taken),
         2 => Just(End::Broken("gone".to_owned())),
         1 => Just(End::NotSent("down".to_owned())),
-        1 => Just(End::Refused),
-        1 => Just(End::Late),
+        1 => Just(End::Refused(failure())),
+        1 => Just(End::Late(failure())),
     ];
     prop_oneof![
         20 => (0..6_usize, 1..40_usize).prop_map(|(conn, size)| Step::Push { conn, size }),
@@ -216,7 +220,6 @@ impl World {
             return;
         };
         let entries = self.out.trying.remove(&conn).unwrap();
-        let failure = || CallFailure::Unavailable("no".to_owned());
         let fails = fails.filter(|fails| *fails < entries.len());
         for (place, entry) in entries.into_iter().enumerate() {
             let fails = fails.is_some_and(|fails| place >= fails);
@@ -260,6 +263,12 @@ impl World {
             0
         };
         assert_eq!(self.ledger.held(), held, "connections that are held");
+        if held > 0 {
+            assert!(self.ledger.outage().is_some(), "held without end");
+        }
+        if !self.ledger.has_waiting() && self.ledger.streams.is_empty() {
+            assert_eq!(self.ledger.outage(), None, "of nobody");
+        }
         let waiting = self.ledger.waiting.iter();
         let waiting: HashSet<Name> = waiting.map(|item| item.entry).collect();
         assert_eq!(self.out.held, waiting, "who waits is told so");
@@ -277,7 +286,7 @@ impl World {
             self.ledger.elapsed(self.now, &mut self.out);
             // Two may be late at the same time.
             while let Some((stream, ..)) = self.ledger.late(self.now, |_| Duration::ZERO) {
-                self.ended(stream, End::Late);
+                self.ended(stream, End::Late(failure()));
             }
             assert_ne!(self.ledger.deadline(), Some(due), "a timer without effect");
         }
@@ -485,7 +494,7 @@ fn who_is_tried_alone_holds_up_nobody_else() {
     world.push(1, 1);
     world.push(2, 1);
     world.wait(world.limits.max_age);
-    world.ended(StreamId(0), End::Refused);
+    world.ended(StreamId(0), End::Refused(failure()));
     assert_eq!(world.out.trying.len(), 2);
     world.tried(1, None);
     world.push(1, 1);
@@ -516,4 +525,69 @@ fn an_outage_that_kept_nobody_waiting_is_over() {
     world.wait(Duration::from_secs(60));
     world.push(2, 1);
     assert_eq!(world.ledger.outage(), Some(world.now));
+}
+
+/// Where nothing is sent twice, whatever a stream's end leaves open is a failure of all that were
+/// on it, and of nobody else.
+#[test]
+fn without_at_least_once_nothing_is_tried_alone() {
+    for end in [End::Refused(failure()), End::Late(failure()), End::Taken] {
+        let mut world = World::new(limits(false));
+        world.push(1, 1);
+        world.push(2, 1);
+        if end != End::Taken {
+            world.wait(world.limits.max_age);
+        }
+        world.push(3, 1);
+        world.ended(StreamId(0), end.clone());
+        assert!(world.out.trying.is_empty());
+        let failed = |conn: usize| world.out.fates.get(&(conn, 0)) == Some(&Fate::Failed);
+        // An answer before the end is one to all that were written.
+        assert!(failed(1) && failed(2), "{end:?}");
+        assert_eq!(failed(3), end == End::Taken, "{end:?}");
+    }
+}
+
+/// What is large and waits for its connection's own entries that are tried alone ends nobody's stream.
+#[test]
+fn what_is_large_and_waits_ends_no_stream() {
+    let mut world = World::new(limits(true));
+    world.push(1, 1);
+    world.wait(world.limits.max_age);
+    world.ended(StreamId(0), End::Refused(failure()));
+    world.push(1, 60);
+    world.push(2, 1);
+    assert!(!world.out.streams[&StreamId(1)].1);
+    world.push(3, 1);
+    assert!(!world.out.streams[&StreamId(1)].1);
+    world.tried(0, None);
+    assert!(world.out.streams[&StreamId(1)].1);
+}
+
+/// An outage lasts while something waits for a handler that is away: a word of it in between begins
+/// it anew, and one that ended with nobody waiting is not the beginning of the next.
+#[test]
+fn an_outage_is_of_those_that_wait() {
+    let mut world = World::new(limits(true));
+    world.push(1, 1);
+    world.ended(StreamId(0), End::Broken("gone".to_owned()));
+    let begun = world.now;
+    world.step(Step::Resume);
+    assert_eq!(world.ledger.outage(), Some(begun));
+    world.wait(Duration::from_millis(1));
+    world.ended(StreamId(1), End::Refused(failure()));
+    assert_eq!(world.ledger.outage(), None, "it is tried alone");
+    world.step(Step::Suspend);
+    world.wait(Duration::from_millis(1));
+    world.push(2, 1);
+    let begun = world.now;
+    assert_eq!(world.ledger.outage(), Some(begun));
+    world.wait(Duration::from_millis(1));
+    world.tried(0, Some(0));
+    assert_eq!(world.ledger.outage(), Some(begun), "a failure is no word");
+    world.push(3, 1);
+    world.step(Step::Resume);
+    world.wait(world.limits.max_age);
+    world.ended(StreamId(2), End::Taken);
+    assert_eq!(world.ledger.outage(), None);
 }

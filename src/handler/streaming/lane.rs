@@ -28,8 +28,9 @@ pub(super) struct Lane {
     pause: Duration,
     /// Connections that the metric counts as held.
     held: Share,
-    /// Whether the last stream was answered with UNAVAILABLE, and none with OK since.
-    declined: bool,
+    /// The last stream that was open when one showed that the handler is away. None after one that
+    /// was answered with OK.
+    away: Option<StreamId>,
     /// Why the last stream broke.
     trouble: String,
     /// For the lines about streams that failed.
@@ -48,6 +49,8 @@ struct Hands {
     client: Client,
     link: Arc<Link>,
     kind: Kind,
+    /// The last stream that was opened.
+    last: StreamId,
     /// The streams under way: where to write, until they are ended, and how to cancel.
     streams: Vec<(StreamId, Option<mpsc::UnboundedSender<Bytes>>, AbortHandle)>,
     /// Their answers; none for a stream that was cancelled.
@@ -72,13 +75,14 @@ impl Lane {
                 client,
                 link,
                 kind,
+                last: StreamId(0),
                 streams: Vec::new(),
                 answers: Answers::new(),
                 tries: FuturesUnordered::new(),
             },
             pause: PAUSES.0,
             held: Share::new(client_held),
-            declined: false,
+            away: None,
             trouble: String::new(),
             warned: false,
             complaints: Seldom::default(),
@@ -178,7 +182,8 @@ impl Lane {
         let since = self.ledger.outage().filter(|_| suspended)?;
         match self.hands.client.0.options.on_unavailable {
             OnUnavailable::Hold(limit) => Some(since + limit?),
-            OnUnavailable::Close => self.hands.link.is_away().then_some(since),
+            OnUnavailable::Close(_) if self.hands.link.is_away() => Some(since),
+            OnUnavailable::Close(limit) => Some(since + limit),
         }
     }
 
@@ -202,23 +207,19 @@ impl Lane {
             Some(Ok(())) => {
                 count(StreamOutcome::Ok);
                 self.pause = PAUSES.0;
-                self.declined = false;
+                self.away = None;
                 End::Taken
             }
             Some(Err(status)) => match miss(&status) {
                 Miss::Away { how, why } => {
                     count(StreamOutcome::Broken);
                     self.trouble.clone_from(&why);
-                    match how {
-                        Away::NotSent => End::NotSent(why),
-                        Away::Broke => End::Broken(why),
-                        Away::Declined => self.declined(why),
-                    }
+                    self.away(stream, how, why)
                 }
                 Miss::Refused(failed) => {
                     count(StreamOutcome::Error);
                     self.complain(&failed, "a handler failed a stream");
-                    End::Refused
+                    End::Refused(failed)
                 }
             },
         };
@@ -234,17 +235,20 @@ impl Lane {
             .ended(stream, end, Instant::now(), &mut self.hands);
     }
 
-    /// A stream was answered with UNAVAILABLE. Once, all of it is sent again; from then on it may
-    /// be one device that the handler cannot serve, for which the others are not to wait, nor
-    /// to be closed.
-    fn declined(&mut self, why: String) -> End {
-        let again = std::mem::replace(&mut self.declined, true);
-        let options = &self.hands.client.0.options;
-        let closes = options.on_unavailable == OnUnavailable::Close;
-        if (again || closes) && options.at_least_once {
+    /// A stream has shown that the handler is away. Once, all of it is sent again. If that goes the
+    /// same way it may be because of one device, for which the others are not to wait, nor to be
+    /// closed.
+    fn away(&mut self, stream: StreamId, how: Away, why: String) -> End {
+        if how == Away::NotSent {
+            return End::NotSent(why);
+        }
+        let last = self.hands.last;
+        let first = *self.away.get_or_insert(last);
+        let closes = self.hands.client.0.options.on_unavailable.closes();
+        if stream > first || (how == Away::Declined && closes) {
             let failure = CallFailure::Unavailable(why);
-            self.complain(&failure, "a handler is unavailable for streams");
-            End::Refused
+            self.complain(&failure, "a handler is away for a stream, and once more");
+            End::Refused(failure)
         } else {
             End::Broken(why)
         }
@@ -253,7 +257,11 @@ impl Lane {
     fn complain(&self, failure: &CallFailure, what: &str) {
         if let Some(left_out) = self.complaints.tell(Instant::now()) {
             let handler = self.hands.client.0.metrics.handler();
-            tracing::warn!(handler, %failure, left_out, "{what}; each of its messages is sent again by itself");
+            let then = match self.hands.client.0.options.at_least_once {
+                true => "each of its messages is sent again by itself",
+                false => "its connections are closed",
+            };
+            tracing::warn!(handler, %failure, left_out, "{what}; {then}");
         }
     }
 
@@ -275,8 +283,10 @@ impl Lane {
             self.hands.cancel(stream);
             let metrics = &self.hands.client.0.metrics;
             metrics.stream_ended(self.hands.kind.method(), StreamOutcome::Late);
-            self.complain(&late(patience), "a handler did not answer a stream");
-            self.ledger.ended(stream, End::Late, now, &mut self.hands);
+            let failure = late(patience);
+            self.complain(&failure, "a handler did not answer a stream");
+            self.ledger
+                .ended(stream, End::Late(failure), now, &mut self.hands);
         }
     }
 }
@@ -300,6 +310,7 @@ impl Hands {
 
 impl Output<Entry> for Hands {
     fn open(&mut self, stream: StreamId) {
+        self.last = stream;
         let (sender, requests) = mpsc::unbounded_channel();
         let (client, link, method) = (self.client.clone(), self.link.clone(), self.kind.method());
         let (answer, abort) =
