@@ -110,3 +110,63 @@ async fn unavailable_is_not_sent_again() {
     assert!(stage.admin.metric(RESENT).await < 0.5);
     stage.finish().await;
 }
+
+/// An error, and an answer that is late or too early, say nothing of what was taken: all that shared
+/// the stream are closed, and what was on no stream goes on.
+#[tokio::test]
+async fn what_a_stream_leaves_open_is_not_sent_again() {
+    for name in ["an error", "late", "early"] {
+        let keys = [
+            ("HANDLER__STREAM_MAX_MESSAGES", "2"),
+            ("HANDLER__STREAM_MAX_AGE", "5s"),
+            ("HANDLER__REQUEST_TIMEOUT", "300ms"),
+        ];
+        let stage = stage(Handler::start().await, &keys).await;
+        let mut devices = Vec::new();
+        for _ in 0..2 {
+            devices.push(stage.device().await);
+        }
+        let gate = Gate::closed();
+        let held = gate.clone();
+        stage.handler.behave(move |event| {
+            let held = held.clone();
+            async move {
+                match event.call {
+                    Call::Bytes(bytes) if bytes == "bad" && name == "an error" => {
+                        Err(Status::internal("no"))
+                    }
+                    Call::Bytes(bytes) if bytes == "bad" && name == "late" => {
+                        held.pass().await;
+                        Ok(())
+                    }
+                    _ => Ok(()),
+                }
+            }
+        });
+        stage.handler.streams(|log| log.hasty = name == "early");
+        devices[0].send("good").await;
+        if name != "early" {
+            devices[1].send("bad").await;
+        }
+        let closed = if name == "early" { 1 } else { 2 };
+        for device in &devices[..closed] {
+            assert_eq!(stage.closed(device).await, "handler_error", "{name}");
+            let names = stage.handler.names(&device.conn);
+            assert_eq!(names, ["created", "bytes", "closed"], "{name}");
+        }
+        assert!(stage.admin.metric(RESENT).await < 0.5, "{name}");
+        gate.open();
+        stage.handler.streams(|log| log.hasty = false);
+        let mut others = [stage.device().await, stage.device().await];
+        for device in &mut others {
+            device.send("on").await;
+        }
+        for device in &others {
+            assert_eq!(stage.handler.bytes(&device.conn, 2).await, b"on", "{name}");
+        }
+        // The last stream may wait for another message until it is old.
+        let unacknowledged = r#"exproto_handler_stream_unacknowledged{handler="default"}"#;
+        stage.admin.metric_until(unacknowledged, |n| n < 0.5).await;
+        stage.finish().await;
+    }
+}

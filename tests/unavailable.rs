@@ -15,6 +15,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use common::{Broker, Call, Device, Handler, Proxy, Stage, within};
+use tokio::io::AsyncWriteExt;
+use tokio::net::TcpListener;
 use tonic::Status;
 
 const CLOSE: (&str, &str) = ("HANDLER__ON_UNAVAILABLE", "close");
@@ -37,6 +39,10 @@ const HELD: &str = r#"exproto_connections_held{handler="default"}"#;
 /// OnSocketClosed that no handler took.
 const LOST: &str = r#"exproto_closed_callbacks_lost_total{handler="default"}"#;
 
+/// OnReceivedBytes that a handler took.
+const TAKEN: &str =
+    r#"exproto_callbacks_total{handler="default",method="OnReceivedBytes",outcome="ok"}"#;
+
 /// One by one, and over streams.
 fn both_ways(keys: &[(&'static str, &'static str)]) -> [Vec<(&'static str, &'static str)>; 2] {
     [keys.to_vec(), [keys, &STREAMING].concat()]
@@ -54,40 +60,68 @@ async fn is(stage: &Stage, metric: &str, count: usize) {
     stage.admin.metric_until(metric, reached).await;
 }
 
-/// A handler that answers UNAVAILABLE for the bytes of devices that say "bad", as long as it is told to.
-fn unavailable_for_bad(handler: &Handler) -> Arc<AtomicBool> {
-    let unavailable = Arc::new(AtomicBool::new(true));
-    let asked = unavailable.clone();
+/// What a handler does with what it cannot serve.
+#[derive(Clone)]
+enum Fault {
+    /// It says UNAVAILABLE.
+    Declines,
+    /// Its code panics, and its library resets the call.
+    Panics,
+    /// All of its channel breaks.
+    Cuts(Arc<Proxy>),
+}
+
+/// A handler that does so for the bytes of devices that say "bad", as long as it is told to.
+fn no_use_for_bad(handler: &Handler, fault: Fault) -> Arc<AtomicBool> {
+    let is_faulty = Arc::new(AtomicBool::new(true));
+    let asked = is_faulty.clone();
     handler.behave(move |event| {
         let bad = matches!(event.call, Call::Bytes(bytes) if bytes.starts_with(b"bad"));
-        let refused = bad && asked.load(Ordering::Relaxed);
+        let fault = (bad && asked.load(Ordering::Relaxed)).then(|| fault.clone());
         async move {
-            match refused {
-                true => Err(Status::unavailable("not for you")),
-                false => Ok(()),
+            match fault {
+                None => Ok(()),
+                Some(Fault::Declines) => Err(Status::unavailable("not for you")),
+                Some(Fault::Panics) => panic!("as the test wants it"),
+                Some(Fault::Cuts(proxy)) => {
+                    proxy.reset();
+                    std::future::pending().await
+                }
             }
         }
     });
-    unavailable
+    is_faulty
 }
 
-/// `on_unavailable = "close"`: UNAVAILABLE closes the device that it is said of, and no other.
+/// `on_unavailable = "close"`: UNAVAILABLE, or a call that is broken off, closes the device that it
+/// is about, and no other.
 #[tokio::test]
 async fn who_is_declined_is_closed_at_once() {
-    for keys in both_ways(&[CLOSE, ("SHARDS", "1")]) {
-        let stage = stage(Handler::start().await, &keys).await;
-        unavailable_for_bad(&stage.handler);
-        let (mut bad, mut good) = (stage.device().await, stage.device().await);
-        // Perhaps on one stream.
-        good.send("good").await;
-        bad.send("bad").await;
-        assert_eq!(bad.read_all().await, b"");
-        assert_eq!(stage.closed(&bad).await, "handler_unavailable");
-        good.send(" still").await;
-        let all = stage.handler.bytes(&good.conn, 10).await;
-        assert!(all.ends_with(b" still"), "{all:?}");
-        is(&stage, OPEN, 1).await;
-        stage.finish().await;
+    // Streams of two messages, so that it is known who shares one.
+    let two = [
+        ("HANDLER__STREAM_MAX_MESSAGES", "2"),
+        ("HANDLER__STREAM_MAX_AGE", "1m"),
+        ("HANDLER__REQUEST_TIMEOUT", "10m"),
+    ];
+    let keys = [&[CLOSE, ("SHARDS", "1")], &two[..]].concat();
+    for fault in [Fault::Declines, Fault::Panics] {
+        for keys in both_ways(&keys) {
+            let stage = stage(Handler::start().await, &keys).await;
+            no_use_for_bad(&stage.handler, fault.clone());
+            let (mut bad, mut good) = (stage.device().await, stage.device().await);
+            let mut other = stage.device().await;
+            good.send("good").await;
+            bad.send("bad").await;
+            assert_eq!(bad.read_all().await, b"");
+            assert_eq!(stage.closed(&bad).await, "handler_unavailable");
+            good.send(" still").await;
+            other.send("too").await;
+            let all = stage.handler.bytes(&good.conn, 10).await;
+            assert!(all.ends_with(b" still"), "{all:?}");
+            stage.handler.bytes(&other.conn, 3).await;
+            is(&stage, OPEN, 2).await;
+            stage.finish().await;
+        }
     }
 }
 
@@ -132,19 +166,18 @@ async fn a_channel_that_is_renewed_ends_nobody() {
         let address = format!("http://127.0.0.1:{}", proxy.port);
         let keys = [&keys[..], &[("HANDLER__ADDRESS", &address)]].concat();
         let stage = stage(handler, &keys).await;
-        let gate = stage.handler.hold("bytes");
-        let (quiet, mut busy) = (stage.device().await, stage.device().await);
-        busy.send("once").await;
-        stage.handler.bytes(&busy.conn, 4).await;
-        for round in 1..4 {
+        let (mut quiet, mut busy) = (stage.device().await, stage.device().await);
+        for round in 0..3 {
+            let gate = stage.handler.hold("bytes");
+            busy.send("once").await;
+            stage.handler.bytes(&busy.conn, 8 * round + 4).await;
             proxy.reset();
-            proxy.dialled(1 + round).await;
             // What was in flight is sent again.
-            let count = 4 * (round as usize + 1);
-            stage.handler.bytes(&busy.conn, count).await;
+            stage.handler.bytes(&busy.conn, 8 * round + 8).await;
+            gate.open();
+            let times = (round + 1) as f64 - 0.5;
+            stage.admin.metric_until(TAKEN, |n| n > times).await;
         }
-        gate.open();
-        let mut quiet = quiet;
         quiet.send("here").await;
         stage.handler.bytes(&quiet.conn, 4).await;
         is(&stage, OPEN, 2).await;
@@ -153,13 +186,28 @@ async fn a_channel_that_is_renewed_ends_nobody() {
     }
 }
 
-/// With streams: a device that the handler is unavailable for waits alone. The others are served,
+/// With streams: a device whose bytes a handler cannot serve waits alone. The others are served,
 /// as often as they have something to say, and it is served in order once that works.
 #[tokio::test]
 async fn who_is_declined_on_a_stream_waits_alone() {
-    let keys = [&STREAMING[..], &[("SHARDS", "1")]].concat();
-    let stage = stage(Handler::start().await, &keys).await;
-    let unavailable = unavailable_for_bad(&stage.handler);
+    for name in ["declines", "panics", "cuts"] {
+        let handler = Handler::start().await;
+        let proxy = Arc::new(Proxy::to(handler.port).await);
+        let address = format!("http://127.0.0.1:{}", proxy.port);
+        let own = [("SHARDS", "1"), ("HANDLER__ADDRESS", &*address)];
+        let stage = stage(handler, &[&STREAMING[..], &own].concat()).await;
+        let fault = match name {
+            "declines" => Fault::Declines,
+            "panics" => Fault::Panics,
+            _ => Fault::Cuts(proxy),
+        };
+        println!("a handler that {name}");
+        waits_alone(stage, fault).await;
+    }
+}
+
+async fn waits_alone(stage: Stage, fault: Fault) {
+    let is_faulty = no_use_for_bad(&stage.handler, fault);
     let mut bad = stage.device().await;
     let mut others = Vec::new();
     for _ in 0..5 {
@@ -183,7 +231,7 @@ async fn who_is_declined_on_a_stream_waits_alone() {
     }
     is(&stage, HELD, 1).await;
     is(&stage, OPEN, 6).await;
-    unavailable.store(false, Ordering::Relaxed);
+    is_faulty.store(false, Ordering::Relaxed);
     let what = "the last of the one that waited";
     let last = |log: &common::Log| log.bytes(&bad.conn).ends_with(b"bad 20;");
     stage
@@ -277,4 +325,29 @@ async fn an_end_waits_for_its_turn_while_others_are_answered() {
     is(&stage, OPEN, 0).await;
     assert!(stage.admin.metric(LOST).await < 0.5);
     stage.finish().await;
+}
+
+/// `on_unavailable = "close"`: something that greets and hangs up, such as a proxy with nobody behind
+/// it, is no handler: its devices are closed, and new ones too.
+#[tokio::test]
+async fn who_greets_and_hangs_up_is_away() {
+    let greeter = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = format!("http://{}", greeter.local_addr().unwrap());
+    let accepted = tokio::spawn(async move {
+        loop {
+            let (mut stream, _) = greeter.accept().await.unwrap();
+            // An empty SETTINGS frame.
+            let _ = stream.write_all(&[0, 0, 0, 4, 0, 0, 0, 0, 0]).await;
+        }
+    });
+    for keys in both_ways(&[CLOSE, ("HANDLER__HEALTH_CHECK", "false")]) {
+        let keys = [&keys[..], &[("HANDLER__ADDRESS", &*address)]].concat();
+        let stage = Stage::assemble(Broker::start().await, Handler::absent(), &keys).await;
+        let mut device = Device::dial(stage.devices()).await;
+        device.send("anybody?").await;
+        assert_eq!(device.read_all().await, b"");
+        is(&stage, GIVEN_UP, 1).await;
+        is(&stage, OPEN, 0).await;
+    }
+    accepted.abort();
 }

@@ -22,8 +22,8 @@ use super::{CallFailure, Caller, Event, EventSink, Handlers};
 use crate::metrics::{Counted, HandlerMetrics};
 use crate::proto::code_name;
 
-/// First and longest pause before a callback that the handler answered with
-/// UNAVAILABLE is sent again.
+/// First and longest pause before a callback that the handler answered with UNAVAILABLE is sent
+/// again, or one that has broken its channel twice.
 pub(super) const PAUSES: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(1));
 
 /// How events are delivered.
@@ -284,7 +284,7 @@ impl Shared {
         let mut outage: Option<(Outage, Counted<'_>)> = None;
         let mut broke = false;
         loop {
-            let called = turn.is_some();
+            let mut met = None;
             let trouble = match &turn {
                 // Only a call takes room, not the wait for a handler that is away.
                 Some(turn) => match self.tell(turn, caller, event).await {
@@ -296,6 +296,7 @@ impl Shared {
                             return Err(CallFailure::Unavailable(why));
                         }
                         broke |= how == Away::Broke;
+                        met = Some(how);
                         why
                     }
                 },
@@ -307,15 +308,15 @@ impl Shared {
                 let outage = Outage {
                     give_up: self.options.on_unavailable.limit().map(|limit| now + limit),
                     missed: None,
-                    pause: PAUSES.0,
+                    pause: Duration::ZERO,
                 };
                 (outage, Counted::one(&self.metrics.held))
             });
-            if called {
+            if met.is_some() {
                 outage.missed.get_or_insert_with(Instant::now);
             }
             let give_up = outage.give_up;
-            let chance = self.chance(called, caller, event, outage);
+            let chance = self.chance(met, caller, event, outage);
             let chance = async {
                 match give_up {
                     Some(instant) => timeout_at(instant, chance).await.ok(),
@@ -357,24 +358,33 @@ impl Shared {
         while !self.pool.is_hopeless(caller) && changes.changed().await.is_ok() {}
     }
 
-    /// Waits for an address that the event can be told to.
+    /// Waits for an address that the event can be told to. After a call that `met` with something it
+    /// waits a while longer each time: if it is this very callback that breaks the channel, or what
+    /// is behind it, others have that time.
     async fn chance(
         &self,
-        called: bool,
+        met: Option<Away>,
         caller: &Caller,
         event: &Event,
         outage: &mut Outage,
     ) -> Arc<Member> {
         let mut changes = self.pool.changes();
-        if called && caller.member().is_some_and(|m| m.link.is_up()) {
-            sleep(outage.pause).await;
-            outage.pause = (outage.pause * 2).min(PAUSES.1);
+        let mut pause = match met {
+            None => Duration::ZERO,
+            Some(Away::Declined) => outage.pause.max(PAUSES.0),
+            Some(Away::Broke | Away::NotSent) => outage.pause,
+        };
+        if met.is_some() {
+            outage.pause = (pause * 2).clamp(PAUSES.0, PAUSES.1);
         }
         loop {
             let before = caller.member();
             if let Some(member) = self.pool.place(caller, event, outage.missed) {
                 if before.is_some_and(|before| !Arc::ptr_eq(&before, &member)) {
                     outage.missed = None;
+                } else if !pause.is_zero() {
+                    sleep(std::mem::take(&mut pause)).await;
+                    continue;
                 }
                 return member;
             }

@@ -208,7 +208,8 @@ struct State {
     channel: Option<Channel>,
     /// The handler asks for no new connections.
     declines: bool,
-    /// Connecting has failed since there was a channel, or there was one for a moment only.
+    /// Connecting has failed since there was a channel, or there was one for a moment only and
+    /// nothing was answered over it.
     away: bool,
     /// When the channel was lost; when it began, as long as there has been none.
     lost: Instant,
@@ -361,8 +362,9 @@ impl Link {
             };
             presence.set(ChannelState::Down);
             // One that greets and hangs up is not there either.
-            let lasted = begun.elapsed() >= PAUSES.1;
-            if lasted {
+            let old = begun.elapsed() >= PAUSES.1;
+            let lasted = old || channel.answers() > 0;
+            if old {
                 pause = PAUSES.0;
             }
             let Some(result) = ended else {
@@ -382,7 +384,7 @@ impl Link {
                 }
             }
             self.directory.doubt();
-            if !lasted {
+            if !old {
                 sleep(pause).await;
                 pause = (pause * 2).min(PAUSES.1);
             }
@@ -451,7 +453,7 @@ impl Link {
         (self.metrics.handler(), &self.target.name, &self.endpoint)
     }
 
-    /// The channel is gone. One that has not `lasted` was none.
+    /// The channel is gone. One that has not `lasted` was none, for nobody could use it.
     fn lost(&self, error: &str, lasted: bool) {
         self.note(error);
         let mut state = self.state();
