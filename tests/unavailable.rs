@@ -17,6 +17,7 @@ use std::time::Duration;
 use common::{Broker, Call, Device, Handler, Proxy, Stage, within};
 use tokio::io::AsyncWriteExt;
 use tokio::net::TcpListener;
+use tokio_util::sync::CancellationToken;
 use tonic::Status;
 
 const CLOSE: (&str, &str) = ("HANDLER__ON_UNAVAILABLE", "close");
@@ -247,6 +248,61 @@ async fn waits_alone(stage: Stage, fault: Fault) {
     }
     assert_eq!(next, 21);
     is(&stage, HELD, 0).await;
+    stage.finish().await;
+}
+
+/// The same beside traffic that never pauses, with streams that are answered next to the one that
+/// fails.
+#[tokio::test]
+async fn who_is_declined_beside_traffic_waits_alone() {
+    let keys = [&STREAMING[..], &[("SHARDS", "1")]].concat();
+    let stage = stage(Handler::start().await, &keys).await;
+    let is_faulty = Arc::new(AtomicBool::new(true));
+    let asked = is_faulty.clone();
+    stage.handler.behave(move |event| {
+        let bad = matches!(event.call, Call::Bytes(bytes) if bytes == "bad");
+        let declined = bad && asked.load(Ordering::Relaxed);
+        async move {
+            if declined {
+                // So that the next stream is open, and full of others, by then.
+                tokio::time::sleep(Duration::from_millis(30)).await;
+                return Err(Status::unavailable("not for you"));
+            }
+            Ok(())
+        }
+    });
+    let mut bad = stage.device().await;
+    let mut senders = Vec::new();
+    let stop = CancellationToken::new();
+    for _ in 0..5 {
+        let (mut device, stop) = (stage.device().await, stop.clone());
+        senders.push(tokio::spawn(async move {
+            let mut ticks = tokio::time::interval(Duration::from_millis(2));
+            while !stop.is_cancelled() {
+                ticks.tick().await;
+                device.send("on and on;").await;
+            }
+            device.send("end").await;
+            device
+        }));
+    }
+    bad.send("bad").await;
+    // What is tried alone is not on a stream, and waits by itself.
+    let times = "exproto_callbacks_retried_total{handler=\"default\"}";
+    stage.admin.metric_until(times, |n| n > 1.5).await;
+    is(&stage, HELD, 1).await;
+    stop.cancel();
+    for sender in senders {
+        let device = within("a device", sender).await.unwrap();
+        let what = format!("the end of {}", device.conn);
+        let last = |log: &common::Log| log.bytes(&device.conn).ends_with(b"end");
+        let found = |log: &common::Log| last(log).then_some(());
+        stage.handler.wait(&what, found).await;
+        is(&stage, HELD, 1).await;
+    }
+    is_faulty.store(false, Ordering::Relaxed);
+    is(&stage, HELD, 0).await;
+    is(&stage, OPEN, 1).await;
     stage.finish().await;
 }
 

@@ -110,10 +110,16 @@ impl Calls {
         let mut grpc = Grpc::with_origin(channel, link.origin());
         grpc.ready().await?;
         let requests = futures_util::stream::poll_fn(move |cx| requests.poll_recv(cx));
-        grpc.client_streaming(Request::new(requests), path, Encoded)
-            .await?;
-        heard.answered();
-        Ok(())
+        let answer = grpc.client_streaming(Request::new(requests), path, Encoded);
+        let result = answer.await;
+        if result
+            .as_ref()
+            .err()
+            .is_none_or(|status| miss(status).is_answer())
+        {
+            heard.answered();
+        }
+        result.map(|_| ())
     }
 
     /// One call, whose turn it is. Time that the handler spends waiting for us is not the
@@ -138,7 +144,7 @@ impl Calls {
                 }
                 Ok(Err(status)) => {
                     let miss = miss(&status);
-                    if matches!(miss, Miss::Refused(_)) {
+                    if miss.is_answer() {
                         heard.answered();
                     }
                     return Err(miss);

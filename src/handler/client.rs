@@ -184,17 +184,24 @@ impl EventSink for Client {
 async fn turn(member: Arc<Member>) -> Option<Turn> {
     // The semaphore is never closed.
     let room = member.room.clone().acquire_owned().await.ok()?;
-    let channel = member.link.channel();
-    let call = match &channel {
-        Some(channel) => channel.turn().await,
-        None => None,
-    };
-    Some(Turn {
-        member,
-        channel,
-        _room: room,
-        _call: call,
-    })
+    loop {
+        let channel = member.link.channel();
+        let call = match &channel {
+            Some(channel) => channel.turn().await,
+            None => None,
+        };
+        // It may have been replaced meanwhile.
+        let now = member.link.channel();
+        let is_same = |now: &Channel| channel.as_ref().is_some_and(|c| c.is(now));
+        if now.is_none() || now.as_ref().is_some_and(is_same) {
+            return Some(Turn {
+                member,
+                channel: now,
+                _room: room,
+                _call: call,
+            });
+        }
+    }
 }
 
 /// What one event has met with so far.

@@ -68,7 +68,7 @@ pub(super) enum End {
     Broken(String),
     /// The channel broke before anything of it was sent; why.
     NotSent(String),
-    /// The handler answered with an error, or is unavailable again.
+    /// The handler answered with an error.
     Refused(CallFailure),
     /// It did not answer in time.
     Late(CallFailure),
@@ -96,6 +96,8 @@ struct Item<E> {
     conn: ConnKey,
     size: usize,
     again: bool,
+    /// It was on a stream that broke. On a second one it may be the cause.
+    suspect: bool,
     entry: E,
 }
 
@@ -263,6 +265,7 @@ impl<E> Ledger<E> {
             conn,
             size,
             again: false,
+            suspect: false,
             entry,
         };
         let waits = self.conns.entry(conn).or_default().waiting > 0;
@@ -303,13 +306,17 @@ impl<E> Ledger<E> {
                     out.settle(item.entry, Ok(()));
                 }
             }
-            End::NotSent(_) => self.again(stream.items, now, out),
+            End::NotSent(_) => self.again(stream.items, false, now, out),
             End::Broken(trouble) => {
-                self.suspend(now);
-                if self.limits.at_least_once {
-                    self.again(stream.items, now, out);
+                let failure = CallFailure::Unavailable(trouble);
+                if !self.limits.at_least_once {
+                    self.suspend(now);
+                    self.fail_all(stream.items, &failure, out);
+                } else if stream.items.iter().any(|item| item.suspect) {
+                    // It may be because of one of them: the others are not to wait for that.
+                    self.each_alone(stream.items, &failure, out);
                 } else {
-                    self.fail_all(stream.items, &CallFailure::Unavailable(trouble), out);
+                    self.again(stream.items, true, now, out);
                 }
             }
             End::Refused(failure) => self.each_alone(stream.items, &failure, out),
@@ -554,9 +561,16 @@ impl<E> Ledger<E> {
     }
 
     /// What was on a stream goes before what waits.
-    fn again(&mut self, items: Vec<Item<E>>, now: Instant, out: &mut impl Output<E>) {
+    fn again(
+        &mut self,
+        items: Vec<Item<E>>,
+        suspect: bool,
+        now: Instant,
+        out: &mut impl Output<E>,
+    ) {
         for mut item in items.into_iter().rev() {
             item.again = true;
+            item.suspect |= suspect;
             out.hold(&mut item.entry);
             self.waits(item.conn);
             self.release(item.conn);

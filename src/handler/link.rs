@@ -102,6 +102,11 @@ impl Channel {
         }
     }
 
+    /// Whether this is that.
+    pub(super) fn is(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.heard, &other.heard)
+    }
+
     /// How many calls were answered over it.
     pub(super) fn answers(&self) -> u64 {
         self.heard.answers.load(Ordering::Relaxed)
@@ -211,6 +216,8 @@ struct State {
     /// Connecting has failed since there was a channel, or there was one for a moment only and
     /// nothing was answered over it.
     away: bool,
+    /// Connecting has failed since it was lost.
+    failed: bool,
     /// When the channel was lost; when it began, as long as there has been none.
     lost: Instant,
     trouble: String,
@@ -237,6 +244,7 @@ impl Link {
                 channel: None,
                 declines: false,
                 away: false,
+                failed: false,
                 lost: Instant::now(),
                 trouble: "not connected yet".to_owned(),
             }),
@@ -323,7 +331,7 @@ impl Link {
     /// channel; those under way stay, for the handler may as well be slow.
     pub(super) fn doubt(&self, channel: &Channel) {
         let now = self.channel();
-        if now.is_some_and(|now| Arc::ptr_eq(&now.heard, &channel.heard)) {
+        if now.is_some_and(|now| now.is(channel)) {
             self.lost(NO_ANSWERS, true);
         }
         channel.heard.doubted.notify_one();
@@ -393,10 +401,14 @@ impl Link {
 
     /// Asks for the handler's health, if that is wished.
     async fn ask(&self, channel: &Channel, limit: Duration) -> Health {
-        match self.options.health {
-            Some(_) => health::check(channel.clone(), self.origin(), limit).await,
-            None => Health::NotOffered,
+        if self.options.health.is_none() {
+            return Health::NotOffered;
         }
+        let health = health::check(channel.clone(), self.origin(), limit).await;
+        if health != Health::NoWord {
+            channel.answered();
+        }
+        health
     }
 
     /// Asks for the handler's health again and again, for ever.
@@ -463,13 +475,17 @@ impl Link {
         }
         state.declines = false;
         state.away |= !lasted;
+        state.failed = false;
         drop(state);
         self.changes.send_replace(());
     }
 
     /// Connecting has failed.
     fn failed(&self) {
-        let known = std::mem::replace(&mut self.state().away, true);
+        let mut state = self.state();
+        state.away = true;
+        let known = std::mem::replace(&mut state.failed, true);
+        drop(state);
         if !known {
             self.changes.send_replace(());
         }

@@ -32,6 +32,16 @@ pub(super) enum Away {
     Declined,
 }
 
+impl Miss {
+    /// Whether the handler has said something, be it no.
+    pub(super) fn is_answer(&self) -> bool {
+        match self {
+            Self::Refused(_) => true,
+            Self::Away { how, .. } => *how == Away::Declined,
+        }
+    }
+}
+
 /// What a status means.
 pub(super) fn miss(status: &Status) -> Miss {
     let source = status.source();

@@ -29,6 +29,7 @@ use super::client::Client;
 use super::{CallFailure, Caller, Event, EventSink};
 use crate::metrics::HandlerMetrics;
 use crate::proto;
+use crate::trace::Traceparent;
 use lane::Lane;
 
 /// Events of one kind of one connection that may be under way. With a stream that
@@ -84,6 +85,8 @@ struct Entry {
     caller: Arc<Caller>,
     /// The request as it is sent; kept until it is known to be taken.
     request: Bytes,
+    /// What it is part of, where it is tried alone.
+    trace: Option<Traceparent>,
     done: oneshot::Sender<Result<(), CallFailure>>,
     handed: Instant,
     /// How long calls about the connection had waited when it was written.
@@ -191,6 +194,10 @@ impl EventSink for Streaming {
             return self.client.deliver(caller, event);
         };
         let conn = caller.conn;
+        let trace = match &event {
+            Event::ReceivedMessages(_, trace) => *trace,
+            _ => None,
+        };
         let (kind, request) = match event {
             Event::ReceivedBytes(bytes) => {
                 let conn = conn.text();
@@ -209,6 +216,7 @@ impl EventSink for Streaming {
         let entry = Entry {
             caller,
             request: request.into(),
+            trace,
             done,
             handed: Instant::now(),
             waited: Duration::ZERO,
@@ -258,14 +266,18 @@ impl Kind {
     }
 
     /// The event of a request.
-    fn event(self, request: Bytes) -> Result<Event, prost::DecodeError> {
+    fn event(
+        self,
+        request: Bytes,
+        trace: Option<Traceparent>,
+    ) -> Result<Event, prost::DecodeError> {
         Ok(match self {
             Self::Bytes => {
                 Event::ReceivedBytes(proto::ReceivedBytesRequest::decode(request)?.bytes)
             }
             Self::Messages => {
                 let request = proto::ReceivedMessagesRequest::decode(request)?;
-                Event::ReceivedMessages(request.messages, None)
+                Event::ReceivedMessages(request.messages, trace)
             }
         })
     }

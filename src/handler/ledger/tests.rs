@@ -575,7 +575,7 @@ fn an_outage_is_of_those_that_wait() {
     world.step(Step::Resume);
     assert_eq!(world.ledger.outage(), Some(begun));
     world.wait(Duration::from_millis(1));
-    world.ended(StreamId(1), End::Refused(failure()));
+    world.ended(StreamId(1), End::Broken("again".to_owned()));
     assert_eq!(world.ledger.outage(), None, "it is tried alone");
     world.step(Step::Suspend);
     world.wait(Duration::from_millis(1));
@@ -590,4 +590,37 @@ fn an_outage_is_of_those_that_wait() {
     world.wait(world.limits.max_age);
     world.ended(StreamId(2), End::Taken);
     assert_eq!(world.ledger.outage(), None);
+}
+
+/// What breaks its stream a second time is tried alone, whatever streams beside it are answered: one
+/// of them may be the cause, and the others do not wait for it.
+#[test]
+fn what_breaks_a_second_stream_is_tried_alone() {
+    let mut world = World::new(limits(true));
+    world.push(1, 1);
+    world.push(2, 1);
+    world.wait(world.limits.max_age);
+    world.push(3, 1);
+    world.ended(StreamId(0), End::Broken("declined".to_owned()));
+    world.wait(world.limits.max_age);
+    world.step(Step::Resume);
+    world.ended(StreamId(1), End::Taken);
+    world.wait(world.limits.max_age);
+    assert_eq!(world.out.streams[&StreamId(2)].0, [(1, 0), (2, 0)]);
+    world.ended(StreamId(2), End::Broken("declined".to_owned()));
+    assert_eq!(world.out.trying.len(), 2);
+    assert!(!world.ledger.is_suspended());
+}
+
+/// What was never sent is no suspect.
+#[test]
+fn what_was_not_sent_is_no_suspect() {
+    let mut world = World::new(limits(true));
+    world.push(1, 1);
+    for stream in 0..3 {
+        world.ended(StreamId(stream), End::NotSent("down".to_owned()));
+        world.step(Step::Resume);
+    }
+    world.ended(StreamId(3), End::Broken("gone".to_owned()));
+    assert!(world.out.trying.is_empty());
 }

@@ -28,9 +28,6 @@ pub(super) struct Lane {
     pause: Duration,
     /// Connections that the metric counts as held.
     held: Share,
-    /// The last stream that was open when one showed that the handler is away. None after one that
-    /// was answered with OK.
-    away: Option<StreamId>,
     /// Why the last stream broke.
     trouble: String,
     /// For the lines about streams that failed.
@@ -49,8 +46,6 @@ struct Hands {
     client: Client,
     link: Arc<Link>,
     kind: Kind,
-    /// The last stream that was opened.
-    last: StreamId,
     /// The streams under way: where to write, until they are ended, and how to cancel.
     streams: Vec<(StreamId, Option<mpsc::UnboundedSender<Bytes>>, AbortHandle)>,
     /// Their answers; none for a stream that was cancelled.
@@ -75,14 +70,12 @@ impl Lane {
                 client,
                 link,
                 kind,
-                last: StreamId(0),
                 streams: Vec::new(),
                 answers: Answers::new(),
                 tries: FuturesUnordered::new(),
             },
             pause: PAUSES.0,
             held: Share::new(client_held),
-            away: None,
             trouble: String::new(),
             warned: false,
             complaints: Seldom::default(),
@@ -207,14 +200,13 @@ impl Lane {
             Some(Ok(())) => {
                 count(StreamOutcome::Ok);
                 self.pause = PAUSES.0;
-                self.away = None;
                 End::Taken
             }
             Some(Err(status)) => match miss(&status) {
                 Miss::Away { how, why } => {
                     count(StreamOutcome::Broken);
                     self.trouble.clone_from(&why);
-                    self.away(stream, how, why)
+                    self.away(how, why)
                 }
                 Miss::Refused(failed) => {
                     count(StreamOutcome::Error);
@@ -235,22 +227,18 @@ impl Lane {
             .ended(stream, end, Instant::now(), &mut self.hands);
     }
 
-    /// A stream has shown that the handler is away. Once, all of it is sent again. If that goes the
-    /// same way it may be because of one device, for which the others are not to wait, nor to be
-    /// closed.
-    fn away(&mut self, stream: StreamId, how: Away, why: String) -> End {
-        if how == Away::NotSent {
-            return End::NotSent(why);
-        }
-        let last = self.hands.last;
-        let first = *self.away.get_or_insert(last);
+    /// A stream has shown that the handler is away.
+    fn away(&self, how: Away, why: String) -> End {
         let closes = self.hands.client.0.options.on_unavailable.closes();
-        if stream > first || (how == Away::Declined && closes) {
-            let failure = CallFailure::Unavailable(why);
-            self.complain(&failure, "a handler is away for a stream, and once more");
-            End::Refused(failure)
-        } else {
-            End::Broken(why)
+        match how {
+            Away::NotSent => End::NotSent(why),
+            // Only the device that it is said of is to be closed for it.
+            Away::Declined if closes => {
+                let failure = CallFailure::Unavailable(why);
+                self.complain(&failure, "a handler is unavailable for a stream");
+                End::Refused(failure)
+            }
+            Away::Declined | Away::Broke => End::Broken(why),
         }
     }
 
@@ -310,7 +298,6 @@ impl Hands {
 
 impl Output<Entry> for Hands {
     fn open(&mut self, stream: StreamId) {
-        self.last = stream;
         let (sender, requests) = mpsc::unbounded_channel();
         let (client, link, method) = (self.client.clone(), self.link.clone(), self.kind.method());
         let (answer, abort) =
@@ -380,7 +367,7 @@ async fn try_each(client: &Client, kind: Kind, entries: Vec<Entry>) -> Option<Ca
     for entry in entries {
         let result = match &failed {
             Some(failure) => Err(CallFailure::clone(failure)),
-            None => match kind.event(entry.request.clone()) {
+            None => match kind.event(entry.request.clone(), entry.trace) {
                 Ok(event) => client.0.call_alone(&entry.caller, &event).await,
                 Err(error) => Err(CallFailure::Failed {
                     code: "INTERNAL",
