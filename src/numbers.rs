@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::hash::{BuildHasherDefault, Hasher};
+use std::time::Duration;
 
 /// A map from numbers of our own: packet ids, identifiers of subscriptions, random ids.
 ///
@@ -59,6 +60,12 @@ pub fn fraction() -> f64 {
     let mut random = [0; 2];
     let _ = getrandom::fill(&mut random);
     f64::from(u16::from_le_bytes(random)) / f64::from(u16::MAX)
+}
+
+/// Between half of `pause` and all of it, so that many who met with the same do not come back in
+/// step.
+pub fn jitter(pause: Duration) -> Duration {
+    pause.mul_f64(0.5 + fraction() / 2.0)
 }
 
 #[cfg(test)]

@@ -10,7 +10,6 @@ use tokio::time::timeout;
 
 use super::wire::{Decoder, DisconnectNotice, Hello, Inbound, Protocol, Welcome, WireError};
 use super::{Address, Options, Refusal};
-use crate::numbers::fraction;
 
 /// A broker that takes none of our bytes, or answers no ping, for this long is
 /// gone; with a shorter keep-alive, for as long as that. Also set as
@@ -146,12 +145,6 @@ impl Round {
         self.reasons.push(reason);
         (self.reasons.len() >= addresses).then(|| std::mem::take(&mut self.reasons).join("; "))
     }
-}
-
-/// Between half of `pause` and all of it, so that the members, and the gateways
-/// after a broker's restart, do not come back in step.
-pub(super) fn jitter(pause: Duration) -> Duration {
-    pause.mul_f64(0.5 + fraction() / 2.0)
 }
 
 /// Opens a connection, encrypted where that is configured.

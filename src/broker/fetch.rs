@@ -24,6 +24,7 @@ use super::wire::{Decoder, Inbound, InboundPublish, Retained};
 use super::{Address, Delivery, Message, Options, QoS};
 use crate::id::MessageIds;
 use crate::metrics::BrokerMetrics;
+use crate::numbers::jitter;
 pub(super) use queue::Newcomer;
 use queue::{QUIET, Queue, Step};
 
@@ -159,7 +160,7 @@ impl Task {
             }
             tokio::select! {
                 () = self.stop.cancelled() => return,
-                () = tokio::time::sleep(dial::jitter(pause)) => {}
+                () = tokio::time::sleep(jitter(pause)) => {}
             }
             self.metrics.reconnects.increment(1);
             pause = (pause * 2).min(longest);

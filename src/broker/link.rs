@@ -26,6 +26,7 @@ use super::session::{Event, Receipt, Session};
 use super::wire::{Decoder, InboundPublish, Protocol};
 use super::{Address, Delivery, Message, Options, PublishError, now_ms};
 use crate::id::{MessageId, MessageIds};
+use crate::numbers::jitter;
 use crate::telemetry::Seldom;
 use crate::trace::{self, Traceparent};
 
@@ -109,7 +110,7 @@ pub(super) async fn run(member: Arc<Member>) {
         if member.is_closing() && session.is_idle() && member.waiting() == 0 {
             return;
         }
-        tokio::time::sleep(dial::jitter(pause)).await;
+        tokio::time::sleep(jitter(pause)).await;
         member.metrics().reconnects.increment(1);
         // It may have been a longer one, after which it begins anew.
         pause = match pause {

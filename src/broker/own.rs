@@ -22,12 +22,13 @@ use tokio::time::{Instant, sleep, timeout, timeout_at};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use super::dial::{LinkError, Round, STEADY, jitter};
+use super::dial::{LinkError, Round, STEADY};
 use super::link::{CONTESTED, Place, SOON, serve};
 use super::member::Member;
 use super::session::Session;
 use super::{Broker, LinkState, Login, Options, Will};
 use crate::metrics::{BrokerMetrics, Counted};
+use crate::numbers::jitter;
 
 /// A device's session whose CONNECT the broker denied so often in a row is over: once may
 /// be a broker that has just started and does not know its users yet.

@@ -20,6 +20,7 @@ use super::status::{Away, Miss};
 use super::streaming::{self, Streaming};
 use super::{CallFailure, Caller, Event, EventSink, Handlers};
 use crate::metrics::{Counted, HandlerMetrics};
+use crate::numbers::jitter;
 use crate::proto::code_name;
 
 /// First and longest pause before a callback that the handler answered with UNAVAILABLE is sent
@@ -190,13 +191,13 @@ async fn turn(member: Arc<Member>) -> Option<Turn> {
             Some(channel) => channel.turn().await,
             None => None,
         };
-        // It may have been replaced meanwhile.
-        let now = member.link.channel();
-        let is_same = |now: &Channel| channel.as_ref().is_some_and(|c| c.is(now));
-        if now.is_none() || now.as_ref().is_some_and(is_same) {
+        // Who waited may have waited for one that was replaced meanwhile.
+        let waited = channel.as_ref().filter(|_| call.is_some());
+        let is_old = |channel: &Channel| member.link.channel().is_some_and(|now| !now.is(channel));
+        if !waited.is_some_and(is_old) {
             return Some(Turn {
                 member,
-                channel: now,
+                channel,
                 _room: room,
                 _call: call,
             });
@@ -292,7 +293,7 @@ impl Shared {
         let mut broke = false;
         loop {
             let mut met = None;
-            let trouble = match &turn {
+            let trouble = match &mut turn {
                 // Only a call takes room, not the wait for a handler that is away.
                 Some(turn) => match self.tell(turn, caller, event).await {
                     Ok(()) => return Ok(()),
@@ -390,7 +391,9 @@ impl Shared {
                 if before.is_some_and(|before| !Arc::ptr_eq(&before, &member)) {
                     outage.missed = None;
                 } else if !pause.is_zero() {
-                    sleep(std::mem::take(&mut pause)).await;
+                    // Not in step with those who met with the same: the one that is the cause
+                    // would be in everybody's way again.
+                    sleep(jitter(std::mem::take(&mut pause))).await;
                     continue;
                 }
                 return member;
@@ -412,9 +415,9 @@ impl Shared {
 
     /// Tells the handler at an address; of the connection first, where it may not know
     /// of it.
-    async fn tell(&self, turn: &Turn, caller: &Caller, event: &Event) -> Result<(), Miss> {
+    async fn tell(&self, turn: &mut Turn, caller: &Caller, event: &Event) -> Result<(), Miss> {
         let link = &turn.member.link;
-        let Some(channel) = turn.channel.clone() else {
+        let Some(channel) = turn.channel.take() else {
             return Err(Miss::Away {
                 how: Away::NotSent,
                 why: link.trouble(),

@@ -9,7 +9,7 @@
 //!              ^             |                     |
 //!              |             +------- broken ------+
 //!              +---------------------/  |
-//!                                       +-- error, late --> tried alone --> taken or failed
+//!                                       +-- error, late, broken a second time --> tried alone
 //! ```
 //!
 //! Two streams may be under way, and a handler may work on both at the same time. So
