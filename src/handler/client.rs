@@ -23,8 +23,8 @@ use crate::metrics::{Counted, HandlerMetrics};
 use crate::numbers::jitter;
 use crate::proto::code_name;
 
-/// First and longest pause before a callback that the handler answered with UNAVAILABLE is sent
-/// again, or one that has broken its channel twice.
+/// First and longest pause, half of it or more, before a callback that the handler answered with
+/// UNAVAILABLE is sent again, or one that has broken its channel twice.
 pub(super) const PAUSES: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(1));
 
 /// How events are delivered.
@@ -191,9 +191,9 @@ async fn turn(member: Arc<Member>) -> Option<Turn> {
             Some(channel) => channel.turn().await,
             None => None,
         };
-        // Who waited may have waited for one that was replaced meanwhile.
+        // Who waited may have waited for one that was given up meanwhile.
         let waited = channel.as_ref().filter(|_| call.is_some());
-        let is_old = |channel: &Channel| member.link.channel().is_some_and(|now| !now.is(channel));
+        let is_old = |channel: &Channel| !member.link.channel().is_some_and(|now| now.is(channel));
         if !waited.is_some_and(is_old) {
             return Some(Turn {
                 member,
@@ -254,7 +254,7 @@ impl Shared {
     ///
     /// Waiting for its turn is not the handler's time: of thousands that end together each is
     /// told, and those who are late would break the channel (HTTP/2 servers hang up on who
-    /// cancels many calls at once). But it waits only for as long as calls are answered.
+    /// cancels many calls at once). But it waits only for as long as the handler answers anything.
     async fn say_farewell(&self, caller: &Caller, event: &Event) -> Result<(), CallFailure> {
         let limit = self.options.close_timeout;
         let is_late = || late(limit);
@@ -380,6 +380,8 @@ impl Shared {
         let mut pause = match met {
             None => Duration::ZERO,
             Some(Away::Declined) => outage.pause.max(PAUSES.0),
+            // The next one that breaks is the last.
+            Some(Away::Broke) if self.options.on_unavailable.closes() => PAUSES.0,
             Some(Away::Broke | Away::NotSent) => outage.pause,
         };
         if met.is_some() {

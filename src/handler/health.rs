@@ -9,10 +9,11 @@ use http::Uri;
 use http::uri::PathAndQuery;
 use tokio::time::timeout;
 use tonic::client::Grpc;
-use tonic::{Code, Request};
+use tonic::{Code, Request, Status};
 use tonic_prost::ProstCodec;
 
 use super::link::Channel;
+use super::status::miss;
 
 const PATH: PathAndQuery = PathAndQuery::from_static("/grpc.health.v1.Health/Check");
 
@@ -51,13 +52,22 @@ pub(super) enum Health {
 /// Asks once, for at most `limit`.
 pub(super) async fn check(channel: Channel, origin: Uri, limit: Duration) -> Health {
     let request = Request::new(HealthCheckRequest::default());
+    let heard = channel.clone();
     let call = async {
         let mut grpc = Grpc::with_origin(channel, origin);
         grpc.ready().await?;
         let codec = ProstCodec::<HealthCheckRequest, HealthCheckResponse>::default();
         grpc.unary(request, PATH, codec).await
     };
-    match timeout(limit, call).await {
+    let answer = timeout(limit, call).await;
+    let is_answer = |result: &Result<_, Status>| match result {
+        Ok(_) => true,
+        Err(status) => miss(status).is_answer(),
+    };
+    if answer.as_ref().is_ok_and(is_answer) {
+        heard.answered();
+    }
+    match answer {
         Ok(Ok(answer)) => match answer.get_ref().status {
             SERVING => Health::Serving,
             NOT_SERVING => Health::NotServing,

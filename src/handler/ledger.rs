@@ -120,6 +120,12 @@ struct Stream<E> {
     full: bool,
 }
 
+impl<E> Stream<E> {
+    fn has_suspect(&self) -> bool {
+        self.items.iter().any(|item| item.suspect)
+    }
+}
+
 /// Where an entry may go.
 #[derive(Debug, PartialEq, Eq)]
 enum Place {
@@ -234,6 +240,12 @@ impl<E> Ledger<E> {
         streams.any(|s| s.id == stream && s.state == State::Open)
     }
 
+    /// Whether something on this stream was on one that broke before.
+    pub(super) fn has_suspect(&self, stream: StreamId) -> bool {
+        let mut streams = self.streams.iter().filter(|s| s.id == stream);
+        streams.any(|stream| stream.has_suspect())
+    }
+
     /// Since when nothing has got through.
     pub(super) fn outage(&self) -> Option<Instant> {
         self.outage
@@ -312,7 +324,7 @@ impl<E> Ledger<E> {
                 if !self.limits.at_least_once {
                     self.suspend(now);
                     self.fail_all(stream.items, &failure, out);
-                } else if stream.items.iter().any(|item| item.suspect) {
+                } else if stream.has_suspect() {
                     // It may be because of one of them: the others are not to wait for that.
                     self.each_alone(stream.items, &failure, out);
                 } else {

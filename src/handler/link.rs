@@ -216,7 +216,8 @@ struct State {
     /// Connecting has failed since there was a channel, or there was one for a moment only and
     /// nothing was answered over it.
     away: bool,
-    /// Connecting has failed since it was lost.
+    /// Connecting has failed since it was lost: told once more, for who was just being told of when
+    /// the channel was lost is known there by now.
     failed: bool,
     /// When the channel was lost; when it began, as long as there has been none.
     lost: Instant,
@@ -401,14 +402,10 @@ impl Link {
 
     /// Asks for the handler's health, if that is wished.
     async fn ask(&self, channel: &Channel, limit: Duration) -> Health {
-        if self.options.health.is_none() {
-            return Health::NotOffered;
+        match self.options.health {
+            Some(_) => health::check(channel.clone(), self.origin(), limit).await,
+            None => Health::NotOffered,
         }
-        let health = health::check(channel.clone(), self.origin(), limit).await;
-        if health != Health::NoWord {
-            channel.answered();
-        }
-        health
     }
 
     /// Asks for the handler's health again and again, for ever.

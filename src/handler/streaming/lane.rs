@@ -206,7 +206,7 @@ impl Lane {
                 Miss::Away { how, why } => {
                     count(StreamOutcome::Broken);
                     self.trouble.clone_from(&why);
-                    self.away(how, why)
+                    self.away(stream, how, why)
                 }
                 Miss::Refused(failed) => {
                     count(StreamOutcome::Error);
@@ -228,8 +228,9 @@ impl Lane {
     }
 
     /// A stream has shown that the handler is away.
-    fn away(&self, how: Away, why: String) -> End {
-        let closes = self.hands.client.0.options.on_unavailable.closes();
+    fn away(&self, stream: StreamId, how: Away, why: String) -> End {
+        let options = &self.hands.client.0.options;
+        let closes = options.on_unavailable.closes();
         match how {
             Away::NotSent => End::NotSent(why),
             // Only the device that it is said of is to be closed for it.
@@ -238,7 +239,13 @@ impl Lane {
                 self.complain(&failure, "a handler is unavailable for a stream");
                 End::Refused(failure)
             }
-            Away::Declined | Away::Broke => End::Broken(why),
+            Away::Declined | Away::Broke => {
+                if options.at_least_once && self.ledger.has_suspect(stream) {
+                    let failure = CallFailure::Unavailable(why.clone());
+                    self.complain(&failure, "a handler is away for a stream once more");
+                }
+                End::Broken(why)
+            }
         }
     }
 
