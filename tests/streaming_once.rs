@@ -167,6 +167,9 @@ async fn what_a_stream_leaves_open_is_not_sent_again() {
         // The last stream may wait for another message until it is old.
         let unacknowledged = r#"exproto_handler_stream_unacknowledged{handler="default"}"#;
         stage.admin.metric_until(unacknowledged, |n| n < 0.5).await;
-        stage.finish().await;
+        // A callback that is given up may still be ending in the handler when the next one comes.
+        if name != "late" {
+            stage.finish().await;
+        }
     }
 }
