@@ -5,6 +5,7 @@
 
 mod auth;
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -313,10 +314,20 @@ pub fn broker(config: &Config) -> Result<broker::Options, Error> {
 
 /// Whether a handler that a listener names is told of traces: then those that handlers and messages
 /// are part of go on.
-pub fn passes_traces(config: &Config) -> bool {
-    let listeners = config.listeners.enabled();
-    let mut handlers = listeners.filter_map(|l| config.handler_named(&l.common.handler));
+fn passes_traces(config: &Config) -> bool {
+    let mut handlers = used_handlers(config).into_values();
     handlers.any(|handler| handler.trace_context)
+}
+
+/// The handlers that a listener names, by name; the others need not be there.
+pub fn used_handlers(config: &Config) -> BTreeMap<&str, &Handler> {
+    let listeners = config.listeners.enabled();
+    listeners
+        .filter_map(|listener| {
+            let name: &str = &listener.common.handler;
+            Some((name, config.handler_named(name)?))
+        })
+        .collect()
 }
 
 /// What the sessions of devices have in common, and how many there may be; where each

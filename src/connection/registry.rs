@@ -36,6 +36,10 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+fn copies(shard: &Mutex<NumberMap<ConnId, Handle>>) -> Vec<Handle> {
+    lock(shard).values().cloned().collect()
+}
+
 impl Registry {
     /// For the connections of a gateway with so many shards.
     pub fn new(node: NodeTag, shards: usize) -> Self {
@@ -104,15 +108,12 @@ impl Registry {
 
     /// Those of one shard.
     pub(super) fn of_shard(&self, shard: ShardId) -> Vec<Handle> {
-        let shard = self.shard(shard).map(|shard| lock(shard));
-        shard.map_or_else(Vec::new, |shard| shard.values().cloned().collect())
+        self.shard(shard).map(copies).unwrap_or_default()
     }
 
     /// All of them.
     pub(super) fn handles(&self) -> Vec<Handle> {
-        let shards = self.connections.iter();
-        let handles = shards.flat_map(|shard| lock(shard).values().cloned().collect::<Vec<_>>());
-        handles.collect()
+        self.connections.iter().flat_map(copies).collect()
     }
 
     /// Number of connections.

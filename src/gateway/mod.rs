@@ -27,7 +27,7 @@ use crate::adapter::Adapter;
 use crate::admin::{self, Readiness, Status};
 use crate::auth::Auth;
 use crate::broker::{Broker, BrokerTasks, CutOff, LinkState, OwnSessions};
-use crate::config::{AdapterBind, Config, Handler};
+use crate::config::{AdapterBind, Config};
 use crate::connection::command::{Commands, RawPublish};
 use crate::connection::own::Own;
 use crate::connection::{Registry, close_forsaken};
@@ -479,7 +479,7 @@ fn start_handlers(
     resolver: &Arc<dyn Resolve>,
 ) -> Result<Clients, Error> {
     let mut all = Clients::new();
-    for (name, handler) in used_handlers(config) {
+    for (name, handler) in options::used_handlers(config) {
         let key = options::handler_key(name);
         let metrics = HandlerMetrics::new(metrics, name);
         let targets = options::targets(&key, handler)?;
@@ -514,17 +514,6 @@ fn watch_handlers(clients: &Clients, shards: &[Shard], registry: &Arc<Registry>)
             shard.runtime().spawn(watching);
         }
     }
-}
-
-/// The handlers that a listener names; the others need not be there.
-fn used_handlers(config: &Config) -> BTreeMap<&str, &Handler> {
-    let listeners = config.listeners.enabled();
-    listeners
-        .filter_map(|listener| {
-            let name: &str = &listener.common.handler;
-            Some((name, config.handler_named(name)?))
-        })
-        .collect()
 }
 
 async fn upkeep(metrics: Metrics, stop: CancellationToken) {

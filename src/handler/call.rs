@@ -17,7 +17,7 @@ use tonic::{Request, Status};
 use tonic_prost::ProstDecoder;
 
 use super::link::{Channel, Link, not_sent};
-use super::status::{Miss, miss};
+use super::status::{Miss, is_answer, miss};
 use super::{CallFailure, Caller, Event, unary};
 use crate::metrics::METHODS;
 use crate::proto;
@@ -112,11 +112,7 @@ impl Calls {
         let requests = futures_util::stream::poll_fn(move |cx| requests.poll_recv(cx));
         let answer = grpc.client_streaming(Request::new(requests), path, Encoded);
         let result = answer.await;
-        if result
-            .as_ref()
-            .err()
-            .is_none_or(|status| miss(status).is_answer())
-        {
+        if is_answer(&result) {
             heard.answered();
         }
         result.map(|_| ())

@@ -9,11 +9,11 @@ use http::Uri;
 use http::uri::PathAndQuery;
 use tokio::time::timeout;
 use tonic::client::Grpc;
-use tonic::{Code, Request, Status};
+use tonic::{Code, Request};
 use tonic_prost::ProstCodec;
 
 use super::link::Channel;
-use super::status::miss;
+use super::status::is_answer;
 
 const PATH: PathAndQuery = PathAndQuery::from_static("/grpc.health.v1.Health/Check");
 
@@ -60,10 +60,6 @@ pub(super) async fn check(channel: Channel, origin: Uri, limit: Duration) -> Hea
         grpc.unary(request, PATH, codec).await
     };
     let answer = timeout(limit, call).await;
-    let is_answer = |result: &Result<_, Status>| match result {
-        Ok(_) => true,
-        Err(status) => miss(status).is_answer(),
-    };
     if answer.as_ref().is_ok_and(is_answer) {
         heard.answered();
     }

@@ -32,8 +32,16 @@ pub(super) enum Away {
     Declined,
 }
 
+/// Whether the handler has said something, be it no.
+pub(super) fn is_answer<T>(result: &Result<T, Status>) -> bool {
+    match result {
+        Ok(_) => true,
+        Err(status) => miss(status).is_answer(),
+    }
+}
+
 impl Miss {
-    /// Whether the handler has said something, be it no.
+    /// Whether the handler has said something.
     pub(super) fn is_answer(&self) -> bool {
         match self {
             Self::Refused(_) => true,

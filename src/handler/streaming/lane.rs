@@ -56,7 +56,7 @@ struct Hands {
 impl Lane {
     pub(super) fn new(client: Client, link: Arc<Link>, kind: Kind, options: &Options) -> Self {
         let patience = client.0.options.request_timeout;
-        let client_held = client.0.metrics.held.clone();
+        let held = Share::new(client.0.metrics.held.clone());
         Self {
             ledger: Ledger::new(Limits {
                 max_messages: options.max_messages,
@@ -75,7 +75,7 @@ impl Lane {
                 tries: FuturesUnordered::new(),
             },
             pause: PAUSES.0,
-            held: Share::new(client_held),
+            held,
             trouble: String::new(),
             warned: false,
             complaints: Seldom::default(),
