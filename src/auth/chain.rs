@@ -253,9 +253,7 @@ impl Chain {
         }
         heard.end()
     }
-}
 
-impl Chain {
     /// The one, from this place on, that has the key of a token and lets its device in.
     async fn whose_token(&self, attempt: &Attempt, from: usize) -> Option<&Link> {
         for link in self.links.iter().skip(from) {
